@@ -1,0 +1,1 @@
+//! Sluice, a userspace vhost-user switch.
