@@ -1,0 +1,116 @@
+//! What an operator asks for, as validated types.
+//!
+//! The command line's `SPEC`, the TOML file and the control service all end here, so that every rule is checked once.
+
+use std::path::PathBuf;
+
+use crate::wire::MacAddr;
+
+/// A port as configured: everything that is needed to bring it up again after a restart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Unique name; 1 to 64 of `[A-Za-z0-9._-]`.
+    pub name: String,
+    /// What the port connects to.
+    pub target: PortTarget,
+    /// Bridge domain; ports of different networks never exchange a frame.
+    pub network: String,
+    /// VLAN membership.
+    pub vlan: VlanMode,
+    /// Largest layer-3 packet in bytes, 68 to 65,535; `None` means that the port imposes no limit.
+    pub mtu: Option<u16>,
+    /// Queue pairs to use at most; `None` means as many as the other side asks for.
+    pub queues: Option<u16>,
+    /// The station's address: frames to it never flood, and with `spoofcheck` no other source is accepted.
+    pub mac: Option<MacAddr>,
+    /// Drop frames whose source address is not `mac`.
+    pub spoofcheck: bool,
+}
+
+/// The kinds of port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortTarget {
+    /// A virtual machine's virtio-net device, over the vhost-user protocol.
+    VhostUser {
+        /// The unix socket, absolute.
+        path: PathBuf,
+        /// Who listens.
+        mode: SocketMode,
+    },
+    /// A tap interface of the host.
+    Tap {
+        /// Interface name, made if it is not there; 1 to 15 bytes.
+        interface: String,
+    },
+}
+
+/// Who listens on a vhost-user socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SocketMode {
+    /// The frontend (QEMU) listens, we connect and retry.
+    #[default]
+    Client,
+    /// We listen.
+    Server,
+}
+
+/// VLAN membership of a port, in the way of Open vSwitch.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum VlanMode {
+    /// Every VLAN passes as it is; untagged frames are VLAN 0.
+    #[default]
+    All,
+    /// Untagged (and priority-tagged) frames belong to this VLAN, 1 to 4094; tagged ones are dropped.
+    Access(u16),
+    /// Tagged frames of these VLANs pass; untagged ones belong to `native` if there is one.
+    Trunk {
+        /// VLAN of untagged frames.
+        native: Option<u16>,
+        /// VLANs that pass with their tag, sorted, without duplicates.
+        allowed: Vec<u16>,
+    },
+}
+
+/// How workers wait for work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WorkerMode {
+    /// Poll while there is work, then arm notifications and sleep.
+    #[default]
+    Adaptive,
+    /// Always poll.
+    Poll,
+    /// Sleep after every empty pass.
+    Interrupt,
+}
+
+/// Bounds of the forwarding table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FdbConfig {
+    /// Addresses held at most.
+    pub entries: usize,
+    /// Addresses learned from one port at most.
+    pub per_port: usize,
+    /// Seconds until an unheard address is forgotten.
+    pub age_seconds: u64,
+}
+
+impl Default for FdbConfig {
+    fn default() -> Self {
+        Self {
+            entries: crate::limits::DEFAULT_FDB_ENTRIES,
+            per_port: crate::limits::DEFAULT_FDB_PER_PORT,
+            age_seconds: crate::limits::DEFAULT_FDB_AGE_SECONDS,
+        }
+    }
+}
+
+/// What `Switch::start` needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SwitchConfig {
+    /// One worker for each entry, pinned to that CPU if one is given; empty means one unpinned worker.
+    pub workers: Vec<Option<usize>>,
+    /// How they wait.
+    pub mode: WorkerMode,
+    /// Bounds of the forwarding table.
+    pub fdb: FdbConfig,
+}

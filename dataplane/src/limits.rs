@@ -1,0 +1,52 @@
+//! Every bound of the switch in one place, asserted at compile time.
+
+/// Frames taken from one queue, switched and delivered together.
+pub const BURST: usize = 32;
+
+/// Header bytes copied into private memory before any decision is made on them.
+pub const SNAPSHOT: usize = 128;
+
+/// Longest Ethernet frame accepted, in bytes: a 64 KiB super-packet, its Ethernet header and two VLAN tags.
+pub const MAX_FRAME: usize = 65_535 + 14 + 8;
+
+/// Memory segments that one burst may refer to.
+pub const MAX_BURST_SEGMENTS: usize = 8192;
+
+/// Memory segments of one descriptor chain. QEMU's own bound (`VIRTQUEUE_MAX_SIZE`); a longer chain faults the port.
+pub const MAX_CHAIN: usize = 1024;
+
+/// Largest split or packed ring, in descriptors (virtio 1.2, 2.7).
+pub const MAX_RING: u16 = 32_768;
+
+/// Queue pairs that we offer per port, so that a guest asking for many still starts.
+pub const MAX_QUEUE_PAIRS: usize = 256;
+
+/// Memory regions of one guest. Equals what the kernel's vhost and rust-vmm allow.
+pub const MAX_MEM_SLOTS: usize = 509;
+
+/// Ports of one switch.
+pub const MAX_PORTS: usize = 1024;
+
+/// Networks (bridge domains) of one switch.
+pub const MAX_NETWORKS: usize = 1024;
+
+/// Workers of one switch.
+pub const MAX_WORKERS: usize = 64;
+
+/// Longest path of a unix socket, in bytes (`sun_path` less its terminator).
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// Addresses the FDB holds, unless configured.
+pub const DEFAULT_FDB_ENTRIES: usize = 65_536;
+
+/// Addresses the FDB learns from one port, unless configured.
+pub const DEFAULT_FDB_PER_PORT: usize = 16_384;
+
+/// Seconds after which an address that is not heard any more is forgotten, unless configured.
+pub const DEFAULT_FDB_AGE_SECONDS: u64 = 300;
+
+const _: () = assert!(BURST <= 256, "a frame's place in its burst is a u8");
+const _: () = assert!(MAX_PORTS <= u16::MAX as usize, "port ids are u16");
+const _: () = assert!(MAX_NETWORKS <= u16::MAX as usize, "network ids are u16");
+const _: () = assert!(MAX_BURST_SEGMENTS >= 2 * MAX_CHAIN, "one chain always fits");
+const _: () = assert!(MAX_BURST_SEGMENTS <= u16::MAX as usize);

@@ -1,0 +1,317 @@
+//! Guest memory: the regions a frontend shares with us, mapped, and the translation of its addresses.
+//!
+//! A [`GuestMemory`] never changes; a new memory table makes a new one. Whoever holds an `Arc` of it may use the
+//! addresses it hands out, and nothing is unmapped before the last holder has let go. All bytes behind those addresses
+//! can change at any time under our hands, since the guest runs meanwhile: they are only ever read by volatile loads or
+//! raw copies, never through references.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion};
+
+use crate::limits::MAX_MEM_SLOTS;
+
+/// Size of an ordinary page, in bytes.
+const SMALL_PAGE: u64 = 4096;
+
+/// Why a memory region was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum MemError {
+    /// The file descriptor is not memory.
+    #[error("the descriptor of a memory region is a {0}, not a memory file")]
+    NotMemory(&'static str),
+    /// The file ends before the region does.
+    #[error("memory region of {len} bytes at offset {offset} lies beyond the end of its file ({size} bytes)")]
+    BeyondFile {
+        /// Length of the region.
+        len: u64,
+        /// Its offset in the file.
+        offset: u64,
+        /// Length of the file.
+        size: u64,
+    },
+    /// An address range of the region wraps around.
+    #[error("memory region wraps around the end of the address space")]
+    Wraps,
+    /// A region of zero bytes.
+    #[error("memory region is empty")]
+    Empty,
+    /// Two regions cover the same guest or frontend address.
+    #[error("memory regions overlap at {0:#x}")]
+    Overlap(u64),
+    /// Too many regions.
+    #[error("more than {MAX_MEM_SLOTS} memory regions")]
+    TooMany,
+    /// The region to remove is not in the table.
+    #[error("no memory region at {0:#x}")]
+    NotFound(u64),
+    /// The kernel would not tell about the file.
+    #[error("cannot inspect the file of a memory region: {0}")]
+    Stat(#[source] std::io::Error),
+    /// The kernel would not map the file.
+    #[error("cannot map a memory region: {0}")]
+    Map(#[source] vm_memory::mmap::MmapRegionError),
+}
+
+/// One region of guest memory, mapped.
+#[derive(Debug)]
+pub struct Region {
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// First address in the frontend's own address space; ring addresses are given in it.
+    pub uva: u64,
+    /// Bytes of the mapping that precede the region, since mappings begin at (huge) page boundaries.
+    lead: usize,
+    map: MmapRegion,
+}
+
+impl Region {
+    /// Maps `len` bytes of `file` from `offset` as the guest's memory at `gpa`.
+    ///
+    /// # Errors
+    /// [`MemError`] if the file is not a memory file that covers the range, or an address wraps.
+    pub fn map(file: File, gpa: u64, len: u64, uva: u64, offset: u64) -> Result<Self, MemError> {
+        if len == 0 {
+            return Err(MemError::Empty);
+        }
+        for first in [gpa, uva, offset] {
+            first.checked_add(len).ok_or(MemError::Wraps)?;
+        }
+        let page = check_file(&file, offset, len)?;
+        // Huge page mappings have to begin and end on huge pages.
+        let lead = offset % page;
+        let whole =
+            if page == SMALL_PAGE { lead.checked_add(len) } else { (lead + len).checked_next_multiple_of(page) };
+        let size = whole.and_then(|size| usize::try_from(size).ok()).ok_or(MemError::Wraps)?;
+        let map = MmapRegionBuilder::new(size)
+            .with_file_offset(FileOffset::new(file, offset - lead))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .map_err(MemError::Map)?;
+        // SAFETY: the range is the mapping just made; advice that fails changes nothing.
+        unsafe { libc::madvise(map.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
+        Ok(Self { gpa, len, uva, lead: lead as usize, map })
+    }
+
+    fn host(&self, offset: u64) -> *mut u8 {
+        debug_assert!(offset < self.len);
+        self.map.as_ptr().wrapping_add(self.lead + offset as usize)
+    }
+
+    fn overlaps(&self, other: &Region) -> Option<u64> {
+        let hit = |a: u64, b: u64| a < b + other.len && b < a + self.len;
+        if hit(self.gpa, other.gpa) {
+            return Some(other.gpa);
+        }
+        hit(self.uva, other.uva).then_some(other.uva)
+    }
+}
+
+/// Refuses what is no memory file or too short; returns its page size.
+fn check_file(file: &File, offset: u64, len: u64) -> Result<u64, MemError> {
+    let meta = file.metadata().map_err(MemError::Stat)?;
+    let kind = meta.file_type();
+    if !kind.is_file() {
+        return Err(MemError::NotMemory(match () {
+            () if kind.is_dir() => "directory",
+            () if kind.is_fifo() => "pipe",
+            () if kind.is_socket() => "socket",
+            () if kind.is_char_device() || kind.is_block_device() => "device",
+            () => "special file",
+        }));
+    }
+    if offset.checked_add(len).is_none_or(|end| end > meta.size()) {
+        return Err(MemError::BeyondFile { len, offset, size: meta.size() });
+    }
+    // SAFETY: an all-zero statfs is a valid value, and the kernel fills it.
+    let huge = unsafe {
+        let mut fs: libc::statfs = std::mem::zeroed();
+        (libc::fstatfs(file.as_raw_fd(), &mut fs) == 0 && fs.f_type == libc::HUGETLBFS_MAGIC).then_some(fs.f_bsize)
+    };
+    Ok(huge.and_then(|size| u64::try_from(size).ok()).filter(|size| size.is_power_of_two()).unwrap_or(SMALL_PAGE))
+}
+
+/// The whole memory of one guest.
+#[derive(Debug, Default, Clone)]
+pub struct GuestMemory {
+    /// Sorted by guest physical address, without overlap.
+    regions: Vec<Arc<Region>>,
+}
+
+// SAFETY: regions are immutable but for the guest's bytes, which are only touched through raw copies and volatile
+// accesses; the raw pointer inside the mapping is what hides these traits.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+/// Where a guest's address lies in our address space.
+#[derive(Debug, Clone, Copy)]
+pub struct HostRange {
+    /// First byte. Valid while the [`GuestMemory`] it came from is held.
+    pub ptr: *mut u8,
+    /// Contiguous bytes from there, at least 1 and at most what was asked for.
+    pub len: usize,
+}
+
+impl GuestMemory {
+    /// A new memory table.
+    ///
+    /// # Errors
+    /// [`MemError`] if regions overlap or are too many.
+    pub fn new(regions: Vec<Region>) -> Result<Self, MemError> {
+        regions.into_iter().try_fold(Self::default(), |memory, region| memory.with(region))
+    }
+
+    /// This table and one more region.
+    ///
+    /// # Errors
+    /// [`MemError`] if the region overlaps another or there are too many.
+    pub fn with(&self, region: Region) -> Result<Self, MemError> {
+        if self.regions.len() >= MAX_MEM_SLOTS {
+            return Err(MemError::TooMany);
+        }
+        if let Some(at) = self.regions.iter().find_map(|other| region.overlaps(other)) {
+            return Err(MemError::Overlap(at));
+        }
+        let mut regions = self.regions.clone();
+        let place = regions.partition_point(|other| other.gpa < region.gpa);
+        regions.insert(place, Arc::new(region));
+        Ok(Self { regions })
+    }
+
+    /// This table without the region that has exactly these bounds.
+    ///
+    /// # Errors
+    /// [`MemError::NotFound`] if there is none.
+    pub fn without(&self, gpa: u64, len: u64, uva: u64) -> Result<Self, MemError> {
+        let place = self.regions.iter().position(|r| (r.gpa, r.len, r.uva) == (gpa, len, uva));
+        let mut regions = self.regions.clone();
+        regions.remove(place.ok_or(MemError::NotFound(gpa))?);
+        Ok(Self { regions })
+    }
+
+    /// Bytes mapped.
+    pub fn bytes(&self) -> u64 {
+        self.regions.iter().map(|r| r.len).sum()
+    }
+
+    /// Number of regions.
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Translates a guest physical range as far as it is contiguous. `hint` is the index of the region that was hit
+    /// last by this caller; most often it is hit again.
+    ///
+    /// `None` if `len` is zero or the first byte belongs to no region.
+    #[inline]
+    pub fn translate(&self, gpa: u64, len: usize, hint: &mut usize) -> Option<HostRange> {
+        let region = match self.regions.get(*hint) {
+            Some(region) if gpa.wrapping_sub(region.gpa) < region.len => region,
+            _ => self.find(gpa, hint)?,
+        };
+        let offset = gpa - region.gpa;
+        let len = len.min(usize::try_from(region.len - offset).unwrap_or(usize::MAX));
+        (len > 0).then(|| HostRange { ptr: region.host(offset), len })
+    }
+
+    #[cold]
+    fn find(&self, gpa: u64, hint: &mut usize) -> Option<&Arc<Region>> {
+        let place = self.regions.partition_point(|r| r.gpa <= gpa).checked_sub(1)?;
+        let region = self.regions.get(place).filter(|r| gpa - r.gpa < r.len)?;
+        *hint = place;
+        Some(region)
+    }
+
+    /// Translates a whole guest physical range that must lie in one region, such as an indirect table.
+    #[inline]
+    pub fn translate_whole(&self, gpa: u64, len: usize, hint: &mut usize) -> Option<*mut u8> {
+        self.translate(gpa, len, hint).filter(|range| range.len == len).map(|range| range.ptr)
+    }
+
+    /// Translates a whole range of the frontend's address space, such as a ring.
+    pub fn translate_uva(&self, uva: u64, len: usize) -> Option<*mut u8> {
+        let len = len as u64;
+        let inside = |r: &&Arc<Region>| uva >= r.uva && uva - r.uva < r.len && len <= r.len - (uva - r.uva);
+        let region = self.regions.iter().find(inside)?;
+        (len > 0).then(|| region.host(uva - region.uva))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::os::fd::FromRawFd;
+
+    /// A memory file of `len` bytes.
+    pub(crate) fn memfd(len: u64) -> File {
+        // SAFETY: the name is a C string and the descriptor that comes back is ours.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
+        file.set_len(len).unwrap();
+        file
+    }
+
+    fn region(gpa: u64, len: u64, uva: u64) -> Region {
+        Region::map(memfd(len), gpa, len, uva, 0).unwrap()
+    }
+
+    #[test]
+    fn translates_at_every_edge() {
+        let memory =
+            GuestMemory::new(vec![region(0x10000, 0x2000, 0x7000_0000), region(0, 0x1000, 0x8000_0000)]).unwrap();
+        let mut hint = 0;
+        assert_eq!(memory.translate(0x10000, 0x2000, &mut hint).unwrap().len, 0x2000);
+        assert_eq!(hint, 1);
+        assert_eq!(memory.translate(0x11fff, 2, &mut hint).unwrap().len, 1);
+        assert!(memory.translate(0x12000, 1, &mut hint).is_none());
+        assert!(memory.translate(0xffff, 1, &mut hint).is_none());
+        assert!(memory.translate(0x10000, 0, &mut hint).is_none());
+        assert!(memory.translate(u64::MAX, 8, &mut hint).is_none());
+        assert!(memory.translate_whole(0x11fff, 2, &mut hint).is_none());
+        assert!(memory.translate_whole(0xff8, 8, &mut hint).is_some());
+        assert!(memory.translate_uva(0x7000_0000, 0x2000).is_some());
+        assert!(memory.translate_uva(0x7000_0001, 0x2000).is_none());
+        assert!(memory.translate_uva(0x7000_1000, usize::MAX).is_none());
+        assert!(memory.translate_uva(0x9000_0000, 1).is_none());
+    }
+
+    #[test]
+    fn refuses_bad_regions() {
+        let pipe = {
+            let mut fds = [0; 2];
+            // SAFETY: `fds` has room for the two descriptors, which are ours afterwards.
+            unsafe {
+                assert_eq!(libc::pipe(fds.as_mut_ptr()), 0);
+                drop(File::from_raw_fd(fds[1]));
+                File::from_raw_fd(fds[0])
+            }
+        };
+        assert!(matches!(Region::map(pipe, 0, 4096, 0, 0), Err(MemError::NotMemory("pipe"))));
+        assert!(matches!(Region::map(memfd(4096), 0, 4097, 0, 0), Err(MemError::BeyondFile { .. })));
+        assert!(matches!(Region::map(memfd(4096), 0, 4096, 0, 1), Err(MemError::BeyondFile { .. })));
+        assert!(matches!(Region::map(memfd(4096), u64::MAX, 4096, 0, 0), Err(MemError::Wraps)));
+        assert!(matches!(Region::map(memfd(4096), 0, 0, 0, 0), Err(MemError::Empty)));
+        let memory = GuestMemory::new(vec![region(0, 0x2000, 0)]).unwrap();
+        assert!(matches!(memory.with(region(0x1000, 0x1000, 0x9000)), Err(MemError::Overlap(0))));
+        assert!(matches!(memory.with(region(0x9000, 0x1000, 0x1000)), Err(MemError::Overlap(0))));
+        assert!(matches!(memory.without(0, 0x1000, 0), Err(MemError::NotFound(0))));
+        assert_eq!(memory.without(0, 0x2000, 0).unwrap().regions(), 0);
+    }
+
+    #[test]
+    fn maps_an_unaligned_offset() {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(0x3000);
+        file.write_all_at(b"x", 0x1234).unwrap();
+        let memory = GuestMemory::new(vec![Region::map(file, 0, 0x1000, 0, 0x1234).unwrap()]).unwrap();
+        // SAFETY: the address is inside the mapping that `memory` holds.
+        assert_eq!(unsafe { memory.translate(0, 1, &mut 0).unwrap().ptr.read_volatile() }, b'x');
+    }
+}

@@ -1,0 +1,102 @@
+//! Ports: where frames come from and go to.
+//!
+//! Every kind of port is a set of queues behind two traits. A [`RxQueue`] fills bursts with frames, a [`TxQueue`]
+//! takes the frames of a burst; the switch between them knows nothing else of a port. What a port offers at the moment
+//! is its [`Link`]; the port's own control thread makes a new one whenever the other side changes something, and
+//! publishes it to the workers through [`Publisher`].
+
+pub mod stats;
+pub mod tap;
+pub mod vhost;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use crate::frame::{Burst, BurstStorage};
+use crate::port::stats::PortStats;
+use crate::status::PortState;
+use crate::switch::Scratch;
+use crate::virtq::Fault;
+
+/// Index of a port in the switch's tables. Reused after a port is gone, never while a worker knows the old one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u16);
+
+/// Fills bursts with frames received from the other side. Served by one worker at a time.
+pub trait RxQueue: Send + Sync + std::fmt::Debug {
+    /// Takes up to a burst of frames, hands them to `forward`, and gives their buffers back to the other side.
+    /// Returns the number of frames taken.
+    ///
+    /// # Errors
+    /// The [`Fault`] of the other side that ends this port's service until it resets.
+    fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault>;
+
+    /// Asks the other side to notify us of new frames. Returns whether some came meanwhile, so that the caller must
+    /// not sleep.
+    fn arm(&self) -> bool;
+
+    /// Asks the other side not to notify us, since we poll.
+    fn disarm(&self);
+
+    /// What becomes readable when there are frames. `None` for a queue that can only be polled.
+    fn event_fd(&self) -> Option<RawFd>;
+
+    /// Clears the readable state of [`RxQueue::event_fd`], if that is not done by taking the frames.
+    fn drain_event(&self);
+}
+
+/// Takes frames to the other side. Workers share it.
+pub trait TxQueue: Send + Sync + std::fmt::Debug {
+    /// Delivers the frames of `burst` whose indices are listed, in order. Frames that do not fit are dropped and
+    /// counted; this never waits for the other side.
+    ///
+    /// # Errors
+    /// The [`Fault`] of the other side that ends this port's service until it resets.
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault>;
+}
+
+/// One receive queue of a link.
+#[derive(Debug, Clone)]
+pub struct RxEntry {
+    /// Index of the queue pair.
+    pub pair: usize,
+    /// The queue.
+    pub queue: Arc<dyn RxQueue>,
+}
+
+/// What a port offers at the moment. Immutable.
+#[derive(Debug, Clone)]
+pub struct Link {
+    /// For the operator.
+    pub state: PortState,
+    /// Why it is not up.
+    pub reason: Option<String>,
+    /// Queues that workers poll.
+    pub rx: Vec<RxEntry>,
+    /// Queues that frames are spread over, by flow.
+    pub tx: Vec<Arc<dyn TxQueue>>,
+    /// Names of the features that the other side accepted.
+    pub features: Vec<&'static str>,
+    /// Guest memory mapped, in bytes.
+    pub memory_bytes: u64,
+}
+
+impl Link {
+    /// A link over which nothing passes.
+    pub fn down(state: PortState, reason: Option<String>) -> Self {
+        Self { state, reason, rx: Vec::new(), tx: Vec::new(), features: Vec::new(), memory_bytes: 0 }
+    }
+}
+
+/// A port's way to the workers, held by the thread that looks after the port's other side.
+pub trait Publisher: Send + Sync {
+    /// Replaces the port's link. Returns when no worker uses the previous one any more, so that its rings may be
+    /// read and its memory may be unmapped.
+    fn publish(&self, link: Link);
+
+    /// Forgets the stations learned behind the port.
+    fn forget_stations(&self);
+
+    /// Counters of the port.
+    fn stats(&self) -> &Arc<PortStats>;
+}

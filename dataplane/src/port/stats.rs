@@ -1,0 +1,104 @@
+//! Counters of a port. Workers write, the control side reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::limits::MAX_QUEUE_PAIRS;
+use crate::switch::DropReason;
+use crate::virtq::Fault;
+
+/// Frames and bytes of one direction of one queue, kept by whoever holds the queue.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct QueueCounters {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    notifications: AtomicU64,
+}
+
+impl QueueCounters {
+    /// Adds a burst. There is one writer at a time, so plain loads and stores do.
+    #[inline]
+    pub fn add(&self, frames: u64, bytes: u64) {
+        self.frames.store(self.frames.load(Ordering::Relaxed) + frames, Ordering::Relaxed);
+        self.bytes.store(self.bytes.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
+    }
+
+    /// Adds one notification sent to the other side.
+    #[inline]
+    pub fn notified(&self) {
+        self.notifications.store(self.notifications.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
+    /// Frames, bytes, notifications.
+    pub fn read(&self) -> (u64, u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.frames), read(&self.bytes), read(&self.notifications))
+    }
+}
+
+/// All counters of a port. They outlive its links.
+#[derive(Debug)]
+pub struct PortStats {
+    rx: Box<[QueueCounters]>,
+    tx: Box<[QueueCounters]>,
+    drops: [AtomicU64; DropReason::COUNT],
+    /// Times the other side connected.
+    pub connects: AtomicU64,
+    /// Faults of the other side.
+    pub faults: AtomicU64,
+    fault: AtomicU64,
+}
+
+impl Default for PortStats {
+    fn default() -> Self {
+        let counters = || (0..MAX_QUEUE_PAIRS).map(|_| QueueCounters::default()).collect();
+        Self {
+            rx: counters(),
+            tx: counters(),
+            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            connects: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            fault: AtomicU64::new(0),
+        }
+    }
+}
+
+impl PortStats {
+    /// Receive counters of a queue pair. Pairs beyond the limit share the last place.
+    pub fn rx(&self, pair: usize) -> &QueueCounters {
+        &self.rx[pair.min(MAX_QUEUE_PAIRS - 1)]
+    }
+
+    /// Transmit counters of a queue pair. Pairs beyond the limit share the last place.
+    pub fn tx(&self, pair: usize) -> &QueueCounters {
+        &self.tx[pair.min(MAX_QUEUE_PAIRS - 1)]
+    }
+
+    /// Counts frames dropped.
+    #[inline]
+    pub fn drop_frames(&self, reason: DropReason, frames: u64) {
+        self.drops[reason as usize].fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Frames dropped for a reason.
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize].load(Ordering::Relaxed)
+    }
+
+    /// Records a fault. The port serves no frame until [`PortStats::clear_fault`].
+    pub fn set_fault(&self, fault: Fault) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        self.fault.store(u64::from(fault.code()), Ordering::Release);
+    }
+
+    /// The fault that stopped the port, if one did.
+    #[inline]
+    pub fn fault(&self) -> Option<Fault> {
+        Fault::from_code(self.fault.load(Ordering::Acquire) as u8)
+    }
+
+    /// The other side has reset: serve it again.
+    pub fn clear_fault(&self) {
+        self.fault.store(0, Ordering::Release);
+    }
+}

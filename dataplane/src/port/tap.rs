@@ -1,0 +1,1 @@
+//! Tap ports: the host's own stack as a station.

@@ -1,0 +1,3 @@
+//! vhost-user ports.
+
+pub mod queue;

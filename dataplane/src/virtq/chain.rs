@@ -1,0 +1,1 @@
+//! The untrusted walk along a descriptor chain.

@@ -1,0 +1,96 @@
+//! Virtqueues, the device's side: rings over cached host pointers, worked in bursts.
+//!
+//! Everything read here is written by a hostile guest: each field is read once, bounded, and only then used.
+
+pub mod chain;
+pub mod notify;
+pub mod split;
+
+use crate::limits::MAX_RING;
+
+macro_rules! faults {
+    ($($(#[$doc:meta])* $name:ident = $code:literal, $text:literal;)*) => {
+        /// What a guest or its VMM did so wrong that its port is stopped until it resets.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Fault { $($(#[$doc])* $name = $code,)* }
+
+        impl Fault {
+            /// Every fault there is.
+            pub const ALL: &'static [Fault] = &[$(Fault::$name),*];
+        }
+
+        impl std::fmt::Display for Fault {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $(Fault::$name => $text,)* })
+            }
+        }
+    };
+}
+
+faults! {
+    /// The available index ran ahead of the ring.
+    AvailIndex = 1, "the available index moved by more than the ring's size";
+    /// A descriptor index beyond the ring or table.
+    DescriptorIndex = 2, "a descriptor index lies outside its ring or table";
+    /// A chain that does not end.
+    ChainLoop = 3, "a descriptor chain is longer than its ring, or loops";
+    /// An address that no memory region covers.
+    UnmappedAddress = 4, "a descriptor points outside of guest memory";
+    /// An indirect descriptor within an indirect table, or with a next one, or where none was negotiated.
+    BadIndirect = 5, "an indirect descriptor where none is allowed";
+    /// An indirect table whose length is no multiple of 16, or zero, or too large.
+    IndirectLength = 6, "the length of an indirect table is invalid";
+    /// A buffer to write to among those to read from, or the reverse.
+    WrongDirection = 7, "a descriptor's direction is wrong for its queue";
+    /// More buffers in one chain than any driver makes.
+    ChainTooLong = 8, "a descriptor chain has more than 1024 buffers";
+}
+
+impl Fault {
+    /// A non-zero number for it.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// The fault with that number.
+    pub fn from_code(code: u8) -> Option<Self> {
+        if code == 0 {
+            return None;
+        }
+        Self::ALL.iter().copied().find(|fault| fault.code() == code)
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// Why a ring cannot be set up as the frontend asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// Size zero, above 32,768, or no power of two in a split ring.
+    #[error("ring size {0} is not a power of two of at most {MAX_RING}")]
+    Size(u32),
+    /// One of the ring's areas lies outside of guest memory.
+    #[error("the {0} area of a ring lies outside of guest memory")]
+    Unmapped(&'static str),
+    /// One of the ring's areas is not aligned.
+    #[error("the {0} area of a ring is not aligned")]
+    Unaligned(&'static str),
+}
+
+/// Where a ring lies and how it is worked, as set by the frontend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Descriptors.
+    pub size: u32,
+    /// Descriptor table, in the frontend's address space.
+    pub desc: u64,
+    /// Driver area (available ring).
+    pub avail: u64,
+    /// Device area (used ring).
+    pub used: u64,
+    /// `VIRTIO_RING_F_EVENT_IDX` was negotiated.
+    pub event_idx: bool,
+    /// `VIRTIO_RING_F_INDIRECT_DESC` was negotiated.
+    pub indirect: bool,
+}
