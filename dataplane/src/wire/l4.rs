@@ -9,6 +9,8 @@ pub const UDP_HEADER_LEN: usize = 8;
 
 /// Bytes from the start of a TCP header to its sequence number.
 pub const TCP_SEQ_OFFSET: usize = 4;
+/// Bytes from the start of a TCP header to its own length in words, in the upper half of the byte.
+const TCP_DATA_OFFSET: usize = 12;
 /// Bytes from the start of a TCP header to its flags.
 pub const TCP_FLAGS_OFFSET: usize = 13;
 /// Bytes from the start of a TCP header to its checksum.
@@ -44,7 +46,7 @@ impl<'a> Tcp<'a> {
 
     /// Bytes of the header with its options: 20..=60.
     pub fn header_len(&self) -> usize {
-        usize::from(self.fixed[12] >> 4) * 4
+        usize::from(self.fixed[TCP_DATA_OFFSET] >> 4) * 4
     }
 
     /// Sequence number of the first byte of data.
@@ -57,6 +59,14 @@ impl<'a> Tcp<'a> {
     pub fn flags(&self) -> u8 {
         self.fixed[TCP_FLAGS_OFFSET]
     }
+}
+
+/// The length in bytes, 0..=60, that the TCP header at the start of `bytes` claims to have. `None` if `bytes` end before
+/// it says so.
+pub fn tcp_header_len(bytes: &[u8]) -> Option<usize> {
+    bytes
+        .get(TCP_DATA_OFFSET)
+        .map(|byte| usize::from(byte >> 4) * 4)
 }
 
 /// A UDP header that lies inside its bytes. Its length field is not checked against them.

@@ -31,6 +31,7 @@ pub mod eth;
 pub mod flow;
 pub mod ip;
 pub mod l4;
+pub mod offload;
 pub mod vlan;
 
 pub use checksum::{Sum, complete_partial};
@@ -38,14 +39,45 @@ pub use eth::{EthernetHeader, MAX_TAGS, MacAddr, ParseMacError};
 pub use flow::flow_hash;
 pub use ip::{Ip, Ipv4, Ipv6, MAX_EXTENSION_HEADERS, Transport};
 pub use l4::{Tcp, Udp};
+pub use offload::{Csum, Gso, GsoKind, Offload, VirtioNetHdr};
 pub use vlan::{Tci, insert_tag, strip_tag};
 
 /// Why the switch refuses what a frame or its virtio-net header asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
+    /// The frame ends inside its headers.
+    #[error("frame ends inside its headers")]
+    Truncated,
     /// The checksum to complete lies beyond the end of the frame.
     #[error("checksum field outside of the frame")]
     CsumOutsideFrame,
+    /// The checksum to complete covers the headers that the switch decides on, and might overwrite them.
+    #[error("checksum starts before the transport header")]
+    CsumBeforeTransport,
+    /// `gso_type` is not among those we offer.
+    #[error("unknown gso_type {0:#x}")]
+    UnknownGsoType(u8),
+    /// Segments without data.
+    #[error("gso_size is 0")]
+    ZeroGsoSize,
+    /// Segmentation without a partial checksum, which virtio 1.2, section 5.1.6.2 demands with it.
+    #[error("segmentation without NEEDS_CSUM")]
+    GsoWithoutCsum,
+    /// The frame's headers are not those that its segmentation promises.
+    #[error("headers do not match the requested segmentation")]
+    GsoMismatch,
+    /// The headers are longer than [`MAX_SEGMENT_HEADER`].
+    #[error("headers too long to segment")]
+    HeaderTooLong,
+    /// More segments than [`MAX_SEGMENTS`].
+    #[error("too many segments")]
+    TooManySegments,
+    /// A segment would be longer than its IP header can say.
+    #[error("segments longer than 65535 bytes")]
+    SegmentTooLong,
+    /// The frame does not ask for segmentation.
+    #[error("frame does not ask for segmentation")]
+    NoGso,
 }
 
 /// The 16-bit big endian field `at` bytes into `bytes`, if it lies inside.
