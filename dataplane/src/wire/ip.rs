@@ -15,6 +15,15 @@ pub const IPV4_HEADER_LEN: usize = 20;
 /// Bytes of the fixed IPv6 header.
 pub const IPV6_HEADER_LEN: usize = 40;
 
+/// Bytes from the start of an IPv4 header to its total length.
+pub const IPV4_TOTAL_LEN_OFFSET: usize = 2;
+/// Bytes from the start of an IPv4 header to its identification.
+pub const IPV4_ID_OFFSET: usize = 4;
+/// Bytes from the start of an IPv4 header to its checksum.
+pub const IPV4_CSUM_OFFSET: usize = 10;
+/// Bytes from the start of an IPv6 header to its payload length.
+pub const IPV6_PAYLOAD_LEN_OFFSET: usize = 4;
+
 /// IPv6 extension headers that [`Ipv6::parse`] walks before it gives up on finding the transport header.
 /// RFC 8200, section 4.1 knows seven occurrences in a sensible packet.
 pub const MAX_EXTENSION_HEADERS: usize = 8;

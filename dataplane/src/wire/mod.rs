@@ -32,6 +32,7 @@ pub mod flow;
 pub mod ip;
 pub mod l4;
 pub mod offload;
+pub mod segment;
 pub mod vlan;
 
 pub use checksum::{Sum, complete_partial};
@@ -40,6 +41,7 @@ pub use flow::flow_hash;
 pub use ip::{Ip, Ipv4, Ipv6, MAX_EXTENSION_HEADERS, Transport};
 pub use l4::{Tcp, Udp};
 pub use offload::{Csum, Gso, GsoKind, Offload, VirtioNetHdr};
+pub use segment::{ChecksumMode, MAX_SEGMENT_HEADER, MAX_SEGMENTS, Segment, Segmenter};
 pub use vlan::{Tci, insert_tag, strip_tag};
 
 /// Why the switch refuses what a frame or its virtio-net header asks for.
