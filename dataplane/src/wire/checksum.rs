@@ -137,7 +137,7 @@ fn add_end_around(a: u64, b: u64) -> u64 {
 fn fold_native(sum: u64) -> u16 {
     let sum = halves(sum);
     let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
-    let sum = (sum & 0xffff) + (sum >> 16);
+    // At most 0x1fffe by now: no carry is left after this.
     let sum = (sum & 0xffff) + (sum >> 16);
     sum as u16
 }
@@ -227,6 +227,7 @@ mod tests {
     #[test]
     fn update_of_rfc_1624_section_4() {
         assert_eq!(update(0xdd2f, 0x5555, 0x3285), 0x0000);
+        assert_eq!(update(0, 0, 1), 0xfffe, "a carry out of the first fold");
     }
 
     #[test]
@@ -260,6 +261,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn fold_is_the_remainder(sum: u64, high_ones in 0u32..64, low_ones in 0u32..64) {
+            for sum in [sum, !(u64::MAX >> high_ones) | !(u64::MAX << low_ones), u64::MAX] {
+                prop_assert_eq!(u64::from(fold_native(sum)) % 0xffff, sum % 0xffff);
+                prop_assert_eq!(fold_native(sum) == 0, sum == 0);
+            }
+        }
+
         #[test]
         fn equals_the_naive_sum(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             prop_assert_eq!(fold_of(&bytes), naive(&bytes));

@@ -548,8 +548,10 @@ mod tests {
         let offload = check(with_ecn(header(true, true)), &frame(true, true)).unwrap();
         assert!(offload.gso.unwrap().ecn);
         assert_eq!(offload.to_virtio(0).gso_type, GSO_TCPV6 | GSO_ECN);
-        let udp = check(with_ecn(header(false, false)), &frame(false, false));
-        assert_eq!(udp, Err(WireError::UnknownGsoType(0x85)));
+        for is_v6 in [false, true] {
+            let udp = check(with_ecn(header(is_v6, false)), &frame(is_v6, false));
+            assert_eq!(udp, Err(WireError::UnknownGsoType(0x85)));
+        }
     }
 
     #[test]
@@ -621,6 +623,13 @@ mod tests {
         assert_eq!(
             check(hdr, &frame(true, true)),
             Err(WireError::CsumBeforeTransport)
+        );
+        let mut other = tcp.clone();
+        other[12..14].copy_from_slice(&[0x88, 0xb5]);
+        assert_eq!(
+            check(hdr, &other),
+            Err(WireError::GsoMismatch),
+            "IPv4 in all but the ethertype"
         );
     }
 

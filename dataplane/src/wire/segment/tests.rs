@@ -457,6 +457,20 @@ fn one_segment_is_fine() {
 }
 
 #[test]
+fn udp_never_says_that_it_has_no_checksum() {
+    // Choose the first two bytes of data so that the checksum of the first segment comes out as zero.
+    let mut original = Super::simple(GsoKind::Udp4, 20, 10);
+    original.payload[..2].fill(0);
+    let csum_field = sliced_l4(&original) + 6;
+    let first = &original.cut(ChecksumMode::Complete)[0];
+    let missing: [u8; 2] = first[csum_field..csum_field + 2].try_into().unwrap();
+    original.payload[..2].copy_from_slice(&missing);
+    let segments = original.cut(ChecksumMode::Complete);
+    assert_eq!(segments[0][csum_field..csum_field + 2], [0xff, 0xff]);
+    verify(&original, &segments);
+}
+
+#[test]
 fn sequence_number_and_identification_wrap() {
     let original = Super {
         seq: u32::MAX - 50,
@@ -531,7 +545,7 @@ fn header_is_bounded() {
 fn segment_length_fits_its_field() {
     let fits = Super::simple(GsoKind::Tcp4, 65535 - 40, 65535);
     verify(&fits, &fits.cut(ChecksumMode::Complete));
-    let (frame, offload) = Super::simple(GsoKind::Tcp6, 65535 - 39, 65535).build();
+    let (frame, offload) = Super::simple(GsoKind::Tcp4, 65535 - 39, 65535).build();
     assert_eq!(error_of(&frame, &offload), Some(WireError::SegmentTooLong));
     // A super-frame beyond 64 KiB is fine as long as its segments are not.
     let big = Super::simple(GsoKind::Tcp6, 150_000, 9000);
