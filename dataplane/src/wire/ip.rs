@@ -100,12 +100,6 @@ impl<'a> Ipv4<'a> {
         usize::from(self.fixed[0] & 0xf) * 4
     }
 
-    /// Identification, by which the fragments of a packet find each other.
-    #[inline]
-    pub fn identification(&self) -> u16 {
-        u16::from_be_bytes([self.fixed[4], self.fixed[5]])
-    }
-
     /// Is this one of several fragments? True of the first one too.
     #[inline]
     pub fn is_fragment(&self) -> bool {
@@ -319,10 +313,7 @@ mod tests {
     fn ipv4_fields() {
         let mut packet = *b"\x46\x00\x00\x73\x12\x34\x40\x00\x40\x11\xb8\x61\xc0\xa8\x00\x01\xc0\xa8\x00\xc7\x01\x01\x01\x01";
         let ip = Ipv4::parse(&packet).unwrap();
-        assert_eq!(
-            (ip.header_len(), ip.protocol(), ip.identification()),
-            (24, 17, 0x1234)
-        );
+        assert_eq!((ip.header_len(), ip.protocol()), (24, 17));
         assert_eq!((ip.src(), ip.dst()), ([192, 168, 0, 1], [192, 168, 0, 199]));
         assert!(!ip.is_fragment(), "don't fragment is no fragment");
         assert_eq!(

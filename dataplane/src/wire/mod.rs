@@ -1,8 +1,8 @@
 //! What the bytes of a frame mean.
 //!
-//! Two kinds of types live here, apart from each other as in smoltcp: *checked views* ([`Ipv4`], [`Ipv6`], [`Tcp`],
-//! [`Udp`]) that borrow bytes and read fields on demand, and *validated representations* ([`EthernetHeader`],
-//! [`Offload`]) that own what the switch has decided to believe. Whoever holds one of either has passed its checks.
+//! Two kinds of types live here, apart from each other as in smoltcp: *checked views* ([`Ipv4`], [`Ipv6`], [`Tcp`])
+//! that borrow bytes and read fields on demand, and *validated representations* ([`EthernetHeader`], [`Offload`]) that
+//! own what the switch has decided to believe. Whoever holds one of either has passed its checks.
 //!
 //! # Contract
 //!
@@ -39,7 +39,7 @@ pub use checksum::{Sum, complete_partial};
 pub use eth::{EthernetHeader, MAX_TAGS, MacAddr, ParseMacError};
 pub use flow::flow_hash;
 pub use ip::{Ip, Ipv4, Ipv6, MAX_EXTENSION_HEADERS, Transport};
-pub use l4::{Tcp, Udp};
+pub use l4::Tcp;
 pub use offload::{Csum, Gso, GsoKind, Offload, VirtioNetHdr};
 pub use segment::{ChecksumMode, MAX_SEGMENT_HEADER, MAX_SEGMENTS, Segment, Segmenter};
 pub use vlan::{Tci, insert_tag, strip_tag};

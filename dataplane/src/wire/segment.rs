@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::checksum::Sum;
 use super::offload::{Csum, GsoKind, Layout, Offload};
-use super::{WireError, be16, eth, ip, l4, put_be16};
+use super::{Tcp, WireError, be16, eth, ip, l4, put_be16};
 
 /// Bytes that a [`Segmenter`] needs for the headers of a segment: Ethernet with two tags, IP with options or extension
 /// headers, TCP with options. The longest without IPv6 extension headers have 142.
@@ -154,18 +154,19 @@ impl<'a> Segmenter<'a> {
     }
 
     fn write_tcp(&self, header: &mut [u8]) -> Option<()> {
-        let tcp = header.get_mut(self.layout.l4..)?;
-        let seq: &mut [u8; 4] = tcp.get_mut(l4::TCP_SEQ_OFFSET..)?.first_chunk_mut()?;
+        let original = Tcp::parse(self.frame.get(self.layout.l4..)?)?;
         let advance = (self.next - self.layout.header_len) as u32;
-        *seq = u32::from_be_bytes(*seq).wrapping_add(advance).to_be_bytes();
-
-        let flags = tcp.get_mut(l4::TCP_FLAGS_OFFSET)?;
+        let mut flags = original.flags();
         if self.index > 0 {
-            *flags &= !l4::TCP_CWR;
+            flags &= !l4::TCP_CWR;
         }
         if self.remaining() > 1 {
-            *flags &= !(l4::TCP_FIN | l4::TCP_PSH);
+            flags &= !(l4::TCP_FIN | l4::TCP_PSH);
         }
+        let tcp = header.get_mut(self.layout.l4..)?;
+        *tcp.get_mut(l4::TCP_SEQ_OFFSET..)?.first_chunk_mut()? =
+            original.seq().wrapping_add(advance).to_be_bytes();
+        *tcp.get_mut(l4::TCP_FLAGS_OFFSET)? = flags;
         Some(())
     }
 
