@@ -24,6 +24,9 @@ pub const MAX_QUEUE_PAIRS: usize = 256;
 /// Memory regions of one guest. Equals what the kernel's vhost and rust-vmm allow.
 pub const MAX_MEM_SLOTS: usize = 509;
 
+/// Memory of one guest, in bytes. A sparse file may claim any size, and our address space is shared by all ports.
+pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
+
 /// Ports of one switch.
 pub const MAX_PORTS: usize = 1024;
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::limits::MAX_MEM_SLOTS;
+use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS};
 
 /// Size of an ordinary page, in bytes.
 const SMALL_PAGE: u64 = 4096;
@@ -46,6 +46,9 @@ pub enum MemError {
     /// Too many regions.
     #[error("more than {MAX_MEM_SLOTS} memory regions")]
     TooMany,
+    /// More memory than any guest has.
+    #[error("more than {} TiB of guest memory", MAX_GUEST_MEMORY >> 40)]
+    TooLarge,
     /// The region to remove is not in the table.
     #[error("no memory region at {0:#x}")]
     NotFound(u64),
@@ -79,6 +82,9 @@ impl Region {
     pub fn map(file: File, gpa: u64, len: u64, uva: u64, offset: u64) -> Result<Self, MemError> {
         if len == 0 {
             return Err(MemError::Empty);
+        }
+        if len > MAX_GUEST_MEMORY {
+            return Err(MemError::TooLarge);
         }
         for first in [gpa, uva, offset] {
             first.checked_add(len).ok_or(MemError::Wraps)?;
@@ -164,7 +170,7 @@ impl GuestMemory {
     /// A new memory table.
     ///
     /// # Errors
-    /// [`MemError`] if regions overlap or are too many.
+    /// [`MemError`] if regions overlap, are too many or too large.
     pub fn new(regions: Vec<Region>) -> Result<Self, MemError> {
         regions.into_iter().try_fold(Self::default(), |memory, region| memory.with(region))
     }
@@ -172,10 +178,13 @@ impl GuestMemory {
     /// This table and one more region.
     ///
     /// # Errors
-    /// [`MemError`] if the region overlaps another or there are too many.
+    /// [`MemError`] if the region overlaps another, or there are too many or too much memory.
     pub fn with(&self, region: Region) -> Result<Self, MemError> {
         if self.regions.len() >= MAX_MEM_SLOTS {
             return Err(MemError::TooMany);
+        }
+        if self.bytes() + region.len > MAX_GUEST_MEMORY {
+            return Err(MemError::TooLarge);
         }
         if let Some(at) = self.regions.iter().find_map(|other| region.overlaps(other)) {
             return Err(MemError::Overlap(at));
@@ -298,6 +307,10 @@ pub(crate) mod tests {
         assert!(matches!(Region::map(memfd(4096), 0, 4096, 0, 1), Err(MemError::BeyondFile { .. })));
         assert!(matches!(Region::map(memfd(4096), u64::MAX, 4096, 0, 0), Err(MemError::Wraps)));
         assert!(matches!(Region::map(memfd(4096), 0, 0, 0, 0), Err(MemError::Empty)));
+        let sparse = MAX_GUEST_MEMORY / 2 + 4096;
+        assert!(matches!(Region::map(memfd(2 * sparse), 0, 2 * sparse, 0, 0), Err(MemError::TooLarge)));
+        let half = GuestMemory::new(vec![region(0, sparse, 0)]).unwrap();
+        assert!(matches!(half.with(region(sparse, sparse, sparse)), Err(MemError::TooLarge)));
         let memory = GuestMemory::new(vec![region(0, 0x2000, 0)]).unwrap();
         assert!(matches!(memory.with(region(0x1000, 0x1000, 0x9000)), Err(MemError::Overlap(0))));
         assert!(matches!(memory.with(region(0x9000, 0x1000, 0x1000)), Err(MemError::Overlap(0))));

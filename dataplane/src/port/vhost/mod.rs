@@ -1,3 +1,36 @@
-//! vhost-user ports.
+//! vhost-user ports: virtual machines whose virtio-net device we are the backend of.
+//!
+//! Each port has a thread of its own, which does nothing but talk to the frontend (QEMU); frames are the business of
+//! the workers, which only ever see the [`Link`](crate::port::Link) that this thread publishes.
+//!
+//! ```text
+//!                    ┌────────────────── retry every 50 ms ──────────────────┐
+//!                    ▼                                                       │
+//!   start ──▶  Connecting ── connect / accept ──▶ Down ── a ring is started  │
+//!               (waits for                         │ ▲    and enabled ──▶ Up │
+//!                the socket)                       │ └── the last ring ◀──┤  │
+//!                    ▲                             │     stops            │  │
+//!                    ├────── the frontend hangs up ┴──────────────────────┤  │
+//!                    │                                                    ▼  │
+//!                    └─────────────────────────────── refused message ▶ Failed
+//! ```
+//!
+//! - `connection` is the thread: it finds the frontend, waits for messages, ends promptly when told to.
+//! - `socket` connects and listens in directories that others can write to.
+//! - `message` knows messages on the wire, and which of them the `vhost` crate must not see.
+//! - `handler` is the device: what each message does to features, memory and rings.
+//! - `ring` is one vring's setup; [`queue`] is how workers use it.
+//! - [`features`] is what we offer.
+//!
+//! Whatever a frontend does wrong ends its connection with a reason in the link, and nothing else. Reconnecting is what
+//! resets a port, since all state but its counters belongs to the connection.
 
+pub mod connection;
+pub mod features;
+mod handler;
+mod message;
 pub mod queue;
+mod ring;
+mod socket;
+
+pub use connection::VhostPort;

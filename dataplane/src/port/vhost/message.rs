@@ -1,0 +1,141 @@
+//! Messages as they are on the wire (vhost-user, "Message Specification").
+//!
+//! The `vhost` crate parses and answers nearly all of them. Some requests it does not dispatch, and one
+//! (`SET_VRING_ENABLE`) it refuses at a time at which QEMU sends it. We look at each header before the crate does and
+//! keep those few for ourselves.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+
+/// Bytes of a header: request, flags and size of what follows.
+pub(super) const HEADER: usize = 12;
+
+const VERSION: u32 = 0x1;
+const VERSION_MASK: u32 = 0x3;
+const REPLY: u32 = 0x4;
+const NEED_REPLY: u32 = 0x8;
+
+/// Why a message is not one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MessageError {
+    /// Not in the specification.
+    #[error("request number {0} is unknown")]
+    UnknownRequest(u32),
+    /// Another version, a reply, or reserved bits.
+    #[error("{0:?}: the flags {1:#x} are not those of a request")]
+    Flags(FrontendReq, u32),
+    /// Larger than any message there is.
+    #[error("{0:?}: {1} bytes are more than the {MAX_MSG_SIZE} of the longest message")]
+    TooLong(FrontendReq, u32),
+    /// Another size than the request has.
+    #[error("{0:?}: {1} bytes instead of {2}")]
+    Size(FrontendReq, u32, u32),
+    /// The rest of the message did not come.
+    #[error("{0:?}: cannot read the whole message: {1}")]
+    Truncated(FrontendReq, #[source] io::Error),
+    /// The frontend does not read our replies.
+    #[error("{0:?}: cannot send the reply: {1}")]
+    Reply(FrontendReq, #[source] io::Error),
+}
+
+/// A valid header of a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Header {
+    /// What is asked.
+    pub(super) request: FrontendReq,
+    /// The frontend waits for an answer, if that was negotiated.
+    pub(super) need_reply: bool,
+    size: u32,
+}
+
+impl Header {
+    /// Checks a header.
+    pub(super) fn parse(bytes: [u8; HEADER]) -> Result<Self, MessageError> {
+        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let (number, flags, size) = (word(0), word(4), word(8));
+        let request = FrontendReq::try_from(number).map_err(|_| MessageError::UnknownRequest(number))?;
+        if flags & VERSION_MASK != VERSION || flags & !(VERSION_MASK | NEED_REPLY) != 0 {
+            return Err(MessageError::Flags(request, flags));
+        }
+        if size as usize > MAX_MSG_SIZE {
+            return Err(MessageError::TooLong(request, size));
+        }
+        Ok(Self { request, need_reply: flags & NEED_REPLY != 0, size })
+    }
+
+    /// Takes the whole message, whose payload must be exactly `N` bytes, from the stream. Reading without room for
+    /// ancillary data makes the kernel close any descriptors that came along.
+    pub(super) fn take<const N: usize>(self, mut stream: &UnixStream) -> Result<[u8; N], MessageError> {
+        if self.size as usize != N {
+            return Err(MessageError::Size(self.request, self.size, N as u32));
+        }
+        let mut payload = [0; N];
+        let read = stream.read_exact(&mut [0; HEADER]).and_then(|()| stream.read_exact(&mut payload));
+        read.map_err(|error| MessageError::Truncated(self.request, error))?;
+        Ok(payload)
+    }
+
+    /// Answers with a number, the payload of every reply that we send ourselves.
+    pub(super) fn reply(self, mut stream: &UnixStream, value: u64) -> Result<(), MessageError> {
+        let mut reply = [0; HEADER + 8];
+        for (place, word) in [u32::from(self.request), VERSION | REPLY, 8].into_iter().enumerate() {
+            reply[place * 4..place * 4 + 4].copy_from_slice(&word.to_ne_bytes());
+        }
+        reply[HEADER..].copy_from_slice(&value.to_ne_bytes());
+        stream.write_all(&reply).map_err(|error| MessageError::Reply(self.request, error))
+    }
+}
+
+/// Copies the bytes at the head of the stream, up to a header's worth, and leaves them there. Returns how many there
+/// are; 0 means that the frontend has hung up.
+pub(super) fn peek(stream: &UnixStream, header: &mut [u8; HEADER]) -> io::Result<usize> {
+    // SAFETY: the kernel writes at most `HEADER` bytes to a buffer of that size.
+    let count = unsafe { libc::recv(stream.as_raw_fd(), header.as_mut_ptr().cast(), HEADER, libc::MSG_PEEK) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(request: u32, flags: u32, size: u32) -> [u8; HEADER] {
+        let mut bytes = [0; HEADER];
+        bytes[..4].copy_from_slice(&request.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
+        bytes[8..].copy_from_slice(&size.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn checks_headers() {
+        assert!(Header::parse(header(39, 9, 8)).unwrap().need_reply);
+        assert!(matches!(Header::parse(header(0, 1, 0)), Err(MessageError::UnknownRequest(0))));
+        assert!(matches!(Header::parse(header(u32::MAX, 1, 0)), Err(MessageError::UnknownRequest(_))));
+        for flags in [0, 2, 3, 5, 0x11, 0x8000_0001] {
+            assert!(matches!(Header::parse(header(1, flags, 0)), Err(MessageError::Flags(..))), "{flags}");
+        }
+        assert!(Header::parse(header(1, 1, 4096)).is_ok());
+        assert!(matches!(Header::parse(header(1, 1, 4097)), Err(MessageError::TooLong(..))));
+    }
+
+    #[test]
+    fn takes_exactly_one_message() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&header(20, 1, 8)).unwrap();
+        theirs.write_all(&1500u64.to_ne_bytes()).unwrap();
+        theirs.write_all(&header(40, 1, 0)).unwrap();
+        let mut bytes = [0; HEADER];
+        assert_eq!(peek(&ours, &mut bytes).unwrap(), HEADER);
+        let first = Header::parse(bytes).unwrap();
+        assert!(matches!(first.take::<4>(&ours), Err(MessageError::Size(FrontendReq::NET_SET_MTU, 8, 4))));
+        assert_eq!(first.take::<8>(&ours).unwrap(), 1500u64.to_ne_bytes());
+        assert_eq!(peek(&ours, &mut bytes).unwrap(), HEADER);
+        assert_eq!(Header::parse(bytes).unwrap().request, FrontendReq::GET_STATUS);
+        Header::parse(bytes).unwrap().take::<0>(&ours).unwrap();
+        drop(theirs);
+        assert_eq!(peek(&ours, &mut bytes).unwrap(), 0);
+    }
+}

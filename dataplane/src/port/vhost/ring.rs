@@ -1,0 +1,153 @@
+//! One vring as the frontend describes it, from its first message to the queue that workers serve.
+
+use std::sync::Arc;
+
+use crate::mem::GuestMemory;
+use crate::port::stats::PortStats;
+use crate::port::vhost::features;
+use crate::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
+use crate::port::{RxEntry, TxQueue};
+use crate::virtq::RingConfig;
+use crate::virtq::notify::EventFd;
+use crate::virtq::split::Vring;
+
+/// Where the parts of a ring lie, in the frontend's address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) desc: u64,
+    pub(super) avail: u64,
+    pub(super) used: u64,
+}
+
+/// What workers serve.
+#[derive(Debug)]
+pub(super) enum Queue {
+    /// The guest sends, we receive.
+    FromGuest(RxEntry),
+    /// We send, the guest receives.
+    ToGuest(Arc<dyn TxQueue>),
+}
+
+/// What a ring needs to know of its device to run.
+pub(super) struct Surroundings<'a> {
+    pub(super) features: u64,
+    pub(super) memory: &'a Arc<GuestMemory>,
+    pub(super) stats: &'a Arc<PortStats>,
+}
+
+/// One vring. It runs once it is started (by its kick message) and enabled.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    /// Descriptors.
+    pub(super) size: u32,
+    /// Its addresses, if they were given since it was last stopped.
+    pub(super) place: Option<Place>,
+    /// Next index to process, while there is no `vring` to ask.
+    pub(super) base: u16,
+    /// How the guest wakes us.
+    pub(super) kick: Option<Arc<EventFd>>,
+    /// How we wake the guest.
+    pub(super) call: Option<Arc<EventFd>>,
+    /// How we tell the frontend of errors. Kept so that the frontend need not repeat it; not used, like elsewhere.
+    pub(super) err: Option<EventFd>,
+    /// By `SET_VRING_ENABLE`.
+    pub(super) enabled: bool,
+    /// By `SET_VRING_KICK`, until `GET_VRING_BASE`.
+    pub(super) started: bool,
+    /// Why it does not run although it was started.
+    pub(super) problem: Option<String>,
+    vring: Option<Arc<Vring>>,
+    queue: Option<Queue>,
+}
+
+impl Ring {
+    /// Whether it should run. Without protocol features rings begin enabled (vhost-user, "Ring states").
+    fn wanted(&self, features: u64) -> bool {
+        self.started && (self.enabled || features & features::PROTOCOL_FEATURES == 0)
+    }
+
+    /// Whether it can pass frames, even if it is withdrawn at the moment.
+    pub(super) fn runs(&self, features: u64) -> bool {
+        self.wanted(features) && self.vring.is_some()
+    }
+
+    /// What workers serve, if it runs.
+    pub(super) fn queue(&self) -> Option<&Queue> {
+        self.queue.as_ref()
+    }
+
+    /// Takes the ring from the workers. They are through with it once a link without it has been published.
+    pub(super) fn withdraw(&mut self) {
+        self.queue = None;
+    }
+
+    /// Remembers where the ring stands and lets go of guest memory. Only after it has been withdrawn and published.
+    pub(super) fn freeze(&mut self) {
+        if let Some(vring) = self.vring.take() {
+            self.base = vring.base();
+        }
+    }
+
+    /// The ring in a new memory table. Only after it has been withdrawn and published.
+    pub(super) fn move_to(&mut self, index: usize, memory: &Arc<GuestMemory>) {
+        let Some(vring) = self.vring.take() else { return };
+        self.base = vring.base();
+        match vring.moved_to(memory.clone()) {
+            Ok(moved) => self.vring = Some(Arc::new(moved)),
+            Err(error) => self.problem = Some(format!("ring {index}: {error}")),
+        }
+    }
+
+    /// Forgets everything but size and base: what `GET_VRING_BASE` leaves. Addresses and descriptors of the old
+    /// driver must not be used when the next one starts fewer rings.
+    pub(super) fn stop(&mut self) {
+        *self = Self { size: self.size, base: self.base, enabled: self.enabled, ..Self::default() };
+    }
+
+    /// Makes what is missing for the ring to run, or withdraws it if it should not.
+    pub(super) fn settle(&mut self, index: usize, around: &Surroundings<'_>) {
+        if !self.wanted(around.features) {
+            self.withdraw();
+            return;
+        }
+        if self.vring.is_none() {
+            self.problem = self.open(around).err().map(|error| format!("ring {index}: {error}"));
+        }
+        if self.queue.is_none() {
+            self.queue = self.vring.clone().map(|vring| self.serve(index, vring, around));
+        }
+    }
+
+    fn open(&mut self, around: &Surroundings<'_>) -> Result<(), String> {
+        let place = self.place.ok_or("started without addresses")?;
+        let config = RingConfig {
+            size: self.size,
+            desc: place.desc,
+            avail: place.avail,
+            used: place.used,
+            event_idx: around.features & features::EVENT_IDX != 0,
+            indirect: around.features & features::INDIRECT_DESC != 0,
+        };
+        let vring = Vring::new(&config, around.memory.clone(), self.base).map_err(|error| error.to_string())?;
+        self.vring = Some(Arc::new(vring));
+        Ok(())
+    }
+
+    fn serve(&self, index: usize, vring: Arc<Vring>, around: &Surroundings<'_>) -> Queue {
+        let pair = index / 2;
+        let setup = QueueSetup {
+            pair,
+            vring,
+            features: around.features,
+            kick: self.kick.clone(),
+            call: self.call.clone(),
+            stats: around.stats.clone(),
+        };
+        // virtio 1.2, 5.1.2: receive queues are even, transmit queues odd, as the guest sees them.
+        if index % 2 == 0 {
+            Queue::ToGuest(Arc::new(GuestRx(setup)))
+        } else {
+            Queue::FromGuest(RxEntry { pair, queue: Arc::new(GuestTx(setup)) })
+        }
+    }
+}
