@@ -144,7 +144,7 @@ impl Ring {
             stats: around.stats.clone(),
         };
         // virtio 1.2, 5.1.2: receive queues are even, transmit queues odd, as the guest sees them.
-        if index % 2 == 0 {
+        if index.is_multiple_of(2) {
             Queue::ToGuest(Arc::new(GuestRx(setup)))
         } else {
             Queue::FromGuest(RxEntry { pair, queue: Arc::new(GuestTx(setup)) })

@@ -1,0 +1,396 @@
+//! Frontends that do everything wrong. Whatever they send, the port says why it hung up, and serves the next one.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+
+use sluice::config::SocketMode::Client;
+use sluice::status::PortState;
+use vhost::VhostBackend;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::support::*;
+
+const MIB: u64 = 1 << 20;
+
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const SET_VRING_BASE: u32 = 10;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_VRING_ERR: u32 = 14;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_VRING_ENABLE: u32 = 18;
+const SET_MTU: u32 = 20;
+const SET_VRING_ENDIAN: u32 = 23;
+const GET_CONFIG: u32 = 24;
+const CREATE_CRYPTO_SESSION: u32 = 26;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
+const SET_STATUS: u32 = 39;
+const GET_STATUS: u32 = 40;
+
+/// One message.
+#[derive(Clone)]
+struct Message {
+    request: u32,
+    flags: u32,
+    payload: Vec<u8>,
+    fds: Vec<RawFd>,
+}
+
+impl Message {
+    fn new(request: u32, payload: Vec<u8>) -> Self {
+        Self { request, flags: 0x1, payload, fds: Vec::new() }
+    }
+
+    fn with(mut self, fds: &[RawFd]) -> Self {
+        self.fds = fds.to_vec();
+        self
+    }
+
+    fn flags(mut self, flags: u32) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    fn send(&self, peer: &Peer) {
+        peer.raw(self.request, self.flags, &self.payload, &self.fds);
+    }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+fn number(value: u64) -> Vec<u8> {
+    value.to_ne_bytes().to_vec()
+}
+
+fn numbers(values: &[u64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
+/// Regions as (guest address, length, frontend address, offset).
+fn table(regions: &[[u64; 4]]) -> Vec<u8> {
+    let mut payload = words(&[regions.len() as u32, 0]);
+    regions.iter().for_each(|region| payload.extend(numbers(region)));
+    payload
+}
+
+/// What a well-behaved frontend sends from its first message to running rings.
+fn handshake(guest: &Guest, event: &EventFd) -> Vec<Message> {
+    let memory = guest.file.as_raw_fd();
+    let event = event.as_raw_fd();
+    let mut messages = vec![
+        Message::new(1, vec![]),
+        Message::new(15, vec![]),
+        Message::new(SET_PROTOCOL_FEATURES, number(expected_protocol().bits())),
+        Message::new(3, vec![]),
+        Message::new(36, vec![]),
+        Message::new(SET_VRING_CALL, number(0)).with(&[event]),
+        Message::new(SET_VRING_ENABLE, words(&[0, 1])),
+        Message::new(SET_VRING_ENABLE, words(&[1, 1])),
+        Message::new(SET_FEATURES, number(DRIVER)),
+        Message::new(GET_STATUS, vec![]),
+        Message::new(SET_STATUS, number(0xb)),
+        Message::new(SET_MEM_TABLE, table(&[[0, MIB, UVA, 0]])).with(&[memory]),
+    ];
+    for ring in [0, 1] {
+        let place = ring_place(ring as usize);
+        let (desc, used, avail) = (place.desc_table_addr, place.used_ring_addr, place.avail_ring_addr);
+        let mut address = words(&[ring, 0]);
+        address.extend(numbers(&[desc, used, avail, 0]));
+        messages.extend([
+            Message::new(SET_VRING_NUM, words(&[ring, u32::from(RING_SIZE)])),
+            Message::new(SET_VRING_BASE, words(&[ring, 0])),
+            Message::new(SET_VRING_ADDR, address),
+            Message::new(SET_VRING_KICK, number(u64::from(ring))).with(&[event]),
+            Message::new(SET_VRING_CALL, number(u64::from(ring))).with(&[event]),
+        ]);
+    }
+    messages
+}
+
+#[test]
+fn hang_up_after_every_message_and_within_each() {
+    let _shared = shared();
+    let bench = Bench::new("hangup", Client);
+    let qemu = bench.listen();
+    let guest = Guest::new(MIB);
+    let event = EventFd::new(0).unwrap();
+    let messages = handshake(&guest, &event);
+    for count in 0..=messages.len() {
+        let peer = qemu.accept();
+        messages[..count].iter().for_each(|message| message.send(&peer));
+    }
+    for (place, message) in messages.iter().enumerate() {
+        let mut bytes = words(&[message.request, message.flags, message.payload.len() as u32]);
+        bytes.extend(&message.payload);
+        let peer = qemu.accept();
+        messages[..place].iter().for_each(|message| message.send(&peer));
+        peer.bytes(&bytes[..bytes.len() - 3], &message.fds);
+    }
+    let peer = qemu.accept();
+    messages.iter().for_each(|message| message.send(&peer));
+    bench.recorder.wait("rings at last", |link| (link.state, link.rx, link.tx) == (PortState::Up, 1, 1));
+}
+
+/// Sends one message to a port that is up, and expects it to be refused for the reason given.
+fn refused(bench: &Bench, qemu: &Qemu, guest: &Guest, message: &Message, reason: &str) {
+    let mark = bench.recorder.mark();
+    let mut peer = qemu.accept();
+    peer.bring_up(guest);
+    message.send(&peer);
+    let failed = bench.recorder.wait_since(mark, reason, |link| link.state == PortState::Failed);
+    assert!(failed.reason.contains(reason), "request {}: {:?} instead of {reason:?}", message.request, failed.reason);
+    assert_eq!((failed.rx, failed.tx, failed.memory), (0, 0, 0));
+    peer.wait_closed();
+}
+
+fn all_refused(name: &str, guest: &Guest, cases: &[(Message, &str)]) {
+    let bench = Bench::new(name, Client);
+    let qemu = bench.listen();
+    for (message, reason) in cases {
+        refused(&bench, &qemu, guest, message, reason);
+    }
+    let mut peer = qemu.accept();
+    peer.bring_up(guest);
+    assert_eq!(bench.recorder.newest().state, PortState::Up);
+}
+
+#[test]
+fn rings_that_are_none() {
+    let _shared = shared();
+    let guest = Guest::new(MIB);
+    let mut cases = Vec::new();
+    for index in [512, 0x1_0000, u32::MAX] {
+        let mut address = words(&[index, 0]);
+        address.extend(numbers(&[UVA, UVA + 0x2000, UVA + 0x1000, 0]));
+        cases.extend([
+            (Message::new(SET_VRING_NUM, words(&[index, 64])), "is beyond the 512 rings"),
+            (Message::new(SET_VRING_ADDR, address), "is beyond the 512 rings"),
+            (Message::new(SET_VRING_BASE, words(&[index, 0])), "is beyond the 512 rings"),
+            (Message::new(GET_VRING_BASE, words(&[index, 0])), "is beyond the 512 rings"),
+            (Message::new(SET_VRING_ENABLE, words(&[index, 1])), "is beyond the 512 rings"),
+        ]);
+    }
+    for size in [0, 3, 32_769, 65_535, 65_536, u32::MAX] {
+        cases.push((Message::new(SET_VRING_NUM, words(&[0, size])), "is not a power of two"));
+    }
+    cases.push((Message::new(SET_VRING_BASE, words(&[0, 0x1_0000])), "does not fit a split ring"));
+    cases.push((Message::new(SET_VRING_ENABLE, words(&[0, 2])), "can be enabled or disabled, not 2"));
+    all_refused("norings", &guest, &cases);
+}
+
+#[test]
+fn descriptors_of_the_wrong_kind() {
+    let _shared = shared();
+    let guest = Guest::new(MIB);
+    let event = EventFd::new(0).unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let directory = std::fs::File::open("/").unwrap();
+    let (memory, event, null, directory) =
+        (guest.file.as_raw_fd(), event.as_raw_fd(), null.as_raw_fd(), directory.as_raw_fd());
+    let region = table(&[[0, MIB, UVA, 0]]);
+    let mut cases = Vec::new();
+    for request in [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR] {
+        for fd in [memory, null] {
+            cases.push((Message::new(request, number(0)).with(&[fd]), "is not an eventfd"));
+        }
+        cases.push((Message::new(request, number(0)), "descriptors are not those"));
+        cases.push((Message::new(request, number(0x100)).with(&[event]), "descriptors are not those"));
+        cases.push((Message::new(request, number(0)).with(&[event, event]), "descriptors are not those"));
+    }
+    for (fd, reason) in [(event, "not a memory file"), (null, "is a device"), (directory, "is a directory")] {
+        cases.push((Message::new(SET_MEM_TABLE, region.clone()).with(&[fd]), reason));
+    }
+    cases.push((Message::new(SET_MEM_TABLE, region.clone()), "descriptors are not those"));
+    cases.push((Message::new(SET_MEM_TABLE, region).with(&[memory, memory]), "descriptors are not those"));
+    cases.push((Message::new(SET_FEATURES, number(DRIVER)).with(&[memory]), "descriptors are not those"));
+    all_refused("wrongfd", &guest, &cases);
+}
+
+#[test]
+fn memory_that_is_none() {
+    let _shared = shared();
+    let guest = Guest::new(MIB);
+    let memory = guest.file.as_raw_fd();
+    let huge = memfd(1 << 46);
+    let mut cases = Vec::new();
+    let two = |a: [u64; 4], b: [u64; 4]| Message::new(SET_MEM_TABLE, table(&[a, b])).with(&[memory, memory]);
+    cases.push((two([0, 0x2000, UVA, 0], [0x1000, 0x1000, 2 * UVA, 0]), "overlap"));
+    cases.push((two([0, 0x2000, UVA, 0], [0x9000, 0x1000, UVA + 0x1fff, 0]), "overlap"));
+    for region in [[u64::MAX, 2, UVA, 0], [0, 2, u64::MAX, 0], [0, 0x1000, UVA, u64::MAX], [0, 0, UVA, 0]] {
+        cases.push((Message::new(SET_MEM_TABLE, table(&[region])).with(&[memory]), "fields"));
+    }
+    for region in [[0, MIB + 1, UVA, 0], [0, MIB, UVA, 1]] {
+        cases.push((Message::new(SET_MEM_TABLE, table(&[region])).with(&[memory]), "beyond the end of its file"));
+    }
+    cases.push((Message::new(SET_MEM_TABLE, table(&[[0, 1 << 46, UVA, 0]])).with(&[huge.as_raw_fd()]), "16 TiB"));
+    cases.push((Message::new(SET_MEM_TABLE, table(&[])), "fields"));
+    cases.push((Message::new(SET_MEM_TABLE, words(&[200, 0])).with(&[memory]), "fields"));
+    cases.push((Message::new(SET_MEM_TABLE, words(&[1])).with(&[memory]), "cut short"));
+    let added = |region: [u64; 4]| numbers(&[0, region[0], region[1], region[2], region[3]]);
+    cases.push((Message::new(ADD_MEM_REG, added([0, 0x1000, UVA + MIB, 0])).with(&[memory]), "overlap"));
+    cases.push((Message::new(ADD_MEM_REG, added([MIB, 0x1000, UVA + MIB, 0])), "invalid parameters"));
+    cases.push((Message::new(ADD_MEM_REG, added([MIB, 2 * MIB, UVA + MIB, 0])).with(&[memory]), "beyond the end"));
+    cases.push((Message::new(REM_MEM_REG, added([0, 0x1000, UVA, 0])), "no memory region at 0x0"));
+    all_refused("nomemory", &guest, &cases);
+}
+
+#[test]
+fn messages_that_are_none() {
+    let _shared = shared();
+    let guest = Guest::new(MIB);
+    let memory = guest.file.as_raw_fd();
+    let cases = [
+        (Message::new(0, vec![]), "request number 0 is unknown"),
+        (Message::new(99, vec![]), "request number 99 is unknown"),
+        (Message::new(1, vec![]).flags(0), "flags"),
+        (Message::new(1, vec![]).flags(0x5), "flags"),
+        (Message::new(1, vec![]).flags(0xffff_fff1), "flags"),
+        (Message::new(SET_MEM_TABLE, vec![0; 5000]), "more than the 4096"),
+        (Message::new(SET_FEATURES, vec![0; 7]), "SET_FEATURES: cut short, or its size"),
+        (Message::new(SET_STATUS, vec![0; 4]), "SET_STATUS: 4 bytes instead of 8"),
+        (Message::new(GET_STATUS, vec![0; 8]), "GET_STATUS: 8 bytes instead of 0"),
+        (Message::new(SET_MTU, vec![0; 16]), "16 bytes instead of 8"),
+        (Message::new(SET_STATUS, number(256)), "more than eight bits"),
+        (Message::new(SET_MTU, number(67)), "an MTU of 67"),
+        (Message::new(SET_MTU, number(65_536)), "an MTU of 65536"),
+        (Message::new(SET_VRING_ENDIAN, words(&[0, 1])), "not supported"),
+        (Message::new(SET_FEATURES, number(DRIVER | 1 << 34)), "virtio features 0x400000000 were never offered"),
+        (Message::new(SET_FEATURES, number(u64::MAX)), "were never offered"),
+        (Message::new(SET_PROTOCOL_FEATURES, number(2)), "protocol features 0x2 were never offered"),
+        (Message::new(SET_LOG_BASE, numbers(&[u64::MAX, 1])).with(&[memory]), "LOG_SHMFD"),
+        (Message::new(GET_INFLIGHT_FD, vec![0; 24]), "INFLIGHT_SHMFD"),
+        (Message::new(SET_INFLIGHT_FD, vec![0; 24]).with(&[memory]), "INFLIGHT_SHMFD"),
+        (Message::new(GET_CONFIG, vec![0; 12]), "CONFIG"),
+        (Message::new(CREATE_CRYPTO_SESSION, vec![0; 8]), "CREATE_CRYPTO_SESSION"),
+    ];
+    all_refused("nomessage", &guest, &cases);
+}
+
+#[test]
+fn refusals_are_acknowledged_when_asked() {
+    let _shared = shared();
+    let bench = Bench::new("nack", Client);
+    let qemu = bench.listen();
+    let guest = Guest::new(MIB);
+    for (request, payload) in [(SET_MTU, number(1)), (SET_VRING_ENABLE, words(&[9999, 1])), (SET_STATUS, number(999))] {
+        let mut peer = qemu.accept();
+        peer.bring_up(&guest);
+        peer.raw(request, 0x9, &payload, &[]);
+        assert_eq!(peer.reply(request), 1);
+        peer.wait_closed();
+    }
+    let mut peer = qemu.accept();
+    peer.bring_up(&guest);
+    assert!(peer.frontend.set_vring_num(0, 3).is_err());
+    peer.wait_closed();
+}
+
+#[test]
+fn garbage_and_silence() {
+    let _shared = shared();
+    let bench = Bench::new("garbage", Client);
+    let qemu = bench.listen();
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    for round in 0..100 {
+        let peer = qemu.accept();
+        let mut bytes = Vec::new();
+        for _ in 0..40 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend(state.to_ne_bytes());
+        }
+        // Every other round begins with a valid header, so that the payload is what is wrong.
+        if round % 2 == 1 {
+            let size = (state % 64) as u32;
+            bytes.splice(..12, words(&[1 + round % 44, 0x1, size]));
+        }
+        peer.bytes(&bytes, &[]);
+    }
+    // Half a header, and then nothing.
+    let mark = bench.recorder.mark();
+    let mut peer = qemu.accept();
+    peer.write(&[1, 0, 0, 0, 1]);
+    bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("half a header"));
+    peer.wait_closed();
+    let mark = bench.recorder.mark();
+    let mut peer = qemu.accept();
+    peer.write(&words(&[SET_FEATURES, 1, 8]));
+    bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("half a message"));
+    peer.wait_closed();
+    let guest = Guest::new(MIB);
+    let mut peer = qemu.accept();
+    peer.bring_up(&guest);
+    assert_eq!(bench.recorder.newest().state, PortState::Up);
+}
+
+/// The reason of a failure stays visible while the port is connected again, until it works.
+#[test]
+fn the_reason_outlives_the_reconnect() {
+    let _shared = shared();
+    let bench = Bench::new("reason", Client);
+    let qemu = bench.listen();
+    let guest = Guest::new(MIB);
+    qemu.accept().raw(SET_FEATURES, 0x1, &number(1 << 34), &[]);
+    let mut peer = qemu.accept();
+    bench.recorder.wait("the reason", |link| {
+        link.state == PortState::Down && link.reason.contains("before that: SET_FEATURES: virtio features")
+    });
+    peer.bring_up(&guest);
+    peer.frontend.get_vring_base(0).unwrap();
+    peer.frontend.get_vring_base(1).unwrap();
+    assert!(!bench.recorder.newest().reason.contains("before that"));
+}
+
+#[test]
+fn a_planted_link_is_not_followed() {
+    let _shared = shared();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("other.sock");
+    let listener = UnixListener::bind(&target).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let mut bench = Bench::new("planted", Client);
+    bench.stop();
+    bench.path = directory.path().join("vm.sock");
+    std::os::unix::fs::symlink(&target, &bench.path).unwrap();
+    bench.start("planted", Client, None);
+    bench.recorder.wait("a refusal", |link| link.reason.contains("is a symbolic link, not a socket"));
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    std::fs::remove_file(&bench.path).unwrap();
+    let mut peer = bench.listen().accept();
+    peer.negotiate();
+
+    // A link on the way there is how KubeVirt's directories are joined.
+    bench.stop();
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(directory.path(), &link).unwrap();
+    let _ = std::fs::remove_file(&bench.path);
+    let qemu = bench.listen();
+    bench.path = link.join("vm.sock");
+    bench.start("planted", Client, None);
+    qemu.accept().negotiate();
+}
+
+/// Connecting and dropping as fast as possible does not make the port run faster.
+#[test]
+fn a_flapping_frontend_is_paced() {
+    let _shared = shared();
+    let bench = Bench::new("flap", Client);
+    let qemu = bench.listen();
+    drop(qemu.accept());
+    let begin = std::time::Instant::now();
+    for _ in 0..10 {
+        drop(qemu.accept());
+    }
+    assert!(begin.elapsed() >= std::time::Duration::from_millis(450), "{:?}", begin.elapsed());
+}

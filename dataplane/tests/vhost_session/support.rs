@@ -1,0 +1,393 @@
+//! A publisher that records, a guest's memory, and a frontend that listens like QEMU does.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sluice::config::SocketMode;
+use sluice::port::stats::PortStats;
+use sluice::port::vhost::VhostPort;
+use sluice::port::{Link, Publisher};
+use sluice::status::PortState;
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long anything may take before a test gives up.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Where the guest's memory begins in the frontend's address space.
+pub(crate) const UVA: u64 = 0x7f00_0000_0000;
+
+/// Descriptors of each ring.
+pub(crate) const RING_SIZE: u16 = 64;
+
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+
+/// Bytes between two rings.
+const RING_STRIDE: u64 = 0x4000;
+
+/// Tests that count descriptors run alone.
+pub(crate) static ALONE: RwLock<()> = RwLock::new(());
+
+/// Held by every other test.
+pub(crate) fn shared() -> RwLockReadGuard<'static, ()> {
+    ALONE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is kept of a published link. Not the link itself, which would keep memory mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) state: PortState,
+    pub(crate) reason: String,
+    pub(crate) rx: usize,
+    pub(crate) tx: usize,
+    pub(crate) features: Vec<&'static str>,
+    pub(crate) memory: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Recorder {
+    seen: Mutex<Vec<Seen>>,
+    last: Mutex<Option<Link>>,
+    changed: Condvar,
+    stats: Arc<PortStats>,
+    pub(crate) forgotten: AtomicUsize,
+}
+
+impl Publisher for Recorder {
+    fn publish(&self, link: Link) {
+        let seen = Seen {
+            state: link.state,
+            reason: link.reason.clone().unwrap_or_default(),
+            rx: link.rx.len(),
+            tx: link.tx.len(),
+            features: link.features.clone(),
+            memory: link.memory_bytes,
+        };
+        *self.last.lock().unwrap() = Some(link);
+        self.seen.lock().unwrap().push(seen);
+        self.changed.notify_all();
+    }
+
+    fn forget_stations(&self) {
+        self.forgotten.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
+}
+
+impl Recorder {
+    /// The present, to wait from.
+    pub(crate) fn mark(&self) -> usize {
+        self.seen.lock().unwrap().len()
+    }
+
+    /// Everything published since.
+    pub(crate) fn since(&self, mark: usize) -> Vec<Seen> {
+        self.seen.lock().unwrap()[mark..].to_vec()
+    }
+
+    /// Waits for a link published since `mark`.
+    pub(crate) fn wait_since(&self, mark: usize, what: &str, accept: impl Fn(&Seen) -> bool) -> Seen {
+        let end = Instant::now() + DEADLINE;
+        let mut seen = self.seen.lock().unwrap();
+        loop {
+            if let Some(found) = seen[mark.min(seen.len())..].iter().find(|seen| accept(seen)) {
+                return found.clone();
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{what} did not come; published: {:#?}", &seen[mark.min(seen.len())..]);
+            seen = self.changed.wait_timeout(seen, left).unwrap().0;
+        }
+    }
+
+    /// Waits until the newest link is as wanted.
+    pub(crate) fn wait(&self, what: &str, accept: impl Fn(&Seen) -> bool) -> Seen {
+        let end = Instant::now() + DEADLINE;
+        let mut seen = self.seen.lock().unwrap();
+        loop {
+            if let Some(last) = seen.last().filter(|last| accept(last)) {
+                return last.clone();
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{what} did not come; the last is {:#?}", seen.last());
+            seen = self.changed.wait_timeout(seen, left).unwrap().0;
+        }
+    }
+
+    pub(crate) fn newest(&self) -> Seen {
+        self.seen.lock().unwrap().last().cloned().unwrap()
+    }
+
+    pub(crate) fn connects(&self) -> u64 {
+        self.stats.connects.load(Ordering::SeqCst)
+    }
+}
+
+/// A port under test.
+pub(crate) struct Bench {
+    pub(crate) recorder: Arc<Recorder>,
+    pub(crate) path: PathBuf,
+    pub(crate) port: Option<VhostPort>,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    pub(crate) fn new(name: &str, mode: SocketMode) -> Self {
+        Self::with_queues(name, mode, None)
+    }
+
+    pub(crate) fn with_queues(name: &str, mode: SocketMode, queues: Option<u16>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut bench = Self {
+            recorder: Arc::default(),
+            path: directory.path().join("vm.sock"),
+            port: None,
+            _directory: directory,
+        };
+        bench.start(name, mode, queues);
+        bench
+    }
+
+    pub(crate) fn start(&mut self, name: &str, mode: SocketMode, queues: Option<u16>) {
+        let recorder = self.recorder.clone();
+        self.port = Some(VhostPort::start(name, self.path.clone(), mode, queues, None, recorder).unwrap());
+    }
+
+    pub(crate) fn listen(&self) -> Qemu {
+        Qemu::listen(&self.path)
+    }
+
+    /// Stops the port, which has to be prompt.
+    pub(crate) fn stop(&mut self) {
+        let port = self.port.take().unwrap();
+        let (done, finished) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            port.stop();
+            done.send(()).unwrap();
+        });
+        finished.recv_timeout(Duration::from_secs(1)).expect("the port did not stop within a second");
+        assert_eq!(self.recorder.newest().state, PortState::Down);
+        assert_eq!((self.recorder.newest().rx, self.recorder.newest().tx), (0, 0));
+    }
+}
+
+/// The frontend's listening socket.
+pub(crate) struct Qemu {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Qemu {
+    pub(crate) fn listen(path: &Path) -> Self {
+        let listener = UnixListener::bind(path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Self { listener, path: path.to_owned() }
+    }
+
+    pub(crate) fn accept(&self) -> Peer {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            if let Ok((stream, _)) = self.listener.accept() {
+                stream.set_nonblocking(false).unwrap();
+                return Peer::new(stream);
+            }
+            assert!(Instant::now() < end, "the port did not connect");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Shared memory of a guest.
+pub(crate) struct Guest {
+    pub(crate) file: File,
+    len: u64,
+}
+
+impl Guest {
+    pub(crate) fn new(len: u64) -> Self {
+        Self { file: memfd(len), len }
+    }
+
+    /// The whole of it as one region, so that guest address 0 is at [`UVA`].
+    pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {
+        self.region_at(0, self.len)
+    }
+
+    pub(crate) fn region_at(&self, offset: u64, len: u64) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: offset,
+            memory_size: len,
+            userspace_addr: UVA + offset,
+            mmap_offset: offset,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+}
+
+pub(crate) fn memfd(len: u64) -> File {
+    // SAFETY: the name is a C string and the descriptor that comes back is ours.
+    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
+    file.set_len(len).unwrap();
+    file
+}
+
+pub(crate) fn ring_place(index: usize) -> VringConfigData {
+    let base = UVA + index as u64 * RING_STRIDE;
+    VringConfigData {
+        queue_max_size: RING_SIZE,
+        queue_size: RING_SIZE,
+        flags: 0,
+        desc_table_addr: base,
+        avail_ring_addr: base + 0x1000,
+        used_ring_addr: base + 0x2000,
+        log_addr: None,
+    }
+}
+
+/// Features as a Linux guest on QEMU accepts them.
+pub(crate) const DRIVER: u64 = 1 << 32 | 1 << 30 | 1 << 28 | 1 << 29 | 1 << 15 | 1 << 22 | 0b11;
+
+/// Our end of a connection.
+pub(crate) struct Peer {
+    pub(crate) frontend: Frontend,
+    pub(crate) stream: UnixStream,
+}
+
+impl Peer {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let frontend = Frontend::from_stream(stream.try_clone().unwrap(), 512);
+        Self { frontend, stream }
+    }
+
+    /// Negotiates the way QEMU does, and has every later message acknowledged.
+    pub(crate) fn negotiate(&mut self) {
+        let features = self.frontend.get_features().unwrap();
+        assert_eq!(features & DRIVER, DRIVER);
+        let offered = self.frontend.get_protocol_features().unwrap();
+        self.frontend.set_protocol_features(offered).unwrap();
+        self.frontend.set_owner().unwrap();
+        self.frontend.set_features(DRIVER).unwrap();
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+
+    pub(crate) fn start_ring(&self, index: usize) {
+        self.frontend.set_vring_num(index, RING_SIZE).unwrap();
+        self.frontend.set_vring_base(index, 0).unwrap();
+        self.frontend.set_vring_addr(index, &ring_place(index)).unwrap();
+        self.wire(SET_VRING_KICK, index);
+        self.wire(SET_VRING_CALL, index);
+    }
+
+    /// Gives a ring a descriptor in the way of QEMU, which lets the index wrap at 256. (The crate's frontend does not,
+    /// and so sets the bit that says that there is no descriptor.)
+    fn wire(&self, request: u32, index: usize) {
+        let event = EventFd::new(0).unwrap();
+        self.raw(request, 0x1, &(index as u64 & 0xff).to_ne_bytes(), &[event.as_raw_fd()]);
+        self.settle();
+    }
+
+    pub(crate) fn start_pair(&mut self, pair: usize) {
+        for index in [2 * pair, 2 * pair + 1] {
+            self.frontend.set_vring_enable(index, true).unwrap();
+            self.start_ring(index);
+        }
+    }
+
+    /// Everything up to a running queue pair.
+    pub(crate) fn bring_up(&mut self, guest: &Guest) {
+        self.negotiate();
+        self.frontend.set_mem_table(&[guest.region()]).unwrap();
+        self.start_pair(0);
+    }
+
+    /// Sends a message exactly as given. The other side may have gone already.
+    pub(crate) fn raw(&self, request: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
+        let mut bytes = Vec::new();
+        for word in [request, flags, payload.len() as u32] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(payload);
+        self.bytes(&bytes, fds);
+    }
+
+    /// Sends bytes along with descriptors.
+    pub(crate) fn bytes(&self, bytes: &[u8], fds: &[RawFd]) {
+        let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let mut control = [0u64; 64];
+        // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has
+        // room for 64 descriptors and their header.
+        unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = &mut data;
+            message.msg_iovlen = 1;
+            if !fds.is_empty() {
+                let len = size_of_val(fds) as u32;
+                message.msg_control = control.as_mut_ptr().cast();
+                message.msg_controllen = libc::CMSG_SPACE(len) as usize;
+                let first = libc::CMSG_FIRSTHDR(&message);
+                (*first).cmsg_level = libc::SOL_SOCKET;
+                (*first).cmsg_type = libc::SCM_RIGHTS;
+                (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
+                std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
+            }
+            libc::sendmsg(self.stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL);
+        }
+    }
+
+    /// Reads a reply to `request` that carries a number.
+    pub(crate) fn reply(&mut self, request: u32) -> u64 {
+        let mut bytes = [0; 20];
+        self.stream.read_exact(&mut bytes).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4), word(8)), (request, 0x5, 8));
+        u64::from_ne_bytes(bytes[12..].try_into().unwrap())
+    }
+
+    /// Waits until everything sent so far has been handled.
+    pub(crate) fn settle(&self) {
+        self.frontend.get_features().unwrap();
+    }
+
+    /// Whether the other side has closed the connection.
+    pub(crate) fn wait_closed(&mut self) {
+        let mut rest = Vec::new();
+        match self.stream.read_to_end(&mut rest) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        }
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+}
+
+/// Protocol features that the port has to offer.
+pub(crate) fn expected_protocol() -> VhostUserProtocolFeatures {
+    use VhostUserProtocolFeatures as P;
+    P::MQ | P::REPLY_ACK | P::MTU | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS | P::STATUS
+}
+
+/// Open descriptors of this process.
+pub(crate) fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
