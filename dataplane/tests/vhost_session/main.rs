@@ -7,6 +7,7 @@ mod hostile;
 mod support;
 
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,8 @@ use std::{fs, thread};
 use sluice::config::SocketMode::{Client, Server};
 use sluice::port::Publisher;
 use sluice::status::PortState;
-use sluice::virtq::Fault;
+use sluice::virtq::split::Vring;
+use sluice::virtq::{Fault, RingConfig};
 use support::*;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -210,6 +212,69 @@ fn memory_changes_under_running_rings() {
     assert_eq!((bench.recorder.newest().rx, bench.recorder.newest().memory), (1, 3 * MIB));
     peer.frontend.remove_mem_region(&guest.region_at(3 * MIB, MIB)).unwrap();
     assert_eq!((bench.recorder.newest().rx, bench.recorder.newest().memory), (1, 2 * MIB));
+}
+
+/// Whether rings look at guest memory yet.
+fn rings_are_real() -> bool {
+    let nowhere = RingConfig { size: 64, desc: UVA, avail: UVA, used: UVA, event_idx: false, indirect: false };
+    Vring::new(&nowhere, Default::default(), 0).is_err()
+}
+
+#[test]
+fn a_ring_outside_of_memory_stops_until_memory_is_back() {
+    let _shared = shared();
+    if !rings_are_real() {
+        return;
+    }
+    let bench = Bench::new("outside", Client);
+    let mut peer = bench.listen().accept();
+    let guest = Guest::new(2 * MIB);
+    peer.negotiate();
+    peer.frontend.set_mem_table(&[guest.region_at(0, MIB), guest.region_at(MIB, MIB)]).unwrap();
+    peer.start_pair(0);
+    assert_eq!(bench.recorder.newest().state, PortState::Up);
+    peer.frontend.remove_mem_region(&guest.region_at(0, MIB)).unwrap();
+    let gone = bench.recorder.newest();
+    assert_eq!((gone.state, gone.rx, gone.tx, gone.memory), (PortState::Down, 0, 0, MIB));
+    assert!(gone.reason.starts_with("ring 0: the ") && gone.reason.contains("outside"), "{}", gone.reason);
+    peer.frontend.add_mem_region(&guest.region_at(0, MIB)).unwrap();
+    let back = bench.recorder.newest();
+    assert_eq!((back.state, back.rx, back.tx, back.reason.as_str()), (PortState::Up, 1, 1, ""));
+    // Kicked before its memory is there.
+    peer.frontend.remove_mem_region(&guest.region_at(0, MIB)).unwrap();
+    peer.start_pair(1);
+    assert_eq!(bench.recorder.newest().state, PortState::Down);
+    peer.frontend.add_mem_region(&guest.region_at(0, MIB)).unwrap();
+    assert_eq!((bench.recorder.newest().rx, bench.recorder.newest().tx), (2, 2));
+}
+
+#[test]
+fn a_running_ring_resumes_exactly_where_it_was() {
+    let _shared = shared();
+    if !rings_are_real() {
+        return;
+    }
+    let bench = Bench::new("resume", Client);
+    let mut peer = bench.listen().accept();
+    let guest = Guest::new(MIB);
+    peer.bring_up(&guest);
+    for (index, base) in [(0, 41u16), (1, 0xffff)] {
+        peer.frontend.get_vring_base(index).unwrap();
+        // A driver and a device that have both come as far as `base`.
+        let place = ring_place(index);
+        for area in [place.avail_ring_addr, place.used_ring_addr] {
+            guest.file.write_all_at(&base.to_le_bytes(), area - UVA + 2).unwrap();
+        }
+        peer.frontend.set_vring_num(index, RING_SIZE).unwrap();
+        peer.frontend.set_vring_base(index, base).unwrap();
+        peer.frontend.set_vring_addr(index, &place).unwrap();
+        peer.frontend.set_vring_kick(index, &EventFd::new(0).unwrap()).unwrap();
+        // Neither a change of memory nor one of features moves it.
+        peer.frontend.set_mem_table(&[guest.region()]).unwrap();
+        peer.frontend.set_features(DRIVER & !(1 << 29)).unwrap();
+        peer.frontend.set_features(DRIVER).unwrap();
+        assert_eq!(peer.frontend.get_vring_base(index).unwrap(), u32::from(base));
+    }
 }
 
 #[test]
