@@ -44,6 +44,34 @@ pub enum PortTarget {
     },
 }
 
+impl PortTarget {
+    /// Name of the kind, as in a SPEC.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::VhostUser { .. } => "vhost-user",
+            Self::Tap { .. } => "tap",
+        }
+    }
+
+    /// Whether two ports with these targets would be in each other's way.
+    pub fn collides(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::VhostUser { path: a, .. }, Self::VhostUser { path: b, .. }) => a == b,
+            (Self::Tap { interface: a }, Self::Tap { interface: b }) => a == b,
+            _ => false,
+        }
+    }
+}
+
+impl std::fmt::Display for PortTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::VhostUser { path, .. } => path.display().fmt(f),
+            Self::Tap { interface } => f.write_str(interface),
+        }
+    }
+}
+
 /// Who listens on a vhost-user socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SocketMode {

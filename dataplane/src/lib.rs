@@ -1,3 +1,18 @@
 //! Sluice, a userspace vhost-user switch.
+//!
+//! Data flows one way: port → frame → switch → frame → port.
 
+pub mod config;
+pub mod frame;
+pub mod limits;
+pub mod mem;
+pub mod port;
+pub mod status;
+pub mod switch;
+pub mod sync;
+pub mod virtq;
 pub mod wire;
+pub mod worker;
+
+#[cfg(test)]
+mod testing;

@@ -5,6 +5,10 @@
 //! can change at any time under our hands, since the guest runs meanwhile: they are only ever read by volatile loads or
 //! raw copies, never through references.
 
+mod segment;
+
+pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use crate::frame::{Burst, BurstStorage};
 use crate::port::stats::PortStats;
 use crate::status::PortState;
-use crate::switch::Scratch;
+use crate::switch::convert::Scratch;
 use crate::virtq::Fault;
 
 /// Index of a port in the switch's tables. Reused after a port is gone, never while a worker knows the old one.

@@ -1,16 +1,37 @@
-//! The switch: networks, forwarding and the ports' tables.
+//! The switch: networks, forwarding, and the tables of ports.
+//!
+//! This is where the control side and the workers meet. [`Switch`] holds the ports; whenever one changes it builds a
+//! new [`snapshot::Snapshot`], puts it into every worker's mailbox, and waits until all have taken it up.
 
-use std::sync::Arc;
-
-use crate::config::{PortConfig, SwitchConfig};
-use crate::status::{FdbEntryStatus, PortStatus, WorkerStatus};
-
+pub mod convert;
 mod drops;
-pub use drops::DropReason;
+pub mod fdb;
+pub mod forward;
+mod report;
+pub mod snapshot;
+#[cfg(test)]
+mod tests;
+pub mod vlan;
 
-/// Private memory of a worker for frames that have to be rebuilt.
-#[derive(Debug)]
-pub struct Scratch {}
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::config::{PortConfig, PortTarget, SwitchConfig};
+use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
+use crate::port::stats::PortStats;
+use crate::port::tap::TapPort;
+use crate::port::vhost::VhostPort;
+use crate::port::{Link, PortId, Publisher};
+use crate::status::PortState;
+use crate::worker::{self, WorkerShared};
+use fdb::{Fdb, Station};
+use snapshot::{Plan, PortView, Served, Snapshot};
+use vlan::VlanPolicy;
+
+pub use drops::DropReason;
 
 /// Why a port was not added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -42,65 +63,359 @@ pub enum PortError {
     Setup(String),
 }
 
-/// A running switch: workers, ports and tables. Cheap to share.
+/// A running switch: workers, ports and tables. Share it by `Arc`.
 #[derive(Debug)]
-pub struct Switch {}
+pub struct Switch {
+    inner: Arc<Inner>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What the threads of the control side share.
+#[derive(Debug)]
+struct Inner {
+    fdb: Arc<Fdb>,
+    workers: Vec<Arc<WorkerShared>>,
+    tables: Mutex<Tables>,
+    stopping: AtomicBool,
+    housekeeper: report::Housekeeper,
+}
+
+/// The ports, as the control side knows them.
+#[derive(Debug, Default)]
+struct Tables {
+    ports: BTreeMap<String, Entry>,
+    /// Names in the order they were added.
+    order: Vec<String>,
+    slots: Vec<Slot>,
+    networks: Vec<String>,
+    epoch: u64,
+}
+
+/// A place for a port.
+#[derive(Debug, Clone, Default)]
+enum Slot {
+    #[default]
+    Free,
+    /// Given out, not yet shown to workers, or not shown any more.
+    Reserved,
+    Used(Arc<PortView>),
+}
+
+#[derive(Debug)]
+struct Entry {
+    config: PortConfig,
+    id: PortId,
+    stats: Arc<PortStats>,
+    /// The thread that looks after the other side. `None` while the port is added or removed.
+    driver: Option<Driver>,
+}
+
+/// The kinds of port, running until dropped.
+#[derive(Debug)]
+enum Driver {
+    Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
+    Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere does not make tables that are replaced as a whole inconsistent.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Switch {
     /// Starts the workers.
     ///
     /// # Errors
     /// If a thread cannot be started or pinned.
-    pub fn start(_config: &SwitchConfig) -> std::io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {}))
+    pub fn start(config: &SwitchConfig) -> std::io::Result<Arc<Self>> {
+        let cpus = if config.workers.is_empty() { vec![None] } else { config.workers.clone() };
+        let workers: Vec<_> = cpus.into_iter().take(MAX_WORKERS).map(WorkerShared::new).collect::<Result<_, _>>()?;
+        let inner = Arc::new(Inner {
+            fdb: Arc::new(Fdb::new(config.fdb)),
+            workers: workers.into_iter().map(Arc::new).collect(),
+            tables: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            housekeeper: report::Housekeeper::default(),
+        });
+        let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
+        let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
+        for (id, shared) in inner.workers.iter().enumerate() {
+            let thread = worker::start(id, shared.clone(), config.mode, inner.fdb.clone(), first.clone());
+            let cpu = shared.cpu;
+            let thread = thread.map_err(|e| match cpu {
+                Some(cpu) => std::io::Error::new(e.kind(), format!("cannot run a worker on CPU {cpu}: {e}")),
+                None => e,
+            })?;
+            lock(&switch.threads).push(thread);
+        }
+        let housekeeper = report::start(inner)?;
+        lock(&switch.threads).push(housekeeper);
+        Ok(switch)
     }
 
     /// Adds a port. It connects in the background.
     ///
     /// # Errors
     /// [`PortError`]; nothing is left behind then.
-    pub fn add_port(&self, _config: PortConfig) -> Result<(), PortError> {
-        Ok(())
+    pub fn add_port(&self, config: PortConfig) -> Result<(), PortError> {
+        let name = config.name.clone();
+        let (id, stats) = self.inner.reserve(&config)?;
+        let driver = self.inner.clone().start_driver(id, &config, &stats);
+        let mut tables = lock(&self.inner.tables);
+        match driver {
+            Ok(driver) => {
+                if let Some(entry) = tables.ports.get_mut(&name) {
+                    entry.driver = Some(driver);
+                }
+                Ok(())
+            }
+            Err(e) => {
+                self.inner.release(&mut tables, &name);
+                Err(PortError::Setup(e.to_string()))
+            }
+        }
     }
 
-    /// Removes a port.
+    /// Removes a port and returns its configuration.
     ///
     /// # Errors
     /// [`PortError::NotFound`].
     pub fn remove_port(&self, name: &str) -> Result<PortConfig, PortError> {
-        Err(PortError::NotFound(name.into()))
-    }
-
-    /// Configurations of all ports, in the order they were added.
-    pub fn port_configs(&self) -> Vec<PortConfig> {
-        Vec::new()
-    }
-
-    /// All ports, sorted by name.
-    pub fn ports(&self) -> Vec<PortStatus> {
-        Vec::new()
-    }
-
-    /// One port.
-    pub fn port(&self, _name: &str) -> Option<PortStatus> {
-        None
-    }
-
-    /// The forwarding table, sorted by network, VLAN and address.
-    pub fn fdb(&self) -> Vec<FdbEntryStatus> {
-        Vec::new()
-    }
-
-    /// Forgets learned addresses, of one network or of all. Returns how many.
-    pub fn flush_fdb(&self, _network: Option<&str>) -> usize {
-        0
-    }
-
-    /// The workers.
-    pub fn workers(&self) -> Vec<WorkerStatus> {
-        Vec::new()
+        let not_found = || PortError::NotFound(name.into());
+        let (config, driver) = {
+            let mut tables = lock(&self.inner.tables);
+            let entry = tables.ports.get_mut(name).ok_or_else(not_found)?;
+            // A port that has no driver is being added or removed by somebody else.
+            (entry.config.clone(), entry.driver.take().ok_or_else(not_found)?)
+        };
+        // Ends its thread, which publishes a last time: not under the lock.
+        drop(driver);
+        self.inner.release(&mut lock(&self.inner.tables), name);
+        Ok(config)
     }
 
     /// Stops all ports and workers and waits for them. Idempotent.
-    pub fn stop(&self) {}
+    pub fn stop(&self) {
+        for config in self.port_configs() {
+            let _ = self.remove_port(&config.name);
+        }
+        self.inner.stopping.store(true, Ordering::Release);
+        self.inner.housekeeper.wake();
+        for worker in &self.inner.workers {
+            worker.stop.store(true, Ordering::Release);
+            worker.wake.signal();
+        }
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Inner {
+    /// Gives a new port its name and place.
+    fn reserve(&self, config: &PortConfig) -> Result<(PortId, Arc<PortStats>), PortError> {
+        let mut tables = lock(&self.tables);
+        if tables.ports.contains_key(&config.name) {
+            return Err(PortError::Exists(config.name.clone()));
+        }
+        if let Some(other) = tables.ports.values().find(|entry| entry.config.target.collides(&config.target)) {
+            let (target, port) = (config.target.to_string(), other.config.name.clone());
+            return Err(PortError::TargetInUse { target, port });
+        }
+        let free = tables.slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or(tables.slots.len());
+        if free >= MAX_PORTS {
+            return Err(PortError::Limit { what: "ports", limit: MAX_PORTS });
+        }
+        tables.network(&config.network)?;
+        if free == tables.slots.len() {
+            tables.slots.push(Slot::Free);
+        }
+        tables.slots[free] = Slot::Reserved;
+        let (id, stats) = (PortId(free as u16), Arc::new(PortStats::default()));
+        let entry = Entry { config: config.clone(), id, stats: stats.clone(), driver: None };
+        tables.order.push(config.name.clone());
+        tables.ports.insert(config.name.clone(), entry);
+        self.add_static(&tables, config, id);
+        Ok((id, stats))
+    }
+
+    /// A configured address is known from the start, and nobody else can claim it.
+    fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
+        let network = tables.networks.iter().position(|name| *name == config.network);
+        let vid = VlanPolicy::from(&config.vlan).untagged();
+        if let (Some(mac), Some(network), Some(vid)) = (config.mac, network, vid) {
+            let station = Station { mac: mac.to_u64(), vid, network: network as u16 };
+            self.fdb.retain(|entry| entry.station == station);
+            self.fdb.insert(station, id, true);
+        }
+    }
+
+    fn start_driver(
+        self: Arc<Self>,
+        id: PortId,
+        config: &PortConfig,
+        stats: &Arc<PortStats>,
+    ) -> std::io::Result<Driver> {
+        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
+        publisher.publish(Link::down(PortState::Connecting, None));
+        match &config.target {
+            PortTarget::VhostUser { path, mode } => {
+                VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
+                    .map(Driver::Vhost)
+            }
+            PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
+        }
+    }
+
+    /// Takes a port out of everything.
+    fn release(&self, tables: &mut Tables, name: &str) {
+        let Some(entry) = tables.ports.remove(name) else { return };
+        tables.order.retain(|other| other != name);
+        tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
+        self.publish(tables);
+        // After the last worker has forgotten the port: nobody can learn behind it any more.
+        self.fdb.retain(|known| known.port == entry.id);
+        tables.slots[usize::from(entry.id.0)] = Slot::Free;
+    }
+
+    /// Shows the tables to the workers and waits until all use them.
+    fn publish(&self, tables: &mut Tables) {
+        tables.epoch += 1;
+        let snapshot = match self.snapshot(tables) {
+            Ok(snapshot) => Arc::new(snapshot),
+            Err(e) => {
+                tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
+                return;
+            }
+        };
+        for worker in &self.workers {
+            worker.mailbox.put(snapshot.clone());
+            worker.wake.signal();
+        }
+        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.load(Ordering::Acquire) >= snapshot.epoch;
+        let patience = Instant::now();
+        while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
+            // A worker is never away for longer than a few bursts.
+            if patience.elapsed() < Duration::from_micros(50) {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+    }
+
+    fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
+        let ports: Vec<_> = tables.slots.iter().map(Slot::view).collect();
+        let mut networks = vec![Vec::new(); tables.networks.len()];
+        for port in ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
+            if let Some(members) = networks.get_mut(usize::from(port.network)) {
+                members.push(port.id);
+            }
+        }
+        let plans = self.plans(&ports)?;
+        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans })
+    }
+
+    /// Spreads the receive queues over the workers.
+    fn plans(&self, ports: &[Option<Arc<PortView>>]) -> std::io::Result<Vec<Plan>> {
+        let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
+        let count = queues.len();
+        for port in ports.iter().flatten() {
+            for rx in &port.link.rx {
+                let worker = worker_of(port.id, rx.pair, count);
+                let served = Served { port: port.clone(), queue: rx.queue.clone(), armed: AtomicBool::new(false) };
+                queues[worker].push(served);
+            }
+        }
+        let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
+            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()))?;
+            Ok(Plan { queues, epoll })
+        };
+        self.workers.iter().zip(queues).map(with_epoll).collect()
+    }
+}
+
+/// The worker that serves a receive queue: neighbouring ports and pairs go to different ones.
+fn worker_of(port: PortId, pair: usize, workers: usize) -> usize {
+    (usize::from(port.0) + pair) % workers.max(1)
+}
+
+impl Slot {
+    fn view(&self) -> Option<Arc<PortView>> {
+        match self {
+            Self::Used(view) => Some(view.clone()),
+            _ => None,
+        }
+    }
+}
+
+impl Tables {
+    /// The place of a network, made if need be. Networks stay, since entries of the FDB may name them.
+    fn network(&mut self, name: &str) -> Result<u16, PortError> {
+        if let Some(place) = self.networks.iter().position(|known| known == name) {
+            return Ok(place as u16);
+        }
+        let used = |place: &usize| self.ports.values().any(|entry| entry.config.network == self.networks[*place]);
+        if self.networks.len() >= MAX_NETWORKS {
+            // One that no port uses any more has no entries either: they went with their ports.
+            let unused = (0..self.networks.len()).find(|place| !used(place));
+            let place = unused.ok_or(PortError::Limit { what: "networks", limit: MAX_NETWORKS })?;
+            self.networks[place] = name.into();
+            return Ok(place as u16);
+        }
+        self.networks.push(name.into());
+        Ok((self.networks.len() - 1) as u16)
+    }
+}
+
+/// A port's way to the workers.
+#[derive(Debug)]
+struct PortPublisher {
+    inner: Weak<Inner>,
+    id: PortId,
+    stats: Arc<PortStats>,
+}
+
+impl Publisher for PortPublisher {
+    fn publish(&self, link: Link) {
+        let Some(inner) = self.inner.upgrade() else { return };
+        let mut tables = lock(&inner.tables);
+        let Some(config) = tables.ports.values().find(|entry| entry.id == self.id).map(|entry| entry.config.clone())
+        else {
+            return;
+        };
+        let Ok(network) = tables.network(&config.network) else { return };
+        let view = PortView {
+            id: self.id,
+            network,
+            vlan: VlanPolicy::from(&config.vlan),
+            mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
+            only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),
+            stats: self.stats.clone(),
+            link: Arc::new(link),
+        };
+        let down = view.link.state != PortState::Up;
+        tables.slots[usize::from(self.id.0)] = Slot::Used(Arc::new(view));
+        inner.publish(&mut tables);
+        // No worker learns behind the port any more; what is known would only swallow frames.
+        if down {
+            self.forget_stations();
+        }
+    }
+
+    fn forget_stations(&self) {
+        if let Some(inner) = self.inner.upgrade() {
+            inner.fdb.retain(|entry| entry.port == self.id && !entry.is_static);
+        }
+    }
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
 }

@@ -94,3 +94,6 @@ pub struct RingConfig {
     /// `VIRTIO_RING_F_INDIRECT_DESC` was negotiated.
     pub indirect: bool,
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,10 +24,7 @@ impl Sum {
     /// The sum of nothing.
     #[inline]
     pub const fn new() -> Self {
-        Self {
-            words: 0,
-            odd: false,
-        }
+        Self { words: 0, odd: false }
     }
 
     /// The sum of the IPv4 pseudo header (RFC 9293, section 3.1): addresses, protocol and the length in bytes of the
@@ -159,13 +156,10 @@ pub const fn update(checksum: u16, old: u16, new: u16) -> u16 {
 ///
 /// [`WireError::CsumOutsideFrame`] if the field is not inside `frame`, which then is unchanged.
 pub fn complete_partial(frame: &mut [u8], start: u16, offset: u16) -> Result<(), WireError> {
-    let covered = frame
-        .get_mut(usize::from(start)..)
-        .ok_or(WireError::CsumOutsideFrame)?;
+    let covered = frame.get_mut(usize::from(start)..).ok_or(WireError::CsumOutsideFrame)?;
     let mut sum = Sum::new();
     sum.add(covered);
-    put_be16(covered, usize::from(offset), sum.transport_checksum())
-        .ok_or(WireError::CsumOutsideFrame)
+    put_be16(covered, usize::from(offset), sum.transport_checksum()).ok_or(WireError::CsumOutsideFrame)
 }
 
 #[cfg(test)]
@@ -194,18 +188,10 @@ mod tests {
     fn known_vectors() {
         assert_eq!(fold_of(&[]), 0);
         assert_eq!(fold_of(&[0x12]), 0x1200);
-        assert_eq!(
-            fold_of(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]),
-            0xddf2
-        );
-        assert_eq!(
-            fold_of(&[0xff; 65535]),
-            0xff00 ^ 0x00ff ^ 0x00ff,
-            "all ones stays all ones, and an odd byte"
-        );
+        assert_eq!(fold_of(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), 0xddf2);
+        assert_eq!(fold_of(&[0xff; 65535]), 0xff00 ^ 0x00ff ^ 0x00ff, "all ones stays all ones, and an odd byte");
         // The IPv4 header of every textbook, checksum b861 zeroed.
-        let header =
-            *b"\x45\x00\x00\x73\x00\x00\x40\x00\x40\x11\x00\x00\xc0\xa8\x00\x01\xc0\xa8\x00\xc7";
+        let header = *b"\x45\x00\x00\x73\x00\x00\x40\x00\x40\x11\x00\x00\xc0\xa8\x00\x01\xc0\xa8\x00\xc7";
         let mut sum = Sum::new();
         sum.add(&header);
         assert_eq!(sum.checksum(), 0xb861);
@@ -215,10 +201,7 @@ mod tests {
     fn carries_of_large_sums_are_kept() {
         let ones = vec![0xff; 1 << 20];
         assert_eq!(fold_of(&ones), 0xffff);
-        let full = Sum {
-            words: u64::MAX,
-            odd: false,
-        };
+        let full = Sum { words: u64::MAX, odd: false };
         let mut sum = full;
         sum.add(&[0, 1]);
         assert_eq!(sum.fold(), 1, "all ones is zero");
@@ -242,19 +225,8 @@ mod tests {
     #[test]
     fn field_outside_frame_is_an_error() {
         let mut frame = [7u8; 40];
-        for (start, offset) in [
-            (40, 0),
-            (39, 0),
-            (30, 9),
-            (41, 0),
-            (0xffff, 0),
-            (0, 0xffff),
-            (0xffff, 0xffff),
-        ] {
-            assert_eq!(
-                complete_partial(&mut frame, start, offset),
-                Err(WireError::CsumOutsideFrame)
-            );
+        for (start, offset) in [(40, 0), (39, 0), (30, 9), (41, 0), (0xffff, 0), (0, 0xffff), (0xffff, 0xffff)] {
+            assert_eq!(complete_partial(&mut frame, start, offset), Err(WireError::CsumOutsideFrame));
         }
         assert_eq!(frame, [7; 40]);
         assert_eq!(complete_partial(&mut frame, 30, 8), Ok(()));

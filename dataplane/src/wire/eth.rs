@@ -149,18 +149,9 @@ impl EthernetHeader {
         let (dst, rest) = fixed.split_first_chunk()?;
         let (src, rest) = rest.split_first_chunk()?;
         let ethertype = be16(rest, 0)?;
-        let untagged = Self {
-            dst: MacAddr(*dst),
-            src: MacAddr(*src),
-            vlan: None,
-            ethertype,
-            l3_offset: HEADER_LEN as u8,
-        };
-        if vlan::is_tpid(ethertype) {
-            untagged.skip_tags(frame)
-        } else {
-            Some(untagged)
-        }
+        let untagged =
+            Self { dst: MacAddr(*dst), src: MacAddr(*src), vlan: None, ethertype, l3_offset: HEADER_LEN as u8 };
+        if vlan::is_tpid(ethertype) { untagged.skip_tags(frame) } else { Some(untagged) }
     }
 
     fn skip_tags(mut self, frame: &[u8]) -> Option<Self> {
@@ -200,30 +191,17 @@ mod tests {
         let header = EthernetHeader::parse(&UNTAGGED).unwrap();
         assert_eq!(header.dst, MacAddr([2, 0, 0, 0, 0, 1]));
         assert_eq!(header.src, MacAddr([2, 0, 0, 0, 0, 2]));
-        assert_eq!(
-            (header.vlan, header.ethertype, header.l3_offset),
-            (None, ETHERTYPE_IPV4, 14)
-        );
+        assert_eq!((header.vlan, header.ethertype, header.l3_offset), (None, ETHERTYPE_IPV4, 14));
     }
 
     #[test]
     fn looks_through_two_tags_and_no_more() {
         let fields = |tags: &[(u16, u16)]| {
-            EthernetHeader::parse(&with_tags(tags, ETHERTYPE_IPV6))
-                .map(|h| (h.vlan, h.ethertype, h.l3_offset))
+            EthernetHeader::parse(&with_tags(tags, ETHERTYPE_IPV6)).map(|h| (h.vlan, h.ethertype, h.l3_offset))
         };
-        assert_eq!(
-            fields(&[(0x8100, 0x2064)]),
-            Some((Some(0x2064), ETHERTYPE_IPV6, 18))
-        );
-        assert_eq!(
-            fields(&[(0x88a8, 7), (0x8100, 9)]),
-            Some((Some(7), ETHERTYPE_IPV6, 22))
-        );
-        assert_eq!(
-            fields(&[(0x88a8, 7), (0x8100, 9), (0x8100, 11)]),
-            Some((Some(7), 0x8100, 22))
-        );
+        assert_eq!(fields(&[(0x8100, 0x2064)]), Some((Some(0x2064), ETHERTYPE_IPV6, 18)));
+        assert_eq!(fields(&[(0x88a8, 7), (0x8100, 9)]), Some((Some(7), ETHERTYPE_IPV6, 22)));
+        assert_eq!(fields(&[(0x88a8, 7), (0x8100, 9), (0x8100, 11)]), Some((Some(7), 0x8100, 22)));
     }
 
     #[test]
@@ -268,20 +246,9 @@ mod tests {
     #[test]
     fn serde_uses_the_text() {
         let mac = MacAddr([2, 0xab, 0, 0, 0, 1]);
-        assert_eq!(
-            serde_json::to_string(&mac).unwrap(),
-            r#""02:ab:00:00:00:01""#
-        );
-        assert_eq!(
-            serde_json::from_str::<MacAddr>(r#""02:AB:00:00:00:01""#).unwrap(),
-            mac
-        );
-        assert!(
-            serde_json::from_str::<MacAddr>(r#""02:ab""#)
-                .unwrap_err()
-                .to_string()
-                .contains("six pairs")
-        );
+        assert_eq!(serde_json::to_string(&mac).unwrap(), r#""02:ab:00:00:00:01""#);
+        assert_eq!(serde_json::from_str::<MacAddr>(r#""02:AB:00:00:00:01""#).unwrap(), mac);
+        assert!(serde_json::from_str::<MacAddr>(r#""02:ab""#).unwrap_err().to_string().contains("six pairs"));
         assert!(serde_json::from_str::<MacAddr>("5").is_err());
     }
 

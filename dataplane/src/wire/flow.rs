@@ -5,12 +5,7 @@ use super::ip::Ip;
 use super::l4;
 
 // Random looking bits that nobody chose: the fractional part of pi.
-const PI: [u64; 4] = [
-    0x243f_6a88_85a3_08d3,
-    0x1319_8a2e_0370_7344,
-    0xa409_3822_299f_31d0,
-    0x082e_fa98_ec4e_6c89,
-];
+const PI: [u64; 4] = [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0, 0x082e_fa98_ec4e_6c89];
 
 /// A hash of the flow that the frame belongs to; `frame_headers` are its first bytes.
 ///
@@ -20,34 +15,20 @@ const PI: [u64; 4] = [
 /// chooses the addresses can choose the hash, and with it only the queue of his own frames.
 #[inline]
 pub fn flow_hash(frame_headers: &[u8]) -> u32 {
-    EthernetHeader::parse(frame_headers)
-        .map_or(0, |ethernet| flow_hash_after(&ethernet, frame_headers))
+    EthernetHeader::parse(frame_headers).map_or(0, |ethernet| flow_hash_after(&ethernet, frame_headers))
 }
 
 /// [`flow_hash`] for who has already parsed the Ethernet header of `frame_headers`.
 #[inline]
 pub fn flow_hash_after(ethernet: &EthernetHeader, frame_headers: &[u8]) -> u32 {
-    let packet = frame_headers
-        .get(usize::from(ethernet.l3_offset)..)
-        .unwrap_or_default();
+    let packet = frame_headers.get(usize::from(ethernet.l3_offset)..).unwrap_or_default();
     let Some(ip) = Ip::parse(ethernet.ethertype, packet) else {
         return hash_pair(ethernet.src.to_u64(), ethernet.dst.to_u64(), 0);
     };
-    let (src_port, dst_port) = ip
-        .transport()
-        .and_then(|transport| l4::ports(packet, transport))
-        .unwrap_or_default();
+    let (src_port, dst_port) = ip.transport().and_then(|transport| l4::ports(packet, transport)).unwrap_or_default();
     match ip {
-        Ip::V4(ip) => hash_pair(
-            endpoint_v4(ip.src(), src_port),
-            endpoint_v4(ip.dst(), dst_port),
-            ip.protocol(),
-        ),
-        Ip::V6(ip) => hash_pair(
-            endpoint_v6(ip.src(), src_port),
-            endpoint_v6(ip.dst(), dst_port),
-            ip.protocol(),
-        ),
+        Ip::V4(ip) => hash_pair(endpoint_v4(ip.src(), src_port), endpoint_v4(ip.dst(), dst_port), ip.protocol()),
+        Ip::V6(ip) => hash_pair(endpoint_v6(ip.src(), src_port), endpoint_v6(ip.dst(), dst_port), ip.protocol()),
     }
 }
 
@@ -96,34 +77,17 @@ mod tests {
 
     impl Flow {
         fn reversed(self) -> Self {
-            let Self {
-                src,
-                dst,
-                ports,
-                macs,
-                ..
-            } = self;
-            Self {
-                src: dst,
-                dst: src,
-                ports: (ports.1, ports.0),
-                macs: (macs.1, macs.0),
-                ..self
-            }
+            let Self { src, dst, ports, macs, .. } = self;
+            Self { src: dst, dst: src, ports: (ports.1, ports.0), macs: (macs.1, macs.0), ..self }
         }
 
         fn frame(self) -> Vec<u8> {
             let v4 = |ip: [u8; 16]| [ip[0], ip[1], ip[2], ip[3]];
             let link = PacketBuilder::ethernet2(self.macs.0, self.macs.1);
-            let ip = if self.v6 {
-                link.ipv6(self.src, self.dst, 64)
-            } else {
-                link.ipv4(v4(self.src), v4(self.dst), 64)
-            };
+            let ip =
+                if self.v6 { link.ipv6(self.src, self.dst, 64) } else { link.ipv4(v4(self.src), v4(self.dst), 64) };
             let mut frame = Vec::new();
-            ip.udp(self.ports.0, self.ports.1)
-                .write(&mut frame, b"data")
-                .unwrap();
+            ip.udp(self.ports.0, self.ports.1).write(&mut frame, b"data").unwrap();
             frame[if self.v6 { 20 } else { 23 }] = self.protocol;
             frame
         }
@@ -153,14 +117,7 @@ mod tests {
             any::<(u16, u16)>(),
             any::<([u8; 6], [u8; 6])>(),
         )
-            .prop_map(|(v6, protocol, src, dst, ports, macs)| Flow {
-                v6,
-                protocol,
-                src,
-                dst,
-                ports,
-                macs,
-            })
+            .prop_map(|(v6, protocol, src, dst, ports, macs)| Flow { v6, protocol, src, dst, ports, macs })
     }
 
     proptest! {
@@ -197,57 +154,24 @@ mod tests {
     fn every_field_counts() {
         for flow in [V4, V6] {
             let others = [
-                Flow {
-                    protocol: 17,
-                    ..flow
-                },
-                Flow {
-                    ports: (40001, 5201),
-                    ..flow
-                },
-                Flow {
-                    ports: (40000, 5202),
-                    ..flow
-                },
-                Flow {
-                    src: [11; 16],
-                    ..flow
-                },
-                Flow {
-                    dst: [11; 16],
-                    ..flow
-                },
-                Flow {
-                    v6: !flow.v6,
-                    ..flow
-                },
+                Flow { protocol: 17, ..flow },
+                Flow { ports: (40001, 5201), ..flow },
+                Flow { ports: (40000, 5202), ..flow },
+                Flow { src: [11; 16], ..flow },
+                Flow { dst: [11; 16], ..flow },
+                Flow { v6: !flow.v6, ..flow },
             ];
             for other in others {
                 assert_ne!(flow.hash(), other.hash(), "{other:?}");
             }
-            assert_eq!(
-                flow.hash(),
-                Flow {
-                    macs: ([8; 6], [4; 6]),
-                    ..flow
-                }
-                .hash(),
-                "MACs do not count in IP"
-            );
+            assert_eq!(flow.hash(), Flow { macs: ([8; 6], [4; 6]), ..flow }.hash(), "MACs do not count in IP");
         }
     }
 
     #[test]
     fn without_ports_only_addresses_and_protocol() {
         let icmp = Flow { protocol: 1, ..V4 };
-        assert_eq!(
-            icmp.hash(),
-            Flow {
-                ports: (1, 2),
-                ..icmp
-            }
-            .hash()
-        );
+        assert_eq!(icmp.hash(), Flow { ports: (1, 2), ..icmp }.hash());
     }
 
     #[test]
@@ -289,24 +213,16 @@ mod tests {
             counts[pick] += 1.0;
         }
         let expected = counts.iter().sum::<f64>() / buckets as f64;
-        let squares: f64 = counts
-            .iter()
-            .map(|count| (count - expected).powi(2) / expected)
-            .sum();
+        let squares: f64 = counts.iter().map(|count| (count - expected).powi(2) / expected).sum();
         squares / (buckets - 1) as f64
     }
 
     fn assert_spread(hashes: &[u32], what: &str) {
         for buckets in [2, 3, 4, 8, 16, 64] {
             let low = hashes.iter().map(|hash| *hash as usize % buckets);
-            let high = hashes
-                .iter()
-                .map(|hash| ((u64::from(*hash) * buckets as u64) >> 32) as usize);
+            let high = hashes.iter().map(|hash| ((u64::from(*hash) * buckets as u64) >> 32) as usize);
             let (low, high) = (chi_square(low, buckets), chi_square(high, buckets));
-            assert!(
-                low < 4.0 && high < 4.0,
-                "{what} over {buckets}: low bits {low}, high bits {high}"
-            );
+            assert!(low < 4.0 && high < 4.0, "{what} over {buckets}: low bits {low}, high bits {high}");
         }
     }
 
@@ -317,18 +233,9 @@ mod tests {
         let count = 4096u16;
         // The ways in which real flows differ from each other.
         let patterns: [(&str, Vary); 7] = [
-            ("source port", |flow, n| Flow {
-                ports: (32768 + n, 5201),
-                ..flow
-            }),
-            ("even source port", |flow, n| Flow {
-                ports: (32768 + 2 * n, 443),
-                ..flow
-            }),
-            ("both ports", |flow, n| Flow {
-                ports: (1024 + n, 1024 + n),
-                ..flow
-            }),
+            ("source port", |flow, n| Flow { ports: (32768 + n, 5201), ..flow }),
+            ("even source port", |flow, n| Flow { ports: (32768 + 2 * n, 443), ..flow }),
+            ("both ports", |flow, n| Flow { ports: (1024 + n, 1024 + n), ..flow }),
             ("last bytes of source", |mut flow, n| {
                 flow.src[2..4].copy_from_slice(&n.to_be_bytes());
                 flow.src[14..].copy_from_slice(&n.to_be_bytes());

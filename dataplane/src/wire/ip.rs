@@ -86,9 +86,7 @@ impl<'a> Ipv4<'a> {
     /// `bytes` end inside the header.
     #[inline]
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let ip = Self {
-            fixed: bytes.first_chunk()?,
-        };
+        let ip = Self { fixed: bytes.first_chunk()? };
         let len = ip.header_len();
         let is_whole = IPV4_HEADER_LEN <= len && len <= bytes.len();
         (ip.fixed[0] >> 4 == 4 && is_whole).then_some(ip)
@@ -130,10 +128,7 @@ impl<'a> Ipv4<'a> {
     /// The transport header; `None` in a fragment.
     #[inline]
     pub fn transport(&self) -> Option<Transport> {
-        (!self.is_fragment()).then(|| Transport {
-            protocol: self.protocol(),
-            offset: self.header_len(),
-        })
+        (!self.is_fragment()).then(|| Transport { protocol: self.protocol(), offset: self.header_len() })
     }
 }
 
@@ -167,10 +162,7 @@ impl<'a> Ipv6<'a> {
     #[inline]
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
         let fixed: &[u8; IPV6_HEADER_LEN] = bytes.first_chunk()?;
-        (fixed[0] >> 4 == 6).then(|| Self {
-            fixed,
-            upper: Upper::find(fixed[6], bytes),
-        })
+        (fixed[0] >> 4 == 6).then(|| Self { fixed, upper: Upper::find(fixed[6], bytes) })
     }
 
     /// Is this one of several fragments? True of the first one too, false of an atomic fragment (RFC 6946).
@@ -202,21 +194,14 @@ impl<'a> Ipv6<'a> {
     /// [`MAX_EXTENSION_HEADERS`] or than the bytes that were parsed.
     #[inline]
     pub fn transport(&self) -> Option<Transport> {
-        let Upper {
-            protocol,
-            offset,
-            end,
-        } = self.upper;
+        let Upper { protocol, offset, end } = self.upper;
         (end == ChainEnd::Transport).then_some(Transport { protocol, offset })
     }
 }
 
 #[inline]
 fn address(header: &[u8; IPV6_HEADER_LEN], at: usize) -> [u8; 16] {
-    header
-        .get(at..)
-        .and_then(|rest| rest.first_chunk().copied())
-        .unwrap_or_default()
+    header.get(at..).and_then(|rest| rest.first_chunk().copied()).unwrap_or_default()
 }
 
 impl Upper {
@@ -225,11 +210,7 @@ impl Upper {
         if is_extension(protocol) {
             Self::walk(protocol, packet)
         } else {
-            Self {
-                protocol,
-                offset: IPV6_HEADER_LEN,
-                end: ChainEnd::Transport,
-            }
+            Self { protocol, offset: IPV6_HEADER_LEN, end: ChainEnd::Transport }
         }
     }
 
@@ -240,20 +221,13 @@ impl Upper {
                 break;
             }
             // Only the start of each header is read: the rest may be beyond a snapshot.
-            let Some([next, length, ..]) = packet
-                .get(offset..)
-                .and_then(|rest| rest.first_chunk::<4>())
-            else {
+            let Some([next, length, ..]) = packet.get(offset..).and_then(|rest| rest.first_chunk::<4>()) else {
                 break;
             };
             let length = usize::from(*length);
             let len = match protocol {
                 FRAGMENT if is_fragment(packet, offset) => {
-                    return Self {
-                        protocol: *next,
-                        offset,
-                        end: ChainEnd::Fragment,
-                    };
+                    return Self { protocol: *next, offset, end: ChainEnd::Fragment };
                 }
                 FRAGMENT => 8,
                 AUTHENTICATION => 8 + 4 * length,
@@ -261,26 +235,15 @@ impl Upper {
             };
             (protocol, offset) = (*next, offset + len);
         }
-        let end = if is_extension(protocol) {
-            ChainEnd::Lost
-        } else {
-            ChainEnd::Transport
-        };
-        Self {
-            protocol,
-            offset,
-            end,
-        }
+        let end = if is_extension(protocol) { ChainEnd::Lost } else { ChainEnd::Transport };
+        Self { protocol, offset, end }
     }
 }
 
 /// Is this the number of an extension header that can precede a transport header (RFC 8200, section 4)?
 #[inline]
 const fn is_extension(protocol: u8) -> bool {
-    matches!(
-        protocol,
-        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION
-    )
+    matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION)
 }
 
 /// Has the fragment header at `offset` an offset or "more fragments"?
@@ -311,36 +274,23 @@ mod tests {
 
     #[test]
     fn ipv4_fields() {
-        let mut packet = *b"\x46\x00\x00\x73\x12\x34\x40\x00\x40\x11\xb8\x61\xc0\xa8\x00\x01\xc0\xa8\x00\xc7\x01\x01\x01\x01";
+        let mut packet =
+            *b"\x46\x00\x00\x73\x12\x34\x40\x00\x40\x11\xb8\x61\xc0\xa8\x00\x01\xc0\xa8\x00\xc7\x01\x01\x01\x01";
         let ip = Ipv4::parse(&packet).unwrap();
         assert_eq!((ip.header_len(), ip.protocol()), (24, 17));
         assert_eq!((ip.src(), ip.dst()), ([192, 168, 0, 1], [192, 168, 0, 199]));
         assert!(!ip.is_fragment(), "don't fragment is no fragment");
-        assert_eq!(
-            ip.transport(),
-            Some(Transport {
-                protocol: 17,
-                offset: 24
-            })
-        );
+        assert_eq!(ip.transport(), Some(Transport { protocol: 17, offset: 24 }));
 
         packet[6] = 0x20;
-        assert!(
-            Ipv4::parse(&packet).unwrap().is_fragment(),
-            "first fragment"
-        );
+        assert!(Ipv4::parse(&packet).unwrap().is_fragment(), "first fragment");
         packet[6..8].copy_from_slice(&[0, 1]);
-        assert_eq!(
-            Ipv4::parse(&packet).unwrap().transport(),
-            None,
-            "last fragment"
-        );
+        assert_eq!(Ipv4::parse(&packet).unwrap().transport(), None, "last fragment");
     }
 
     #[test]
     fn ipv4_bad_headers() {
-        let good =
-            *b"\x45\x00\x00\x73\x00\x00\x40\x00\x40\x11\xb8\x61\xc0\xa8\x00\x01\xc0\xa8\x00\xc7";
+        let good = *b"\x45\x00\x00\x73\x00\x00\x40\x00\x40\x11\xb8\x61\xc0\xa8\x00\x01\xc0\xa8\x00\xc7";
         assert!(Ipv4::parse(&good).is_some());
         assert!(Ipv4::parse(&good[..19]).is_none());
         for first in [0x44, 0x46, 0x40, 0x55, 0x65] {
@@ -354,17 +304,8 @@ mod tests {
     fn ipv6_without_extensions() {
         let packet = ipv6_packet(PROTOCOL_TCP, &[]);
         let ip = Ipv6::parse(&packet).unwrap();
-        assert_eq!(
-            (ip.src()[0], ip.dst()[0], ip.protocol()),
-            (0xfd, 0xfe, PROTOCOL_TCP)
-        );
-        assert_eq!(
-            ip.transport(),
-            Some(Transport {
-                protocol: PROTOCOL_TCP,
-                offset: 40
-            })
-        );
+        assert_eq!((ip.src()[0], ip.dst()[0], ip.protocol()), (0xfd, 0xfe, PROTOCOL_TCP));
+        assert_eq!(ip.transport(), Some(Transport { protocol: PROTOCOL_TCP, offset: 40 }));
         assert!(Ipv6::parse(&packet[..39]).is_none());
         assert!(Ipv6::parse(&[0x45; 40]).is_none());
     }
@@ -376,13 +317,7 @@ mod tests {
         chain.extend([AUTHENTICATION, 1].into_iter().chain([0; 14])); // routing, 16 bytes
         chain.extend([DESTINATION, 4].into_iter().chain([0; 22])); // authentication, 24 bytes
         chain.extend([PROTOCOL_UDP, 0, 0, 0, 0, 0, 0, 0]); // destination options
-        assert_eq!(
-            transport_of(HOP_BY_HOP, &chain),
-            Some(Transport {
-                protocol: PROTOCOL_UDP,
-                offset: 40 + 56
-            })
-        );
+        assert_eq!(transport_of(HOP_BY_HOP, &chain), Some(Transport { protocol: PROTOCOL_UDP, offset: 40 + 56 }));
         // The snapshot may end inside the last extension header.
         assert!(transport_of(HOP_BY_HOP, &chain[..52]).is_some());
         assert_eq!(transport_of(HOP_BY_HOP, &chain[..50]), None);
@@ -403,13 +338,7 @@ mod tests {
         let atomic = fragment(6);
         let ip = Ipv6::parse(&atomic).unwrap();
         assert!(!ip.is_fragment(), "reserved bits do not count");
-        assert_eq!(
-            ip.transport(),
-            Some(Transport {
-                protocol: PROTOCOL_UDP,
-                offset: 48
-            })
-        );
+        assert_eq!(ip.transport(), Some(Transport { protocol: PROTOCOL_UDP, offset: 48 }));
     }
 
     #[test]
@@ -420,10 +349,7 @@ mod tests {
             headers
         };
         assert!(transport_of(DESTINATION, &chain(MAX_EXTENSION_HEADERS)).is_some());
-        assert_eq!(
-            transport_of(DESTINATION, &chain(MAX_EXTENSION_HEADERS + 1)),
-            None
-        );
+        assert_eq!(transport_of(DESTINATION, &chain(MAX_EXTENSION_HEADERS + 1)), None);
     }
 
     proptest! {

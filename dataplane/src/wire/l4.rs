@@ -37,9 +37,7 @@ impl<'a> Tcp<'a> {
     /// Reads the header at the start of `bytes`; `None` if the data offset is below 5 words or `bytes` end inside the
     /// header.
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let tcp = Self {
-            fixed: bytes.first_chunk()?,
-        };
+        let tcp = Self { fixed: bytes.first_chunk()? };
         let len = tcp.header_len();
         (TCP_HEADER_LEN <= len && len <= bytes.len()).then_some(tcp)
     }
@@ -64,19 +62,14 @@ impl<'a> Tcp<'a> {
 /// The length in bytes, 0..=60, that the TCP header at the start of `bytes` claims to have. `None` if `bytes` end before
 /// it says so.
 pub fn tcp_header_len(bytes: &[u8]) -> Option<usize> {
-    bytes
-        .get(TCP_DATA_OFFSET)
-        .map(|byte| usize::from(byte >> 4) * 4)
+    bytes.get(TCP_DATA_OFFSET).map(|byte| usize::from(byte >> 4) * 4)
 }
 
 /// Source and destination port of the `transport` of `packet`, which starts with its IP header. `None` unless it is
 /// TCP, UDP or SCTP and `packet` is long enough.
 #[inline]
 pub fn ports(packet: &[u8], transport: Transport) -> Option<(u16, u16)> {
-    if !matches!(
-        transport.protocol,
-        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP
-    ) {
+    if !matches!(transport.protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP) {
         return None;
     }
     let [a, b, c, d] = *packet.get(transport.offset..)?.first_chunk()?;
@@ -92,19 +85,9 @@ mod tests {
     #[test]
     fn tcp_bad_headers() {
         let mut header = [0; 24];
-        for (words, len, good) in [
-            (5, 24, true),
-            (6, 24, true),
-            (7, 24, false),
-            (4, 24, false),
-            (5, 19, false),
-        ] {
+        for (words, len, good) in [(5, 24, true), (6, 24, true), (7, 24, false), (4, 24, false), (5, 19, false)] {
             header[12] = words << 4;
-            assert_eq!(
-                Tcp::parse(&header[..len]).is_some(),
-                good,
-                "{words} words in {len} bytes"
-            );
+            assert_eq!(Tcp::parse(&header[..len]).is_some(), good, "{words} words in {len} bytes");
         }
     }
 
@@ -113,36 +96,9 @@ mod tests {
         let packet = [0, 0, 0x12, 0x34, 0x56, 0x78];
         for protocol in 0..=255 {
             let expected = matches!(protocol, 6 | 17 | 132).then_some((0x1234, 0x5678));
-            assert_eq!(
-                ports(
-                    &packet,
-                    Transport {
-                        protocol,
-                        offset: 2
-                    }
-                ),
-                expected
-            );
-            assert_eq!(
-                ports(
-                    &packet,
-                    Transport {
-                        protocol,
-                        offset: 3
-                    }
-                ),
-                None
-            );
-            assert_eq!(
-                ports(
-                    &packet,
-                    Transport {
-                        protocol,
-                        offset: usize::MAX
-                    }
-                ),
-                None
-            );
+            assert_eq!(ports(&packet, Transport { protocol, offset: 2 }), expected);
+            assert_eq!(ports(&packet, Transport { protocol, offset: 3 }), None);
+            assert_eq!(ports(&packet, Transport { protocol, offset: usize::MAX }), None);
         }
     }
 

@@ -16,15 +16,7 @@
 //! Offsets count bytes from the start of the frame (the first byte of the destination MAC) unless said otherwise.
 
 #![forbid(unsafe_code)]
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::indexing_slicing,
-        clippy::panic,
-        clippy::unwrap_used,
-        clippy::expect_used
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, clippy::expect_used))]
 
 pub mod checksum;
 pub mod eth;
@@ -85,11 +77,7 @@ pub enum WireError {
 /// The 16-bit big endian field `at` bytes into `bytes`, if it lies inside.
 #[inline]
 pub(crate) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes
-        .get(at..)?
-        .first_chunk()
-        .copied()
-        .map(u16::from_be_bytes)
+    bytes.get(at..)?.first_chunk().copied().map(u16::from_be_bytes)
 }
 
 /// Writes `value` big endian at `at`; `None` and no change if that is not inside `bytes`.

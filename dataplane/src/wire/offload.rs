@@ -1,9 +1,8 @@
 //! What a sender left for others to do: checksums and segmentation, in our own terms and in virtio-net's.
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
-    VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
-    VIRTIO_NET_HDR_GSO_UDP_L4,
+    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
 use super::WireError;
@@ -66,20 +65,7 @@ impl VirtioNetHdr {
         let [s0, s1] = self.csum_start.to_le_bytes();
         let [o0, o1] = self.csum_offset.to_le_bytes();
         let [n0, n1] = self.num_buffers.to_le_bytes();
-        [
-            self.flags,
-            self.gso_type,
-            h0,
-            h1,
-            g0,
-            g1,
-            s0,
-            s1,
-            o0,
-            o1,
-            n0,
-            n1,
-        ]
+        [self.flags, self.gso_type, h0, h1, g0, g1, s0, s1, o0, o1, n0, n1]
     }
 }
 
@@ -179,10 +165,7 @@ impl GsoKind {
 
 impl Offload {
     /// An ordinary frame: nothing to do, nothing known.
-    pub const NONE: Self = Self {
-        csum: Csum::None,
-        gso: None,
-    };
+    pub const NONE: Self = Self { csum: Csum::None, gso: None };
 
     /// Makes sense of the header `hdr` that came with a frame of `frame_len` bytes, of which `headers` are the first.
     ///
@@ -195,11 +178,7 @@ impl Offload {
     /// The [`WireError`] says which promise of virtio 1.2, section 5.1.6.2 the header breaks. The frame is to be
     /// dropped: nobody else could make sense of it either.
     #[inline]
-    pub fn from_virtio(
-        hdr: &VirtioNetHdr,
-        headers: &[u8],
-        frame_len: usize,
-    ) -> Result<Self, WireError> {
+    pub fn from_virtio(hdr: &VirtioNetHdr, headers: &[u8], frame_len: usize) -> Result<Self, WireError> {
         let csum = csum_from_virtio(hdr, headers, frame_len)?;
         let gso = match hdr.gso_type {
             GSO_NONE => None,
@@ -211,10 +190,7 @@ impl Offload {
     /// The header for a receiver that negotiated what this asks for; `num_buffers` is copied into it.
     #[inline]
     pub fn to_virtio(&self, num_buffers: u16) -> VirtioNetHdr {
-        let mut hdr = VirtioNetHdr {
-            num_buffers,
-            ..VirtioNetHdr::default()
-        };
+        let mut hdr = VirtioNetHdr { num_buffers, ..VirtioNetHdr::default() };
         match self.csum {
             Csum::None => {}
             Csum::Valid => hdr.flags = DATA_VALID,
@@ -242,9 +218,7 @@ impl Offload {
     pub fn shift(&self, delta: i16) -> Result<Self, WireError> {
         let mut shifted = *self;
         if let Csum::Partial { start, .. } = &mut shifted.csum {
-            *start = start
-                .checked_add_signed(delta)
-                .ok_or(WireError::CsumOutsideFrame)?;
+            *start = start.checked_add_signed(delta).ok_or(WireError::CsumOutsideFrame)?;
         }
         if let Some(gso) = &mut shifted.gso {
             gso.header_len = gso.header_len.saturating_add_signed(delta);
@@ -254,17 +228,9 @@ impl Offload {
 }
 
 #[inline]
-fn csum_from_virtio(
-    hdr: &VirtioNetHdr,
-    headers: &[u8],
-    frame_len: usize,
-) -> Result<Csum, WireError> {
+fn csum_from_virtio(hdr: &VirtioNetHdr, headers: &[u8], frame_len: usize) -> Result<Csum, WireError> {
     if hdr.flags & NEEDS_CSUM == 0 {
-        return Ok(if hdr.flags & DATA_VALID == 0 {
-            Csum::None
-        } else {
-            Csum::Valid
-        });
+        return Ok(if hdr.flags & DATA_VALID == 0 { Csum::None } else { Csum::Valid });
     }
     let (start, offset) = (hdr.csum_start, hdr.csum_offset);
     if usize::from(start) + usize::from(offset) + 2 > frame_len {
@@ -282,17 +248,9 @@ fn csum_from_virtio(
     Ok(Csum::Partial { start, offset })
 }
 
-fn gso_from_virtio(
-    hdr: &VirtioNetHdr,
-    csum: Csum,
-    headers: &[u8],
-    frame_len: usize,
-) -> Result<Gso, WireError> {
+fn gso_from_virtio(hdr: &VirtioNetHdr, csum: Csum, headers: &[u8], frame_len: usize) -> Result<Gso, WireError> {
     let ecn = hdr.gso_type & GSO_ECN != 0;
-    let is_v6 = EthernetHeader::parse(headers)
-        .ok_or(WireError::Truncated)?
-        .ethertype
-        == ETHERTYPE_IPV6;
+    let is_v6 = EthernetHeader::parse(headers).ok_or(WireError::Truncated)?.ethertype == ETHERTYPE_IPV6;
     let kind = match hdr.gso_type & !GSO_ECN {
         GSO_TCPV4 => GsoKind::Tcp4,
         GSO_TCPV6 => GsoKind::Tcp6,
@@ -307,12 +265,7 @@ fn gso_from_virtio(
     let layout = Layout::find(kind, csum, headers, frame_len)?;
     // The guest's hint is not needed, so a wrong one goes no further.
     let header_len = u16::try_from(layout.header_len).map_err(|_| WireError::HeaderTooLong)?;
-    Ok(Gso {
-        kind,
-        size: hdr.gso_size,
-        header_len,
-        ecn,
-    })
+    Ok(Gso { kind, size: hdr.gso_size, header_len, ecn })
 }
 
 /// Where the headers of a frame that asks for segmentation are, in bytes from its start.
@@ -329,12 +282,7 @@ pub(super) struct Layout {
 impl Layout {
     /// Finds the headers that `kind` promises, of a frame of `frame_len` bytes that starts with `headers`, and checks
     /// that `csum` leaves their checksum open. With a TCP header beyond `headers`, it is assumed to have no options.
-    pub(super) fn find(
-        kind: GsoKind,
-        csum: Csum,
-        headers: &[u8],
-        frame_len: usize,
-    ) -> Result<Self, WireError> {
+    pub(super) fn find(kind: GsoKind, csum: Csum, headers: &[u8], frame_len: usize) -> Result<Self, WireError> {
         let Csum::Partial { start, offset } = csum else {
             return Err(WireError::GsoWithoutCsum);
         };
@@ -379,11 +327,7 @@ mod tests {
 
     fn frame(is_v6: bool, is_tcp: bool) -> Vec<u8> {
         let link = PacketBuilder::ethernet2([2; 6], [4; 6]);
-        let ip = if is_v6 {
-            link.ipv6([0xfd; 16], [0xfe; 16], 64)
-        } else {
-            link.ipv4([10; 4], [11; 4], 64)
-        };
+        let ip = if is_v6 { link.ipv6([0xfd; 16], [0xfe; 16], 64) } else { link.ipv4([10; 4], [11; 4], 64) };
         let mut frame = Vec::new();
         if is_tcp {
             ip.tcp(1, 2, 3, 4).write(&mut frame, &[7; 1000]).unwrap();
@@ -432,49 +376,21 @@ mod tests {
     #[test]
     fn checksum_flags() {
         let csum = |flags| {
-            check(
-                VirtioNetHdr {
-                    flags,
-                    gso_type: 0,
-                    ..header(false, true)
-                },
-                &frame(false, true),
-            )
-            .unwrap()
-            .csum
+            check(VirtioNetHdr { flags, gso_type: 0, ..header(false, true) }, &frame(false, true)).unwrap().csum
         };
-        let partial = Csum::Partial {
-            start: 34,
-            offset: 16,
-        };
+        let partial = Csum::Partial { start: 34, offset: 16 };
         assert_eq!(csum(0), Csum::None);
-        assert_eq!(
-            csum(VIRTIO_NET_HDR_F_RSC_INFO as u8 | 0xf0),
-            Csum::None,
-            "unknown flags are ignored"
-        );
+        assert_eq!(csum(VIRTIO_NET_HDR_F_RSC_INFO as u8 | 0xf0), Csum::None, "unknown flags are ignored");
         assert_eq!(csum(DATA_VALID), Csum::Valid);
         assert_eq!(csum(NEEDS_CSUM), partial);
-        assert_eq!(
-            csum(NEEDS_CSUM | DATA_VALID),
-            partial,
-            "what needs work is not valid"
-        );
-        assert_eq!(
-            Offload::from_virtio(&VirtioNetHdr::default(), &[], 0),
-            Ok(Offload::NONE)
-        );
+        assert_eq!(csum(NEEDS_CSUM | DATA_VALID), partial, "what needs work is not valid");
+        assert_eq!(Offload::from_virtio(&VirtioNetHdr::default(), &[], 0), Ok(Offload::NONE));
     }
 
     #[test]
     fn checksum_must_be_inside_the_frame_and_behind_the_network_header() {
         let csum = |is_v6, csum_start, csum_offset| {
-            let hdr = VirtioNetHdr {
-                gso_type: 0,
-                csum_start,
-                csum_offset,
-                ..header(is_v6, true)
-            };
+            let hdr = VirtioNetHdr { gso_type: 0, csum_start, csum_offset, ..header(is_v6, true) };
             check(hdr, &frame(is_v6, true)).map(|offload| offload.csum)
         };
         let len = frame(false, true).len() as u16;
@@ -490,12 +406,7 @@ mod tests {
 
         let mut arp = frame(false, true);
         arp[13] = 6;
-        let hdr = |csum_start| VirtioNetHdr {
-            gso_type: 0,
-            csum_start,
-            csum_offset: 0,
-            ..header(false, true)
-        };
+        let hdr = |csum_start| VirtioNetHdr { gso_type: 0, csum_start, csum_offset: 0, ..header(false, true) };
         assert!(check(hdr(14), &arp).is_ok());
         assert_eq!(check(hdr(13), &arp), Err(WireError::CsumBeforeTransport));
         assert_eq!(check(hdr(2), &arp[..10]), Err(WireError::Truncated));
@@ -509,42 +420,18 @@ mod tests {
             (false, false, GsoKind::Udp4, 42),
             (true, false, GsoKind::Udp6, 62),
         ] {
-            let hdr = VirtioNetHdr {
-                hdr_len: 0xffff,
-                ..header(is_v6, is_tcp)
-            };
+            let hdr = VirtioNetHdr { hdr_len: 0xffff, ..header(is_v6, is_tcp) };
             let offload = check(hdr, &frame(is_v6, is_tcp)).unwrap();
-            assert_eq!(
-                offload.gso,
-                Some(Gso {
-                    kind,
-                    size: 100,
-                    header_len,
-                    ecn: false
-                })
-            );
-            assert_eq!(
-                offload.csum,
-                Csum::Partial {
-                    start: hdr.csum_start,
-                    offset: hdr.csum_offset
-                }
-            );
-            let out = VirtioNetHdr {
-                hdr_len: header_len,
-                num_buffers: 3,
-                ..hdr
-            };
+            assert_eq!(offload.gso, Some(Gso { kind, size: 100, header_len, ecn: false }));
+            assert_eq!(offload.csum, Csum::Partial { start: hdr.csum_start, offset: hdr.csum_offset });
+            let out = VirtioNetHdr { hdr_len: header_len, num_buffers: 3, ..hdr };
             assert_eq!(offload.to_virtio(3), out, "only the hint changed");
         }
     }
 
     #[test]
     fn ecn_is_for_tcp() {
-        let with_ecn = |hdr: VirtioNetHdr| VirtioNetHdr {
-            gso_type: hdr.gso_type | GSO_ECN,
-            ..hdr
-        };
+        let with_ecn = |hdr: VirtioNetHdr| VirtioNetHdr { gso_type: hdr.gso_type | GSO_ECN, ..hdr };
         let offload = check(with_ecn(header(true, true)), &frame(true, true)).unwrap();
         assert!(offload.gso.unwrap().ecn);
         assert_eq!(offload.to_virtio(0).gso_type, GSO_TCPV6 | GSO_ECN);
@@ -557,80 +444,33 @@ mod tests {
     #[test]
     fn gso_types_that_are_refused() {
         for gso_type in (0..=255).filter(|t| ![0, 1, 4, 5, 0x81, 0x84].contains(t)) {
-            let result = check(
-                VirtioNetHdr {
-                    gso_type,
-                    ..header(false, true)
-                },
-                &frame(false, true),
-            );
+            let result = check(VirtioNetHdr { gso_type, ..header(false, true) }, &frame(false, true));
             assert_eq!(result, Err(WireError::UnknownGsoType(gso_type)));
         }
-        let ufo = VirtioNetHdr {
-            gso_type: VIRTIO_NET_HDR_GSO_UDP as u8,
-            ..header(false, false)
-        };
-        assert_eq!(
-            check(ufo, &frame(false, false)),
-            Err(WireError::UnknownGsoType(3))
-        );
+        let ufo = VirtioNetHdr { gso_type: VIRTIO_NET_HDR_GSO_UDP as u8, ..header(false, false) };
+        assert_eq!(check(ufo, &frame(false, false)), Err(WireError::UnknownGsoType(3)));
     }
 
     #[test]
     fn gso_that_contradicts_itself() {
         let tcp = frame(false, true);
         let hdr = header(false, true);
-        assert_eq!(
-            check(VirtioNetHdr { gso_size: 0, ..hdr }, &tcp),
-            Err(WireError::ZeroGsoSize)
-        );
-        assert_eq!(
-            check(VirtioNetHdr { flags: 0, ..hdr }, &tcp),
-            Err(WireError::GsoWithoutCsum)
-        );
-        assert_eq!(
-            check(
-                VirtioNetHdr {
-                    flags: DATA_VALID,
-                    ..hdr
-                },
-                &tcp
-            ),
-            Err(WireError::GsoWithoutCsum)
-        );
+        assert_eq!(check(VirtioNetHdr { gso_size: 0, ..hdr }, &tcp), Err(WireError::ZeroGsoSize));
+        assert_eq!(check(VirtioNetHdr { flags: 0, ..hdr }, &tcp), Err(WireError::GsoWithoutCsum));
+        assert_eq!(check(VirtioNetHdr { flags: DATA_VALID, ..hdr }, &tcp), Err(WireError::GsoWithoutCsum));
         for bad in [
-            VirtioNetHdr {
-                gso_type: GSO_TCPV6,
-                ..hdr
-            },
-            VirtioNetHdr {
-                gso_type: GSO_UDP_L4,
-                csum_offset: 6,
-                ..hdr
-            },
-            VirtioNetHdr {
-                csum_start: 38,
-                ..hdr
-            },
-            VirtioNetHdr {
-                csum_offset: 6,
-                ..hdr
-            },
+            VirtioNetHdr { gso_type: GSO_TCPV6, ..hdr },
+            VirtioNetHdr { gso_type: GSO_UDP_L4, csum_offset: 6, ..hdr },
+            VirtioNetHdr { csum_start: 38, ..hdr },
+            VirtioNetHdr { csum_offset: 6, ..hdr },
         ] {
             assert_eq!(check(bad, &tcp), Err(WireError::GsoMismatch), "{bad:?}");
         }
         assert_eq!(check(header(true, true), &tcp), Err(WireError::GsoMismatch));
-        assert_eq!(
-            check(hdr, &frame(true, true)),
-            Err(WireError::CsumBeforeTransport)
-        );
+        assert_eq!(check(hdr, &frame(true, true)), Err(WireError::CsumBeforeTransport));
         let mut other = tcp.clone();
         other[12..14].copy_from_slice(&[0x88, 0xb5]);
-        assert_eq!(
-            check(hdr, &other),
-            Err(WireError::GsoMismatch),
-            "IPv4 in all but the ethertype"
-        );
+        assert_eq!(check(hdr, &other), Err(WireError::GsoMismatch), "IPv4 in all but the ethertype");
     }
 
     #[test]
@@ -642,22 +482,11 @@ mod tests {
             check(hdr, &frame)
         };
         assert_eq!(patched(20, 0x20), Err(WireError::GsoMismatch), "a fragment");
-        assert_eq!(
-            patched(14, 0x65),
-            Err(WireError::GsoMismatch),
-            "version 6 in an IPv4 frame"
-        );
-        assert_eq!(
-            patched(46, 0x40),
-            Err(WireError::GsoMismatch),
-            "TCP header of 16 bytes"
-        );
+        assert_eq!(patched(14, 0x65), Err(WireError::GsoMismatch), "version 6 in an IPv4 frame");
+        assert_eq!(patched(46, 0x40), Err(WireError::GsoMismatch), "TCP header of 16 bytes");
         let tcp = frame(false, true);
         assert_eq!(check(hdr, &tcp[..53]), Err(WireError::Truncated));
-        assert!(
-            check(hdr, &tcp[..54]).is_ok(),
-            "no data at all is one segment"
-        );
+        assert!(check(hdr, &tcp[..54]).is_ok(), "no data at all is one segment");
     }
 
     #[test]
@@ -667,10 +496,7 @@ mod tests {
         let mut routing = vec![6, 9];
         routing.resize(80, 0);
         long.splice(54..54, routing);
-        let hdr = VirtioNetHdr {
-            csum_start: 134,
-            ..header(true, true)
-        };
+        let hdr = VirtioNetHdr { csum_start: 134, ..header(true, true) };
         assert_eq!(check(hdr, &long).unwrap().gso.unwrap().header_len, 154);
         assert_eq!(check(hdr, &long[..153]), Err(WireError::Truncated));
     }
@@ -685,15 +511,9 @@ mod tests {
         let tagged = before.shift(4).unwrap();
         assert_eq!(check(tagged.to_virtio(0), &buf), Ok(tagged));
         let (start, _) = strip_tag(&mut buf, 0).unwrap();
-        assert_eq!(
-            check(tagged.shift(-4).unwrap().to_virtio(0), &buf[start..]),
-            Ok(before)
-        );
+        assert_eq!(check(tagged.shift(-4).unwrap().to_virtio(0), &buf[start..]), Ok(before));
 
-        let at = |start| Offload {
-            csum: Csum::Partial { start, offset: 16 },
-            gso: None,
-        };
+        let at = |start| Offload { csum: Csum::Partial { start, offset: 16 }, gso: None };
         assert_eq!(at(0xfffd).shift(4), Err(WireError::CsumOutsideFrame));
         assert_eq!(at(3).shift(-4), Err(WireError::CsumOutsideFrame));
         assert_eq!(Offload::NONE.shift(i16::MIN), Ok(Offload::NONE));

@@ -85,17 +85,7 @@ impl<'a> Segmenter<'a> {
             return Err(WireError::TooManySegments);
         }
         let pseudo = pseudo_without_length(frame, gso.kind, layout).ok_or(WireError::Truncated)?;
-        Ok(Self {
-            frame,
-            kind: gso.kind,
-            size,
-            mode,
-            layout,
-            pseudo,
-            next: layout.header_len,
-            index: 0,
-            count,
-        })
+        Ok(Self { frame, kind: gso.kind, size, mode, layout, pseudo, next: layout.header_len, index: 0, count })
     }
 
     /// Segments still to come; at least one before the first.
@@ -120,20 +110,12 @@ impl<'a> Segmenter<'a> {
         if self.kind.is_tcp() {
             self.write_tcp(header)?;
         } else {
-            put_be16(
-                header,
-                self.layout.l4 + l4::UDP_LENGTH_OFFSET,
-                (l4::UDP_HEADER_LEN + data.len()) as u16,
-            )?;
+            put_be16(header, self.layout.l4 + l4::UDP_LENGTH_OFFSET, (l4::UDP_HEADER_LEN + data.len()) as u16)?;
         }
         let csum = self.write_checksum(header, data)?;
         self.next = end;
         self.index += 1;
-        Some(Segment {
-            header_len,
-            payload,
-            csum,
-        })
+        Some(Segment { header_len, payload, csum })
     }
 
     fn write_network(&self, header: &mut [u8], data_len: usize) -> Option<()> {
@@ -164,8 +146,7 @@ impl<'a> Segmenter<'a> {
             flags &= !(l4::TCP_FIN | l4::TCP_PSH);
         }
         let tcp = header.get_mut(self.layout.l4..)?;
-        *tcp.get_mut(l4::TCP_SEQ_OFFSET..)?.first_chunk_mut()? =
-            original.seq().wrapping_add(advance).to_be_bytes();
+        *tcp.get_mut(l4::TCP_SEQ_OFFSET..)?.first_chunk_mut()? = original.seq().wrapping_add(advance).to_be_bytes();
         *tcp.get_mut(l4::TCP_FLAGS_OFFSET)? = flags;
         Some(())
     }
@@ -177,10 +158,7 @@ impl<'a> Segmenter<'a> {
         sum.add(&((transport.len() + data.len()) as u16).to_be_bytes());
         put_be16(transport, field, sum.fold())?;
         if self.mode == ChecksumMode::Partial {
-            return Some(Csum::Partial {
-                start: self.layout.l4 as u16,
-                offset: self.kind.csum_offset(),
-            });
+            return Some(Csum::Partial { start: self.layout.l4 as u16, offset: self.kind.csum_offset() });
         }
         // Like `complete_partial`, over two pieces.
         let mut sum = Sum::new();

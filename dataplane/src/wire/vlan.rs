@@ -93,12 +93,7 @@ mod tests {
     fn insert_writes_the_tag_between_source_and_ethertype() {
         let mut buf = buffer();
         assert_eq!(insert_tag(&mut buf, 4, 0x6064), Some(0));
-        assert_eq!(
-            buf[..18],
-            [
-                2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x81, 0x00, 0x60, 0x64, 0x08, 0x06
-            ]
-        );
+        assert_eq!(buf[..18], [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x81, 0x00, 0x60, 0x64, 0x08, 0x06]);
         assert_eq!(buf[18..], buffer()[18..]);
     }
 
@@ -113,14 +108,9 @@ mod tests {
 
     #[test]
     fn strip_takes_the_outer_tag_of_two() {
-        let mut frame = [
-            2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xa8, 0, 7, 0x81, 0, 0, 9, 8, 0,
-        ];
+        let mut frame = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xa8, 0, 7, 0x81, 0, 0, 9, 8, 0];
         assert_eq!(strip_tag(&mut frame, 0), Some((4, 7)));
-        assert_eq!(
-            EthernetHeader::parse(&frame[4..]).map(|h| (h.vlan, h.ethertype)),
-            Some((Some(9), 0x0800))
-        );
+        assert_eq!(EthernetHeader::parse(&frame[4..]).map(|h| (h.vlan, h.ethertype)), Some((Some(9), 0x0800)));
     }
 
     #[test]
@@ -142,11 +132,7 @@ mod tests {
     fn tci_fields() {
         let tci = Tci::new(100, 5);
         assert_eq!((tci.0, tci.vid(), tci.pcp()), (0xa064, 100, 5));
-        assert_eq!(
-            Tci(0x1fff).vid(),
-            4095,
-            "drop eligible is no part of the identifier"
-        );
+        assert_eq!(Tci(0x1fff).vid(), 4095, "drop eligible is no part of the identifier");
         assert_eq!(Tci::new(0xffff, 0xff), Tci(0xefff));
     }
 

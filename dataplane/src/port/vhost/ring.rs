@@ -145,9 +145,9 @@ impl Ring {
         };
         // virtio 1.2, 5.1.2: receive queues are even, transmit queues odd, as the guest sees them.
         if index.is_multiple_of(2) {
-            Queue::ToGuest(Arc::new(GuestRx(setup)))
+            Queue::ToGuest(Arc::new(GuestRx::new(setup)))
         } else {
-            Queue::FromGuest(RxEntry { pair, queue: Arc::new(GuestTx(setup)) })
+            Queue::FromGuest(RxEntry { pair, queue: Arc::new(GuestTx::new(setup)) })
         }
     }
 }

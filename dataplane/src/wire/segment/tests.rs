@@ -3,9 +3,8 @@
 use super::*;
 use crate::wire::{Gso, complete_partial};
 use etherparse::{
-    Ethernet2Header, IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions, Ipv6Header,
-    Ipv6RawExtHeader, Ipv6RoutingExtensions, NetSlice, SlicedPacket, TcpHeader, TransportSlice,
-    UdpHeader,
+    Ethernet2Header, IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions, Ipv6Header, Ipv6RawExtHeader,
+    Ipv6RoutingExtensions, NetSlice, SlicedPacket, TcpHeader, TransportSlice, UdpHeader,
 };
 use proptest::prelude::*;
 
@@ -56,14 +55,7 @@ impl Super {
             bytes
         } else {
             let length = (8 + self.payload.len()) as u16;
-            UdpHeader {
-                source_port: 4000,
-                destination_port: 5000,
-                length,
-                checksum: 0,
-            }
-            .to_bytes()
-            .to_vec()
+            UdpHeader { source_port: 4000, destination_port: 5000, length, checksum: 0 }.to_bytes().to_vec()
         };
         bytes.extend(&self.payload);
         bytes
@@ -72,29 +64,19 @@ impl Super {
     fn ip(&self, transport_len: usize) -> IpHeaders {
         let protocol = IpNumber(self.kind.protocol());
         let mut ip = if self.is_v6() {
-            let header = Ipv6Header {
-                hop_limit: 64,
-                source: [0xfd; 16],
-                destination: [0xfe; 16],
-                ..Default::default()
-            };
+            let header =
+                Ipv6Header { hop_limit: 64, source: [0xfd; 16], destination: [0xfe; 16], ..Default::default() };
             let raw = |index: usize| {
                 let len = self.extensions.get(index)?;
                 Some(Ipv6RawExtHeader::new_raw(protocol, &vec![0; *len]).unwrap())
             };
-            let mut extensions = Ipv6Extensions {
-                hop_by_hop_options: raw(0),
-                destination_options: raw(2),
-                ..Default::default()
-            };
-            extensions.routing = raw(1).map(|routing| Ipv6RoutingExtensions {
-                routing,
-                final_destination_options: None,
-            });
+            let mut extensions =
+                Ipv6Extensions { hop_by_hop_options: raw(0), destination_options: raw(2), ..Default::default() };
+            extensions.routing =
+                raw(1).map(|routing| Ipv6RoutingExtensions { routing, final_destination_options: None });
             IpHeaders::Ipv6(header, extensions)
         } else {
-            let mut header =
-                Ipv4Header::new(0, 64, protocol, [10, 0, 0, 1], [10, 0, 0, 2]).unwrap();
+            let mut header = Ipv4Header::new(0, 64, protocol, [10, 0, 0, 1], [10, 0, 0, 2]).unwrap();
             header.identification = self.id;
             header.options = vec![1; self.ip_options * 4].as_slice().try_into().unwrap();
             IpHeaders::Ipv4(header, Ipv4Extensions::default())
@@ -108,13 +90,8 @@ impl Super {
     /// The frame as a guest hands it over: with the sum of the pseudo header in the checksum field.
     fn build(&self) -> (Vec<u8>, Offload) {
         let transport = self.transport();
-        let mut frame = Ethernet2Header {
-            source: [2; 6],
-            destination: [4; 6],
-            ..Default::default()
-        }
-        .to_bytes()[..12]
-            .to_vec();
+        let mut frame =
+            Ethernet2Header { source: [2; 6], destination: [4; 6], ..Default::default() }.to_bytes()[..12].to_vec();
         for tci in &self.tags {
             frame.extend([0x81, 0x00]);
             frame.extend(tci.to_be_bytes());
@@ -124,38 +101,14 @@ impl Super {
         let start = frame.len();
         frame.extend(&transport);
         let pseudo = if self.is_v6() {
-            Sum::pseudo_v6(
-                [0xfd; 16],
-                [0xfe; 16],
-                self.kind.protocol(),
-                transport.len() as u32,
-            )
+            Sum::pseudo_v6([0xfd; 16], [0xfe; 16], self.kind.protocol(), transport.len() as u32)
         } else {
-            Sum::pseudo_v4(
-                [10, 0, 0, 1],
-                [10, 0, 0, 2],
-                self.kind.protocol(),
-                transport.len() as u16,
-            )
+            Sum::pseudo_v4([10, 0, 0, 1], [10, 0, 0, 2], self.kind.protocol(), transport.len() as u16)
         };
         let offset = self.kind.csum_offset();
         put_be16(&mut frame, start + usize::from(offset), pseudo.fold()).unwrap();
-        let gso = Gso {
-            kind: self.kind,
-            size: self.size,
-            header_len: 0,
-            ecn: false,
-        };
-        (
-            frame,
-            Offload {
-                csum: Csum::Partial {
-                    start: start as u16,
-                    offset,
-                },
-                gso: Some(gso),
-            },
-        )
+        let gso = Gso { kind: self.kind, size: self.size, header_len: 0, ecn: false };
+        (frame, Offload { csum: Csum::Partial { start: start as u16, offset }, gso: Some(gso) })
     }
 
     /// Cuts it and returns whole frames, their checksums finished in either mode.
@@ -167,31 +120,20 @@ impl Super {
         let expected = segmenter.remaining();
         while let Some(segment) = segmenter.next_segment(&mut header) {
             let mut bytes = header[..segment.header_len].to_vec();
-            assert!(
-                header[segment.header_len..]
-                    .iter()
-                    .all(|byte| *byte == 0xee),
-                "nothing behind the header"
-            );
+            assert!(header[segment.header_len..].iter().all(|byte| *byte == 0xee), "nothing behind the header");
             bytes.extend(&frame[segment.payload.clone()]);
             match (mode, segment.csum) {
                 (ChecksumMode::Complete, csum) => assert_eq!(csum, Csum::None),
                 (ChecksumMode::Partial, csum) => {
                     assert_eq!(csum, offload.csum);
-                    let Csum::Partial { start, offset } = csum else {
-                        unreachable!()
-                    };
+                    let Csum::Partial { start, offset } = csum else { unreachable!() };
                     complete_partial(&mut bytes, start, offset).unwrap();
                 }
             }
             segments.push(bytes);
         }
         assert_eq!(segments.len(), expected);
-        assert_eq!(
-            segmenter.next_segment(&mut header),
-            None,
-            "and stays at the end"
-        );
+        assert_eq!(segmenter.next_segment(&mut header), None, "and stays at the end");
         segments
     }
 }
@@ -207,51 +149,22 @@ fn verify(original: &Super, segments: &[Vec<u8>]) {
     for (index, bytes) in segments.iter().enumerate() {
         let sliced = SlicedPacket::from_ethernet(bytes).unwrap();
         let tags: Vec<u16> = sliced.vlan_ids().iter().map(|vid| vid.value()).collect();
-        assert_eq!(
-            tags,
-            original
-                .tags
-                .iter()
-                .map(|tci| tci & 0xfff)
-                .collect::<Vec<_>>()
-        );
+        assert_eq!(tags, original.tags.iter().map(|tci| tci & 0xfff).collect::<Vec<_>>());
 
         let l4_len = bytes.len() - sliced_l4(original);
         let pseudo = match sliced.net.as_ref().unwrap() {
             NetSlice::Ipv4(ip) => {
                 let header = ip.header();
-                assert_eq!(
-                    header.identification(),
-                    original.id.wrapping_add(index as u16)
-                );
-                assert_eq!(
-                    header.header_checksum(),
-                    header.to_header().calc_header_checksum()
-                );
+                assert_eq!(header.identification(), original.id.wrapping_add(index as u16));
+                assert_eq!(header.header_checksum(), header.to_header().calc_header_checksum());
                 assert_eq!(header.options(), vec![1; original.ip_options * 4]);
-                assert_eq!(
-                    usize::from(header.total_len()),
-                    header.slice().len() + l4_len
-                );
-                Sum::pseudo_v4(
-                    header.source(),
-                    header.destination(),
-                    original.kind.protocol(),
-                    l4_len as u16,
-                )
+                assert_eq!(usize::from(header.total_len()), header.slice().len() + l4_len);
+                Sum::pseudo_v4(header.source(), header.destination(), original.kind.protocol(), l4_len as u16)
             }
             NetSlice::Ipv6(ip) => {
                 let header = ip.header();
-                assert_eq!(
-                    usize::from(header.payload_length()),
-                    ip.extensions().slice().len() + l4_len
-                );
-                Sum::pseudo_v6(
-                    header.source(),
-                    header.destination(),
-                    original.kind.protocol(),
-                    l4_len as u32,
-                )
+                assert_eq!(usize::from(header.payload_length()), ip.extensions().slice().len() + l4_len);
+                Sum::pseudo_v6(header.source(), header.destination(), original.kind.protocol(), l4_len as u32)
             }
             other => panic!("{other:?}"),
         };
@@ -263,26 +176,16 @@ fn verify(original: &Super, segments: &[Vec<u8>]) {
         let data = match sliced.transport.as_ref().unwrap() {
             TransportSlice::Tcp(tcp) => {
                 let expected = match sliced.net.as_ref().unwrap() {
-                    NetSlice::Ipv4(ip) => {
-                        tcp.calc_checksum_ipv4(ip.header().source(), ip.header().destination())
-                    }
-                    NetSlice::Ipv6(ip) => {
-                        tcp.calc_checksum_ipv6(ip.header().source(), ip.header().destination())
-                    }
+                    NetSlice::Ipv4(ip) => tcp.calc_checksum_ipv4(ip.header().source(), ip.header().destination()),
+                    NetSlice::Ipv6(ip) => tcp.calc_checksum_ipv6(ip.header().source(), ip.header().destination()),
                     other => panic!("{other:?}"),
                 };
                 assert!(same_checksum(tcp.checksum(), expected.unwrap()));
-                assert_eq!(
-                    tcp.sequence_number(),
-                    original.seq.wrapping_add(payload.len() as u32)
-                );
+                assert_eq!(tcp.sequence_number(), original.seq.wrapping_add(payload.len() as u32));
                 assert_eq!(tcp.options(), vec![1; original.tcp_options * 4]);
                 let (first, last) = (index == 0, index + 1 == segments.len());
                 let flag = |bit| original.tcp_flags & bit != 0;
-                assert_eq!(
-                    (tcp.fin(), tcp.psh()),
-                    (last && flag(0x01), last && flag(0x08))
-                );
+                assert_eq!((tcp.fin(), tcp.psh()), (last && flag(0x01), last && flag(0x08)));
                 assert_eq!((tcp.cwr(), tcp.ece()), (first && flag(0x80), flag(0x40)));
                 assert_eq!((tcp.ack(), tcp.urg()), (flag(0x10), flag(0x20)));
                 assert_eq!((tcp.acknowledgment_number(), tcp.window_size()), (9, 500));
@@ -291,16 +194,12 @@ fn verify(original: &Super, segments: &[Vec<u8>]) {
             TransportSlice::Udp(udp) => {
                 let header = udp.to_header();
                 let expected = match sliced.net.as_ref().unwrap() {
-                    NetSlice::Ipv4(ip) => header.calc_checksum_ipv4_raw(
-                        ip.header().source(),
-                        ip.header().destination(),
-                        udp.payload(),
-                    ),
-                    NetSlice::Ipv6(ip) => header.calc_checksum_ipv6_raw(
-                        ip.header().source(),
-                        ip.header().destination(),
-                        udp.payload(),
-                    ),
+                    NetSlice::Ipv4(ip) => {
+                        header.calc_checksum_ipv4_raw(ip.header().source(), ip.header().destination(), udp.payload())
+                    }
+                    NetSlice::Ipv6(ip) => {
+                        header.calc_checksum_ipv6_raw(ip.header().source(), ip.header().destination(), udp.payload())
+                    }
                     other => panic!("{other:?}"),
                 };
                 assert_eq!(udp.checksum(), expected.unwrap());
@@ -310,10 +209,7 @@ fn verify(original: &Super, segments: &[Vec<u8>]) {
             other => panic!("{other:?}"),
         };
         assert!(data.len() <= usize::from(original.size));
-        assert!(
-            index + 1 == segments.len() || data.len() == usize::from(original.size),
-            "only the last is short"
-        );
+        assert!(index + 1 == segments.len() || data.len() == usize::from(original.size), "only the last is short");
         payload.extend(data);
     }
     assert_eq!(payload, original.payload);
@@ -321,19 +217,12 @@ fn verify(original: &Super, segments: &[Vec<u8>]) {
 
 /// Where the transport header of `original` starts.
 fn sliced_l4(original: &Super) -> usize {
-    let Csum::Partial { start, .. } = original.build().1.csum else {
-        unreachable!()
-    };
+    let Csum::Partial { start, .. } = original.build().1.csum else { unreachable!() };
     usize::from(start)
 }
 
 fn kinds() -> impl Strategy<Value = GsoKind> {
-    prop::sample::select(vec![
-        GsoKind::Tcp4,
-        GsoKind::Tcp6,
-        GsoKind::Udp4,
-        GsoKind::Udp6,
-    ])
+    prop::sample::select(vec![GsoKind::Tcp4, GsoKind::Tcp6, GsoKind::Udp4, GsoKind::Udp6])
 }
 
 fn supers() -> impl Strategy<Value = Super> {
@@ -345,40 +234,15 @@ fn supers() -> impl Strategy<Value = Super> {
     );
     let payload = prop_oneof![
         prop::collection::vec(any::<u8>(), 0..200),
-        (0usize..40_000, any::<u8>())
-            .prop_map(|(len, x)| (0..len).map(|n| (n >> 3) as u8 ^ x).collect()),
+        (0usize..40_000, any::<u8>()).prop_map(|(len, x)| (0..len).map(|n| (n >> 3) as u8 ^ x).collect()),
     ];
-    (
-        kinds(),
-        headers,
-        any::<(u8, u32, u16)>(),
-        payload,
-        prop_oneof![1u16..50, 50u16..1500, 1500u16..=9000],
+    (kinds(), headers, any::<(u8, u32, u16)>(), payload, prop_oneof![1u16..50, 50u16..1500, 1500u16..=9000]).prop_map(
+        |(kind, (tags, ip_options, extensions, tcp_options), (tcp_flags, seq, id), payload, size)| {
+            // Stay within the bound on segments.
+            let size = size.max((payload.len() / MAX_SEGMENTS) as u16 + 1);
+            Super { kind, tags, ip_options, extensions, tcp_options, tcp_flags, seq, id, payload, size }
+        },
     )
-        .prop_map(
-            |(
-                kind,
-                (tags, ip_options, extensions, tcp_options),
-                (tcp_flags, seq, id),
-                payload,
-                size,
-            )| {
-                // Stay within the bound on segments.
-                let size = size.max((payload.len() / MAX_SEGMENTS) as u16 + 1);
-                Super {
-                    kind,
-                    tags,
-                    ip_options,
-                    extensions,
-                    tcp_options,
-                    tcp_flags,
-                    seq,
-                    id,
-                    payload,
-                    size,
-                }
-            },
-        )
 }
 
 proptest! {
@@ -445,10 +309,7 @@ fn error_of(frame: &[u8], offload: &Offload) -> Option<WireError> {
 fn one_segment_is_fine() {
     for payload in [0, 1, 99, 100] {
         for kind in [GsoKind::Tcp4, GsoKind::Udp6] {
-            let original = Super {
-                tcp_flags: 0x99,
-                ..Super::simple(kind, payload, 100)
-            };
+            let original = Super { tcp_flags: 0x99, ..Super::simple(kind, payload, 100) };
             let segments = original.cut(ChecksumMode::Complete);
             assert_eq!(segments.len(), 1);
             verify(&original, &segments);
@@ -472,11 +333,7 @@ fn udp_never_says_that_it_has_no_checksum() {
 
 #[test]
 fn sequence_number_and_identification_wrap() {
-    let original = Super {
-        seq: u32::MAX - 50,
-        id: u16::MAX,
-        ..Super::simple(GsoKind::Tcp4, 300, 100)
-    };
+    let original = Super { seq: u32::MAX - 50, id: u16::MAX, ..Super::simple(GsoKind::Tcp4, 300, 100) };
     let segments = original.cut(ChecksumMode::Complete);
     assert_eq!(segments.len(), 3);
     verify(&original, &segments);
@@ -489,19 +346,15 @@ fn length_fields_of_the_super_frame_do_not_matter() {
     put_be16(&mut frame, 16, 0).unwrap();
     let mut segmenter = Segmenter::new(&frame, &offload, ChecksumMode::Complete).unwrap();
     let mut header = [0; MAX_SEGMENT_HEADER];
-    let lengths: Vec<usize> = std::iter::from_fn(|| segmenter.next_segment(&mut header))
-        .map(|segment| segment.payload.len())
-        .collect();
+    let lengths: Vec<usize> =
+        std::iter::from_fn(|| segmenter.next_segment(&mut header)).map(|segment| segment.payload.len()).collect();
     assert_eq!(lengths, [1448, 1448, 1448, 656]);
 }
 
 #[test]
 fn final_destination_of_a_routing_header_is_kept() {
     // The pseudo header names another destination than the IPv6 header, as RFC 8200 section 8.1 wants.
-    let original = Super {
-        extensions: vec![6, 22],
-        ..Super::simple(GsoKind::Tcp6, 250, 100)
-    };
+    let original = Super { extensions: vec![6, 22], ..Super::simple(GsoKind::Tcp6, 250, 100) };
     let (mut frame, offload) = original.build();
     let start = sliced_l4(&original);
     let length = |bytes: usize| (bytes - start) as u32;
@@ -529,10 +382,7 @@ fn number_of_segments_is_bounded() {
 #[test]
 fn header_is_bounded() {
     // 14 + 40 + 3 extension headers + 20.
-    let with = |last: usize| Super {
-        extensions: vec![54, 54, last],
-        ..Super::simple(GsoKind::Tcp6, 300, 100)
-    };
+    let with = |last: usize| Super { extensions: vec![54, 54, last], ..Super::simple(GsoKind::Tcp6, 300, 100) };
     let longest = with(54);
     let segments = longest.cut(ChecksumMode::Partial);
     assert_eq!(segments[0].len() - 100, 14 + 40 + 3 * 56 + 20);
@@ -555,46 +405,11 @@ fn segment_length_fits_its_field() {
 #[test]
 fn what_is_not_to_be_segmented() {
     let (frame, offload) = Super::simple(GsoKind::Tcp4, 300, 100).build();
-    assert_eq!(
-        error_of(
-            &frame,
-            &Offload {
-                gso: None,
-                ..offload
-            }
-        ),
-        Some(WireError::NoGso)
-    );
-    assert_eq!(
-        error_of(
-            &frame,
-            &Offload {
-                csum: Csum::None,
-                ..offload
-            }
-        ),
-        Some(WireError::GsoWithoutCsum)
-    );
+    assert_eq!(error_of(&frame, &Offload { gso: None, ..offload }), Some(WireError::NoGso));
+    assert_eq!(error_of(&frame, &Offload { csum: Csum::None, ..offload }), Some(WireError::GsoWithoutCsum));
     assert_eq!(error_of(&frame[..53], &offload), Some(WireError::Truncated));
-    let gso = |kind, size| Offload {
-        gso: Some(Gso {
-            kind,
-            size,
-            header_len: 0,
-            ecn: false,
-        }),
-        ..offload
-    };
-    assert_eq!(
-        error_of(&frame, &gso(GsoKind::Tcp4, 0)),
-        Some(WireError::ZeroGsoSize)
-    );
-    assert_eq!(
-        error_of(&frame, &gso(GsoKind::Tcp6, 100)),
-        Some(WireError::GsoMismatch)
-    );
-    assert_eq!(
-        error_of(&frame, &gso(GsoKind::Udp4, 100)),
-        Some(WireError::GsoMismatch)
-    );
+    let gso = |kind, size| Offload { gso: Some(Gso { kind, size, header_len: 0, ecn: false }), ..offload };
+    assert_eq!(error_of(&frame, &gso(GsoKind::Tcp4, 0)), Some(WireError::ZeroGsoSize));
+    assert_eq!(error_of(&frame, &gso(GsoKind::Tcp6, 100)), Some(WireError::GsoMismatch));
+    assert_eq!(error_of(&frame, &gso(GsoKind::Udp4, 100)), Some(WireError::GsoMismatch));
 }

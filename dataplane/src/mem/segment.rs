@@ -1,0 +1,223 @@
+//! Pieces of memory that a frame consists of: the guest's, or our own.
+//!
+//! A [`Segment`] is a range that was validated once and stays mapped for the lifetime it carries. Its bytes may change
+//! at any time, so they are only copied, never referred to.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+/// A validated range of memory that stays mapped for `'m`.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment<'m> {
+    ptr: NonNull<u8>,
+    len: u32,
+    memory: PhantomData<&'m [u8]>,
+}
+
+impl<'m> Segment<'m> {
+    /// A piece of guest memory.
+    ///
+    /// # Safety
+    /// `len` bytes from `ptr` must be mapped, readable and writable for `'m`, and no Rust reference may cover them.
+    #[inline]
+    pub unsafe fn new(ptr: *mut u8, len: u32) -> Option<Self> {
+        Some(Self { ptr: NonNull::new(ptr)?, len, memory: PhantomData })
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether there is nothing in it.
+    #[inline]
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// What is left after the first `count` bytes, at most all.
+    #[inline]
+    pub fn skip(self, count: usize) -> Self {
+        let count = count.min(self.len());
+        // SAFETY: `count` is within the range or one past its end.
+        Self { ptr: unsafe { self.ptr.add(count) }, len: self.len - count as u32, memory: PhantomData }
+    }
+
+    /// Copies bytes from private memory to the beginning; as many as there is room for. Returns how many.
+    #[inline]
+    pub fn write(self, from: &[u8]) -> usize {
+        let count = from.len().min(self.len());
+        // SAFETY: the range is writable by the contract of `new` and at least `count` long, so is `from`; they do not
+        // overlap since no reference covers the range.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr(), count) };
+        count
+    }
+
+    /// Copies bytes from another segment to the beginning; as many as both have. Returns how many.
+    #[inline]
+    pub fn write_from(self, from: SourceSegment<'_>) -> usize {
+        let count = from.len().min(self.len());
+        // SAFETY: both ranges are mapped and at least `count` long. They are distinct mappings, since a frame never goes
+        // back to the port it came from.
+        unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.ptr.as_ptr(), count) };
+        count
+    }
+
+    /// The same range, to read from.
+    #[inline]
+    pub fn source(self) -> SourceSegment<'m> {
+        SourceSegment { ptr: self.ptr, len: self.len, memory: PhantomData }
+    }
+}
+
+/// A validated range of memory to copy from; stays mapped for `'m`.
+#[derive(Debug, Clone, Copy)]
+pub struct SourceSegment<'m> {
+    ptr: NonNull<u8>,
+    len: u32,
+    memory: PhantomData<&'m [u8]>,
+}
+
+impl<'m> SourceSegment<'m> {
+    /// Private memory as the source of a copy.
+    #[inline]
+    pub fn from_slice(bytes: &'m [u8]) -> Self {
+        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        Self { ptr: NonNull::from(bytes).cast(), len, memory: PhantomData }
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether there is nothing in it.
+    #[inline]
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// What is left after the first `count` bytes, at most all.
+    #[inline]
+    pub fn skip(self, count: usize) -> Self {
+        let count = count.min(self.len());
+        // SAFETY: `count` is within the range or one past its end.
+        Self { ptr: unsafe { self.ptr.add(count) }, len: self.len - count as u32, memory: PhantomData }
+    }
+
+    /// Copies the first bytes into private memory; as many as both have. Returns how many.
+    #[inline]
+    pub fn read(self, to: &mut [u8]) -> usize {
+        let count = to.len().min(self.len());
+        // SAFETY: the range is mapped and at least `count` long, so is `to`; `to` is borrowed uniquely, and no
+        // reference covers guest memory, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), to.as_mut_ptr(), count) };
+        count
+    }
+
+    /// As the kernel wants it, for `writev`.
+    pub fn iovec(self) -> libc::iovec {
+        libc::iovec { iov_base: self.ptr.as_ptr().cast(), iov_len: self.len() }
+    }
+}
+
+/// Storage for the segments of a burst, reused. Between bursts it holds nothing that anyone can reach.
+#[derive(Debug)]
+pub struct SegmentArena {
+    store: Box<[SourceSegment<'static>]>,
+}
+
+// SAFETY: segments left over from the last burst are unreachable; the pointers in them are plain data by then.
+unsafe impl Send for SegmentArena {}
+
+impl SegmentArena {
+    /// Room for `capacity` segments.
+    pub fn new(capacity: usize) -> Self {
+        let empty = SourceSegment { ptr: NonNull::dangling(), len: 0, memory: PhantomData };
+        Self { store: vec![empty; capacity].into_boxed_slice() }
+    }
+
+    /// Begins a new burst: empty, for segments that live as long as this borrow.
+    #[inline]
+    pub fn begin(&mut self) -> Segments<'_> {
+        Segments { store: &mut self.store, used: 0 }
+    }
+}
+
+/// The segments of one burst.
+#[derive(Debug)]
+pub struct Segments<'m> {
+    store: &'m mut [SourceSegment<'static>],
+    used: usize,
+}
+
+impl<'m> Segments<'m> {
+    /// Room left.
+    #[inline]
+    pub fn room(&self) -> usize {
+        self.store.len() - self.used
+    }
+
+    /// Number of segments so far.
+    #[inline]
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Adds one; `false` if there is no room.
+    #[inline]
+    pub fn push(&mut self, segment: SourceSegment<'m>) -> bool {
+        let Some(place) = self.store.get_mut(self.used) else { return false };
+        // The lifetime is only forgotten in storage: `get` gives it back, and `begin` drops what was stored.
+        *place = SourceSegment { ptr: segment.ptr, len: segment.len, memory: PhantomData };
+        self.used += 1;
+        true
+    }
+
+    /// Takes back what was added after `used` was read.
+    #[inline]
+    pub fn truncate(&mut self, used: usize) {
+        self.used = self.used.min(used);
+    }
+
+    /// Some of the segments; empty if the range is not of this burst.
+    #[inline]
+    pub fn get(&self, range: Range<usize>) -> &[SourceSegment<'m>] {
+        self.store[..self.used].get(range).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_what_fits() {
+        let mut memory = [0u8; 8];
+        // SAFETY: the array outlives the segment and is not touched while it lives.
+        let segment = unsafe { Segment::new(memory.as_mut_ptr(), 8) }.unwrap();
+        assert_eq!(segment.write(b"abc"), 3);
+        assert_eq!(segment.skip(6).write(b"xyz"), 2);
+        assert_eq!(segment.skip(3).write_from(SourceSegment::from_slice(b"12")), 2);
+        assert!(segment.skip(9).is_empty());
+        let mut out = [0u8; 16];
+        assert_eq!(segment.source().read(&mut out), 8);
+        assert_eq!(&out[..8], b"abc12\0xy");
+    }
+
+    #[test]
+    fn an_arena_keeps_to_its_burst() {
+        let mut arena = SegmentArena::new(2);
+        let mut burst = arena.begin();
+        assert!(burst.push(SourceSegment::from_slice(b"a")) && burst.push(SourceSegment::from_slice(b"bc")));
+        assert!(!burst.push(SourceSegment::from_slice(b"d")));
+        assert_eq!(burst.get(1..2)[0].len(), 2);
+        assert!(burst.get(1..3).is_empty());
+        burst.truncate(1);
+        assert_eq!(burst.room(), 1);
+        assert_eq!(arena.begin().used(), 0);
+    }
+}

@@ -1,1 +1,0 @@
-//! Tap ports: the host's own stack as a station.

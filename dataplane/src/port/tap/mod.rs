@@ -1,0 +1,166 @@
+//! Tap ports: the host's own stack as a station.
+//!
+//! The tap carries virtio-net headers (`IFF_VNET_HDR`), so super-packets and partial checksums pass in both directions.
+
+mod device;
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use crate::frame::{Burst, BurstStorage};
+use crate::limits::MAX_FRAME;
+use crate::mem::SourceSegment;
+use crate::port::stats::PortStats;
+use crate::port::{Link, Publisher, RxEntry, RxQueue, TxQueue};
+use crate::status::PortState;
+use crate::switch::DropReason;
+use crate::switch::convert::{Accepts, Scratch};
+use crate::sync::SpinLock;
+use crate::virtq::Fault;
+use crate::wire::offload::Offload;
+use device::Tap;
+
+/// Length of the virtio-net header that the tap is asked to use.
+const HEADER: usize = 12;
+/// Frames read at a time. Each has a buffer of its own, of the size of a super-packet.
+const READS: usize = 16;
+
+/// A running tap port. The interface goes when it is dropped, if it was made by us.
+pub struct TapPort {
+    publisher: Arc<dyn Publisher>,
+}
+
+impl std::fmt::Debug for TapPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TapPort").finish_non_exhaustive()
+    }
+}
+
+impl TapPort {
+    /// Opens the interface, made if need be, brings it up and publishes it.
+    ///
+    /// # Errors
+    /// If the kernel refuses, with advice.
+    pub fn start(interface: &str, mtu: Option<u16>, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
+        let tap = Arc::new(Tap::open(interface, mtu)?);
+        let stats = publisher.stats().clone();
+        let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
+        let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats };
+        publisher.publish(Link {
+            state: PortState::Up,
+            rx: vec![RxEntry { pair: 0, queue: Arc::new(rx) }],
+            tx: vec![Arc::new(TapTx { tap })],
+            ..Link::down(PortState::Up, None)
+        });
+        Ok(Self { publisher })
+    }
+}
+
+impl Drop for TapPort {
+    fn drop(&mut self) {
+        self.publisher.publish(Link::down(PortState::Down, None));
+        self.publisher.forget_stations();
+    }
+}
+
+/// Frames that the host sends.
+#[derive(Debug)]
+struct TapRx {
+    tap: Arc<Tap>,
+    buffers: SpinLock<Vec<Box<[u8]>>>,
+    stats: Arc<PortStats>,
+}
+
+impl RxQueue for TapRx {
+    fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
+        // Asking the kernel costs more than a look at a ring, so it is asked only when it has something.
+        let Some(mut buffers) = self.buffers.try_lock() else { return Ok(0) };
+        let mut taken = 0;
+        let mut lengths = [0usize; READS];
+        for (length, buffer) in lengths.iter_mut().zip(buffers.iter_mut()) {
+            match self.tap.read(buffer) {
+                Some(count) => *length = count,
+                None => break,
+            }
+            taken += 1;
+        }
+        if taken == 0 {
+            return Ok(0);
+        }
+        let mut burst = storage.begin();
+        let mut bytes = 0;
+        for (length, buffer) in lengths.iter().zip(buffers.iter()).take(taken) {
+            let mut frame = burst.start(HEADER);
+            let fits = frame.push(SourceSegment::from_slice(buffer.get(..*length).unwrap_or_default()));
+            match if fits { frame.finish() } else { Err(DropReason::Oversize) } {
+                Ok(()) => bytes += length.saturating_sub(HEADER) as u64,
+                Err(reason) => self.stats.drop_frames(reason, 1),
+            }
+        }
+        self.stats.rx(0).add(burst.count() as u64, bytes);
+        if burst.count() > 0 {
+            forward(&mut burst);
+        }
+        Ok(taken)
+    }
+
+    fn arm(&self) -> bool {
+        // The descriptor stays readable while there is something to read: nothing can be missed.
+        false
+    }
+
+    fn disarm(&self) {}
+
+    fn event_fd(&self) -> Option<RawFd> {
+        Some(self.tap.as_raw_fd())
+    }
+
+    fn drain_event(&self) {}
+}
+
+/// Frames for the host.
+#[derive(Debug)]
+struct TapTx {
+    tap: Arc<Tap>,
+}
+
+/// What a tap takes, which is everything the kernel knows.
+const HOST: Accepts = Accepts { csum: true, tso4: true, tso6: true, ecn: true, uso4: false, uso6: false };
+
+impl TapTx {
+    fn write(&self, offload: Offload, head: &[u8], tail: &[SourceSegment<'_>]) -> Result<u64, DropReason> {
+        let header = offload.to_virtio(0).to_bytes();
+        let len = head.len() + tail.iter().map(|piece| piece.len()).sum::<usize>();
+        self.tap.write(&header, head, tail).map(|()| len as u64)
+    }
+}
+
+impl TxQueue for TapTx {
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault> {
+        let (mut count, mut bytes) = (0, 0);
+        let mut account = |outcome: Result<u64, DropReason>| match outcome {
+            Ok(len) => {
+                count += 1;
+                bytes += len;
+            }
+            Err(reason) => stats.drop_frames(reason, 1),
+        };
+        for &place in frames {
+            let frame = burst.frame(place);
+            if HOST.takes(frame.offload()) {
+                account(self.write(*frame.offload(), frame.head(), burst.tail(frame)));
+                continue;
+            }
+            let converted = scratch.convert(burst, frame, HOST, |offload, head, payload| {
+                account(self.write(offload, head, &[SourceSegment::from_slice(payload)]));
+                true
+            });
+            if !converted {
+                account(Err(DropReason::CannotConvert));
+            }
+        }
+        // Several workers may send to the host at once; the kernel orders them, the counters are approximate then.
+        stats.tx(0).add(count, bytes);
+        Ok(())
+    }
+}

@@ -1,0 +1,385 @@
+//! The forwarding database: which station is behind which port.
+//!
+//! A hash table of buckets, one cache line each. Looking up takes no lock and writes nothing; workers refresh the age
+//! of an entry at most once a second. New entries and moves go through a lock that workers only ever try: if it is
+//! taken, the next frame of that station will do.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use crate::config::FdbConfig;
+use crate::limits::MAX_PORTS;
+use crate::port::PortId;
+use crate::sync::SpinLock;
+
+const WAYS: usize = 4;
+const VALID: u64 = 1 << 12;
+const STATIC: u64 = 1 << 31;
+const SECONDS: u64 = STATIC - 1;
+
+/// A station: its address, and the VLAN of the network in which it was heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Station {
+    /// 48-bit address.
+    pub mac: u64,
+    /// VLAN, 0 for none.
+    pub vid: u16,
+    /// Bridge domain.
+    pub network: u16,
+}
+
+impl Station {
+    fn key(self) -> u64 {
+        (self.mac << 16) | VALID | u64::from(self.vid & 0xfff)
+    }
+}
+
+/// One entry, as it was when read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Who.
+    pub station: Station,
+    /// Where.
+    pub port: PortId,
+    /// Seconds since it was last heard.
+    pub age: u64,
+    /// Configured, not learned.
+    pub is_static: bool,
+}
+
+/// Where a station is and when it was heard, packed so that it changes at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place(u64);
+
+impl Place {
+    fn new(port: PortId, network: u16, second: u32, is_static: bool) -> Self {
+        let flag = if is_static { STATIC } else { 0 };
+        Self((u64::from(port.0) << 48) | (u64::from(network) << 32) | flag | (u64::from(second) & SECONDS))
+    }
+    fn port(self) -> PortId {
+        PortId((self.0 >> 48) as u16)
+    }
+    fn network(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+    fn is_static(self) -> bool {
+        self.0 & STATIC != 0
+    }
+    fn second(self) -> u64 {
+        self.0 & SECONDS
+    }
+}
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket {
+    keys: [AtomicU64; WAYS],
+    places: [AtomicU64; WAYS],
+}
+
+impl Bucket {
+    #[inline]
+    fn find(&self, key: u64, network: u16) -> Option<(usize, Place)> {
+        for (way, stored) in self.keys.iter().enumerate() {
+            if stored.load(Ordering::Acquire) != key {
+                continue;
+            }
+            let place = Place(self.places[way].load(Ordering::Acquire));
+            // Another station may have been put here between the two loads.
+            if place.network() == network && stored.load(Ordering::Relaxed) == key {
+                return Some((way, place));
+            }
+        }
+        None
+    }
+}
+
+/// What learning found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learned {
+    /// Nothing to do, or done.
+    Yes,
+    /// The table or the port's share of it is full, or another thread is changing it.
+    No,
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Fdb {
+    buckets: Box<[Bucket]>,
+    change: SpinLock<()>,
+    per_port: Box<[AtomicU32]>,
+    count: AtomicUsize,
+    now: AtomicU32,
+    config: FdbConfig,
+}
+
+impl Fdb {
+    /// An empty table.
+    pub fn new(config: FdbConfig) -> Self {
+        // Twice as many places as entries, so that two candidate buckets are hardly ever both full.
+        let buckets = (config.entries.max(WAYS) * 2 / WAYS).next_power_of_two();
+        Self {
+            buckets: (0..buckets).map(|_| Bucket::default()).collect(),
+            change: SpinLock::default(),
+            per_port: (0..MAX_PORTS).map(|_| AtomicU32::new(0)).collect(),
+            count: AtomicUsize::new(0),
+            now: AtomicU32::new(0),
+            config,
+        }
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing is known.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tells the time, in seconds since the switch started.
+    pub fn set_now(&self, seconds: u32) {
+        self.now.store(seconds, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn candidates(&self, station: Station) -> [usize; 2] {
+        let mixed = (station.key() ^ (u64::from(station.network) << 48)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mask = self.buckets.len() - 1;
+        let first = (mixed >> 32) as usize & mask;
+        // The partner differs in some bit unless there is only one bucket.
+        [first, (first ^ ((mixed >> 20) as usize | 1)) & mask]
+    }
+
+    #[inline]
+    fn find(&self, station: Station) -> Option<(&Bucket, usize, Place)> {
+        let key = station.key();
+        let [first, second] = self.candidates(station);
+        for index in [first, second] {
+            let bucket = &self.buckets[index];
+            if let Some((way, place)) = bucket.find(key, station.network) {
+                return Some((bucket, way, place));
+            }
+        }
+        None
+    }
+
+    /// The port behind which a station is.
+    #[inline]
+    pub fn lookup(&self, station: Station) -> Option<PortId> {
+        self.find(station).map(|(_, _, place)| place.port())
+    }
+
+    /// Notes that a station was heard behind a port.
+    #[inline]
+    pub fn learn(&self, station: Station, port: PortId) -> Learned {
+        let now = self.now.load(Ordering::Relaxed);
+        match self.find(station) {
+            Some((_, _, place)) if place.port() == port && place.second() == u64::from(now) & SECONDS => Learned::Yes,
+            Some((_, _, place)) if place.is_static() => Learned::Yes,
+            Some((bucket, way, place)) if place.port() == port => {
+                let fresh = Place::new(port, station.network, now, false);
+                // If it fails the entry was changed just now, which makes it fresh as well.
+                let _ = bucket.places[way].compare_exchange(place.0, fresh.0, Ordering::AcqRel, Ordering::Relaxed);
+                Learned::Yes
+            }
+            _ => self.insert(station, port, false),
+        }
+    }
+
+    /// Adds or moves an entry.
+    #[cold]
+    pub fn insert(&self, station: Station, port: PortId, is_static: bool) -> Learned {
+        let Some(_change) = self.change.try_lock() else { return Learned::No };
+        let fresh = Place::new(port, station.network, self.now.load(Ordering::Relaxed), is_static);
+        if let Some((bucket, way, place)) = self.find(station) {
+            if place.is_static() && !is_static {
+                return Learned::Yes;
+            }
+            if place.port() != port && !self.admit(port, is_static) {
+                return Learned::No;
+            }
+            if place.port() != port {
+                self.owned(place.port()).fetch_sub(1, Ordering::Relaxed);
+                self.owned(port).fetch_add(1, Ordering::Relaxed);
+            }
+            bucket.places[way].store(fresh.0, Ordering::Release);
+            return Learned::Yes;
+        }
+        if !self.admit(port, is_static) {
+            return Learned::No;
+        }
+        let Some((bucket, way)) = self.vacancy(station) else { return Learned::No };
+        bucket.places[way].store(fresh.0, Ordering::Release);
+        bucket.keys[way].store(station.key(), Ordering::Release);
+        self.owned(port).fetch_add(1, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
+        Learned::Yes
+    }
+
+    fn admit(&self, port: PortId, is_static: bool) -> bool {
+        is_static || (self.owned(port).load(Ordering::Relaxed) as usize) < self.config.per_port
+    }
+
+    /// A free place, if need be that of the entry heard longest ago. With the change lock held.
+    fn vacancy(&self, station: Station) -> Option<(&Bucket, usize)> {
+        let candidates = self.candidates(station);
+        let ways = || candidates.iter().flat_map(|&index| (0..WAYS).map(move |way| (&self.buckets[index], way)));
+        let free = ways().find(|(bucket, way)| bucket.keys[*way].load(Ordering::Relaxed) == 0);
+        if free.is_some() && self.len() < self.config.entries {
+            return free;
+        }
+        let place = |(bucket, way): &(&Bucket, usize)| Place(bucket.places[*way].load(Ordering::Relaxed));
+        let taken = ways().filter(|(bucket, way)| bucket.keys[*way].load(Ordering::Relaxed) != 0);
+        let oldest = taken.filter(|at| !place(at).is_static()).min_by_key(|at| place(at).second())?;
+        self.remove(oldest.0, oldest.1);
+        Some(oldest)
+    }
+
+    fn owned(&self, port: PortId) -> &AtomicU32 {
+        &self.per_port[usize::from(port.0) % MAX_PORTS]
+    }
+
+    /// With the change lock held.
+    fn remove(&self, bucket: &Bucket, way: usize) {
+        let port = Place(bucket.places[way].load(Ordering::Relaxed)).port();
+        bucket.keys[way].store(0, Ordering::Release);
+        self.owned(port).fetch_sub(1, Ordering::Relaxed);
+        self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Removes the entries for which `unwanted` holds; returns how many. Called by the control side only: workers
+    /// never wait for it, they put off learning meanwhile.
+    pub fn retain(&self, unwanted: impl Fn(&Entry) -> bool) -> usize {
+        let mut removed = 0;
+        for bucket in &self.buckets {
+            if bucket.keys.iter().all(|key| key.load(Ordering::Relaxed) == 0) {
+                continue;
+            }
+            let _change = self.change.lock();
+            for way in 0..WAYS {
+                if self.entry(bucket, way).is_some_and(|entry| unwanted(&entry)) {
+                    self.remove(bucket, way);
+                    removed += 1;
+                }
+            }
+        }
+        removed
+    }
+
+    /// Removes learned entries that were not heard for the configured time. Returns how many.
+    pub fn age(&self) -> usize {
+        self.retain(|entry| !entry.is_static && entry.age >= self.config.age_seconds)
+    }
+
+    /// All entries, in no order.
+    pub fn entries(&self) -> Vec<Entry> {
+        let ways = self.buckets.iter().flat_map(|bucket| (0..WAYS).map(move |way| (bucket, way)));
+        ways.filter_map(|(bucket, way)| self.entry(bucket, way)).collect()
+    }
+
+    fn entry(&self, bucket: &Bucket, way: usize) -> Option<Entry> {
+        let key = bucket.keys[way].load(Ordering::Acquire);
+        let place = Place(bucket.places[way].load(Ordering::Acquire));
+        if key == 0 || bucket.keys[way].load(Ordering::Relaxed) != key {
+            return None;
+        }
+        let now = u64::from(self.now.load(Ordering::Relaxed)) & SECONDS;
+        Some(Entry {
+            station: Station { mac: key >> 16, vid: (key & 0xfff) as u16, network: place.network() },
+            port: place.port(),
+            age: now.saturating_sub(place.second()),
+            is_static: place.is_static(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn station(mac: u64) -> Station {
+        Station { mac, vid: 0, network: 1 }
+    }
+
+    fn fdb(entries: usize, per_port: usize) -> Fdb {
+        Fdb::new(FdbConfig { entries, per_port, age_seconds: 300 })
+    }
+
+    #[test]
+    fn learns_moves_and_ages() {
+        let fdb = fdb(1024, 1024);
+        assert_eq!(fdb.lookup(station(1)), None);
+        fdb.learn(station(1), PortId(3));
+        assert_eq!(fdb.lookup(station(1)), Some(PortId(3)));
+        assert_eq!(fdb.lookup(Station { network: 2, ..station(1) }), None);
+        assert_eq!(fdb.lookup(Station { vid: 7, ..station(1) }), None);
+        fdb.learn(station(1), PortId(4));
+        assert_eq!(fdb.lookup(station(1)), Some(PortId(4)));
+        fdb.set_now(299);
+        assert_eq!(fdb.age(), 0);
+        fdb.learn(station(1), PortId(4));
+        fdb.set_now(598);
+        assert_eq!(fdb.age(), 0);
+        fdb.set_now(599);
+        assert_eq!((fdb.age(), fdb.len()), (1, 0));
+    }
+
+    #[test]
+    fn one_port_cannot_take_it_all() {
+        let fdb = fdb(1024, 10);
+        let learned = (0..100).filter(|&mac| fdb.learn(station(mac), PortId(1)) == Learned::Yes).count();
+        assert_eq!((learned, fdb.len()), (10, 10));
+        fdb.learn(station(5000), PortId(2));
+        assert_eq!(fdb.lookup(station(5000)), Some(PortId(2)));
+        assert_eq!(fdb.retain(|entry| entry.port == PortId(1)), 10);
+        assert_eq!(fdb.learn(station(7), PortId(1)), Learned::Yes);
+    }
+
+    #[test]
+    fn the_whole_is_bounded() {
+        let fdb = fdb(64, 10_000);
+        for mac in 0..10_000 {
+            fdb.learn(station(mac), PortId(1));
+        }
+        assert!(fdb.len() <= 64, "{}", fdb.len());
+        assert!(fdb.len() >= 48, "{}", fdb.len());
+    }
+
+    #[test]
+    fn static_entries_stay() {
+        let fdb = fdb(64, 64);
+        fdb.insert(station(1), PortId(1), true);
+        fdb.learn(station(1), PortId(2));
+        fdb.set_now(10_000);
+        fdb.age();
+        assert_eq!(fdb.lookup(station(1)), Some(PortId(1)));
+    }
+
+    proptest! {
+        /// Against a plain map, as long as nothing has to be evicted.
+        #[test]
+        fn agrees_with_a_map(steps in proptest::collection::vec((0u64..40, 0u16..3, 0u16..2, 0u16..5, 0u8..4), 0..200)) {
+            let fdb = fdb(4096, 4096);
+            let mut model: HashMap<(u64, u16, u16), u16> = HashMap::new();
+            for (mac, vid, network, port, kind) in steps {
+                let station = Station { mac, vid, network };
+                if kind == 0 {
+                    fdb.retain(|entry| entry.port == PortId(port));
+                    model.retain(|_, at| *at != port);
+                } else {
+                    fdb.learn(station, PortId(port));
+                    model.insert((mac, vid, network), port);
+                }
+                prop_assert_eq!(fdb.len(), model.len());
+            }
+            for (&(mac, vid, network), &port) in &model {
+                prop_assert_eq!(fdb.lookup(Station { mac, vid, network }), Some(PortId(port)));
+            }
+            prop_assert_eq!(fdb.entries().len(), model.len());
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The batch path: a burst comes in from one port, is decided on, and goes out to its destinations.
+
+use std::sync::Arc;
+
+use crate::frame::{Burst, ETHERNET_HEADER};
+use crate::limits::{BURST, MAX_PORTS};
+use crate::port::PortId;
+use crate::switch::DropReason;
+use crate::switch::convert::Scratch;
+use crate::switch::fdb::{Fdb, Station};
+use crate::switch::snapshot::{PortView, Snapshot};
+use crate::wire::flow::flow_hash;
+
+const MULTICAST: u64 = 1 << 40;
+
+/// Frames of a burst, by their places.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    count: u8,
+    items: [u8; BURST],
+}
+
+impl Places {
+    const EMPTY: Self = Self { count: 0, items: [0; BURST] };
+
+    #[inline]
+    fn push(&mut self, place: u8) {
+        if let Some(item) = self.items.get_mut(usize::from(self.count)) {
+            *item = place;
+            self.count += 1;
+        }
+    }
+
+    #[inline]
+    fn as_slice(&self) -> &[u8] {
+        self.items.get(..usize::from(self.count)).unwrap_or_default()
+    }
+}
+
+/// A worker's own tools for switching bursts. Allocates only when made.
+#[derive(Debug)]
+pub struct Forwarder {
+    fdb: Arc<Fdb>,
+    /// Frames for each port, by port id.
+    lists: Box<[Places]>,
+    /// Ports that have any.
+    touched: Vec<PortId>,
+    scratch: Scratch,
+}
+
+impl Forwarder {
+    /// Tools for one worker.
+    pub fn new(fdb: Arc<Fdb>) -> Self {
+        Self {
+            fdb,
+            lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
+            touched: Vec::with_capacity(MAX_PORTS),
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// Switches a burst that came from `ingress`.
+    pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        for place in 0..burst.count() as u8 {
+            if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
+                ingress.stats.drop_frames(reason, 1);
+            }
+        }
+        for index in 0..self.touched.len() {
+            let id = self.touched[index];
+            let list = std::mem::replace(&mut self.lists[usize::from(id.0) % MAX_PORTS], Places::EMPTY);
+            if let Some(egress) = snapshot.port(id) {
+                self.deliver(egress, burst, list);
+            }
+        }
+        self.touched.clear();
+    }
+
+    /// Decides on one frame and notes it for its destinations.
+    #[inline]
+    fn classify(
+        &mut self,
+        snapshot: &Snapshot,
+        ingress: &PortView,
+        burst: &mut Burst<'_>,
+        place: u8,
+    ) -> Result<(), DropReason> {
+        let frame = burst.frame_mut(place);
+        let vid = ingress.vlan.ingress(frame.tag()).ok_or(DropReason::VlanDenied)?;
+        frame.vid = vid;
+        if frame.len() > ingress.mtu + ETHERNET_HEADER && frame.packet_len() > ingress.mtu {
+            return Err(DropReason::MtuIngress);
+        }
+        let (source, destination) = (frame.source(), frame.destination());
+        if source & MULTICAST != 0 || ingress.only_source.is_some_and(|only| only != source) {
+            return Err(DropReason::Spoofed);
+        }
+        let network = ingress.network;
+        self.fdb.learn(Station { mac: source, vid, network }, ingress.id);
+        if destination & MULTICAST == 0
+            && let Some(id) = self.fdb.lookup(Station { mac: destination, vid, network })
+        {
+            if id == ingress.id {
+                return Err(DropReason::SamePort);
+            }
+            // An entry can outlive a change by a moment; membership is what counts.
+            if snapshot.port(id).is_some_and(|egress| egress.network == network) {
+                self.note(id, place);
+                return Ok(());
+            }
+        }
+        self.flood(snapshot, ingress, vid, place)
+    }
+
+    fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
+        let members = snapshot.networks.get(usize::from(ingress.network)).ok_or(DropReason::NoDestination)?;
+        let mut any = false;
+        for &id in members {
+            let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
+            if egress.vlan.egress(vid).is_some() {
+                self.note(id, place);
+                any = true;
+            }
+        }
+        if any { Ok(()) } else { Err(DropReason::NoDestination) }
+    }
+
+    #[inline]
+    fn note(&mut self, id: PortId, place: u8) {
+        let list = &mut self.lists[usize::from(id.0) % MAX_PORTS];
+        if list.count == 0 {
+            self.touched.push(id);
+        }
+        list.push(place);
+    }
+
+    /// Brings frames into the form that a port takes and hands them to its queues.
+    fn deliver(&mut self, egress: &PortView, burst: &mut Burst<'_>, list: Places) {
+        let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
+            egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
+            return;
+        };
+        let mut ready = Places::EMPTY;
+        for &place in list.as_slice() {
+            let frame = burst.frame_mut(place);
+            let Some(tagged) = egress.vlan.egress(frame.vid) else {
+                egress.stats.drop_frames(DropReason::VlanDenied, 1);
+                continue;
+            };
+            frame.set_tagged(tagged);
+            if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
+                egress.stats.drop_frames(DropReason::MtuEgress, 1);
+                continue;
+            }
+            ready.push(place);
+        }
+        if egress.link.tx.len() == 1 {
+            self.send(egress, first.as_ref(), burst, ready);
+        } else {
+            self.spread(egress, burst, ready);
+        }
+    }
+
+    fn send(&mut self, egress: &PortView, queue: &dyn crate::port::TxQueue, burst: &Burst<'_>, list: Places) {
+        if list.count == 0 {
+            return;
+        }
+        if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch, &egress.stats) {
+            egress.stats.set_fault(fault);
+        }
+    }
+
+    /// Spreads frames over a port's queues so that a flow, in both directions, keeps to one.
+    fn spread(&mut self, egress: &PortView, burst: &Burst<'_>, list: Places) {
+        let queues = &egress.link.tx;
+        let mut chosen = [0u16; BURST];
+        for (slot, &place) in chosen.iter_mut().zip(list.as_slice()) {
+            let hash = u64::from(flow_hash(burst.frame(place).head()));
+            *slot = ((hash * queues.len() as u64) >> 32) as u16;
+        }
+        let mut left = list;
+        while let Some(queue) = chosen.get(..usize::from(left.count)).and_then(|slots| slots.first()).copied() {
+            let (mut these, mut others, mut others_chosen) = (Places::EMPTY, Places::EMPTY, [0u16; BURST]);
+            for (&slot, &place) in chosen.iter().zip(left.as_slice()) {
+                if slot == queue {
+                    these.push(place);
+                } else {
+                    others_chosen[usize::from(others.count)] = slot;
+                    others.push(place);
+                }
+            }
+            if let Some(queue) = queues.get(usize::from(queue)) {
+                self.send(egress, queue.as_ref(), burst, these);
+            }
+            (left, chosen) = (others, others_chosen);
+        }
+    }
+}

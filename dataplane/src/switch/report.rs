@@ -1,0 +1,215 @@
+//! What the switch tells, and the thread that keeps house: it ages the FDB, measures the workers' load and logs faults.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::config::{PortConfig, VlanMode};
+use crate::port::Link;
+use crate::port::stats::PortStats;
+use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
+use crate::switch::{DropReason, Entry, Inner, Slot, Switch, Tables, lock, worker_of};
+use crate::wire::MacAddr;
+
+/// Time between two rounds.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// What the housekeeper has found out.
+#[derive(Debug, Default)]
+pub(super) struct Housekeeper {
+    busy_percent: Mutex<Vec<f64>>,
+    asleep: Mutex<bool>,
+    alarm: Condvar,
+}
+
+impl Housekeeper {
+    pub(super) fn wake(&self) {
+        *lock(&self.asleep) = false;
+        self.alarm.notify_all();
+    }
+
+    fn sleep(&self) {
+        let mut asleep = lock(&self.asleep);
+        *asleep = true;
+        let _ = self.alarm.wait_timeout_while(asleep, ROUND, |asleep| *asleep);
+    }
+}
+
+pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("sl-housekeeper".into()).stack_size(256 << 10).spawn(move || {
+        let began = Instant::now();
+        let mut last: Vec<(u64, u64)> = inner.workers.iter().map(|worker| worker.stats.times()).collect();
+        let mut faults = std::collections::HashMap::new();
+        while !inner.stopping.load(Ordering::Acquire) {
+            inner.housekeeper.sleep();
+            inner.fdb.set_now(began.elapsed().as_secs() as u32);
+            inner.fdb.age();
+            let now: Vec<_> = inner.workers.iter().map(|worker| worker.stats.times()).collect();
+            let share = |(new, old): (&(u64, u64), &(u64, u64))| {
+                100.0 * new.0.saturating_sub(old.0) as f64 / new.1.saturating_sub(old.1).max(1) as f64
+            };
+            *lock(&inner.housekeeper.busy_percent) = now.iter().zip(&last).map(share).collect();
+            last = now;
+            log_faults(&lock(&inner.tables), &mut faults);
+        }
+    })
+}
+
+fn log_faults(tables: &Tables, known: &mut std::collections::HashMap<String, u64>) {
+    known.retain(|name, _| tables.ports.contains_key(name));
+    for (name, entry) in &tables.ports {
+        let count = entry.stats.faults.load(Ordering::Relaxed);
+        if known.insert(name.clone(), count).unwrap_or(0) != count {
+            let reason = entry.stats.fault().map(|fault| fault.to_string()).unwrap_or_default();
+            tracing::warn!(port = %name, faults = count, reason, "port stopped after a fault of its guest");
+        }
+    }
+}
+
+impl Switch {
+    /// Configurations of all ports, in the order they were added.
+    pub fn port_configs(&self) -> Vec<PortConfig> {
+        let tables = lock(&self.inner.tables);
+        tables.order.iter().filter_map(|name| tables.ports.get(name)).map(|entry| entry.config.clone()).collect()
+    }
+
+    /// All ports, sorted by name.
+    pub fn ports(&self) -> Vec<PortStatus> {
+        let tables = lock(&self.inner.tables);
+        tables.ports.values().map(|entry| self.describe(&tables, entry)).collect()
+    }
+
+    /// One port.
+    pub fn port(&self, name: &str) -> Option<PortStatus> {
+        let tables = lock(&self.inner.tables);
+        tables.ports.get(name).map(|entry| self.describe(&tables, entry))
+    }
+
+    fn describe(&self, tables: &Tables, entry: &Entry) -> PortStatus {
+        let link = match tables.slots.get(usize::from(entry.id.0)) {
+            Some(Slot::Used(view)) => view.link.clone(),
+            _ => Arc::new(Link::down(PortState::Connecting, None)),
+        };
+        let fault = entry.stats.fault();
+        let (vlan, trunk) = match &entry.config.vlan {
+            VlanMode::All => (None, None),
+            VlanMode::Access(vid) => (Some(*vid), None),
+            VlanMode::Trunk { native, allowed } => (*native, Some(allowed.clone())),
+        };
+        let queues = self.queues(entry, &link);
+        let sum = |read: fn(&QueueStatus) -> u64| queues.iter().map(read).sum();
+        PortStatus {
+            name: entry.config.name.clone(),
+            kind: entry.config.target.kind(),
+            target: entry.config.target.to_string(),
+            network: entry.config.network.clone(),
+            vlan,
+            trunk,
+            mtu: entry.config.mtu,
+            mac: entry.config.mac.map(|mac| mac.to_string()),
+            spoofcheck: entry.config.spoofcheck,
+            state: if fault.is_some() { PortState::Failed } else { link.state },
+            reason: fault.map(|fault| fault.to_string()).or_else(|| link.reason.clone()),
+            features: link.features.clone(),
+            memory_bytes: link.memory_bytes,
+            connects: entry.stats.connects.load(Ordering::Relaxed),
+            faults: entry.stats.faults.load(Ordering::Relaxed),
+            rx_frames: sum(|queue| queue.rx_frames),
+            rx_bytes: sum(|queue| queue.rx_bytes),
+            tx_frames: sum(|queue| queue.tx_frames),
+            tx_bytes: sum(|queue| queue.tx_bytes),
+            drops: drops(&entry.stats),
+            queues,
+        }
+    }
+
+    /// The pairs in use, and those that were: counters never go backwards.
+    fn queues(&self, entry: &Entry, link: &Link) -> Vec<QueueStatus> {
+        let workers = self.inner.workers.len();
+        let describe = |index: usize| {
+            let served = link.rx.iter().any(|rx| rx.pair == index);
+            let (rx, tx) = (entry.stats.rx(index).read(), entry.stats.tx(index).read());
+            let used = served || index < link.tx.len() || rx.0 + tx.0 > 0;
+            used.then(|| QueueStatus {
+                index,
+                worker: served.then(|| worker_of(entry.id, index, workers)),
+                rx_frames: rx.0,
+                rx_bytes: rx.1,
+                tx_frames: tx.0,
+                tx_bytes: tx.1,
+                notifications: rx.2 + tx.2,
+            })
+        };
+        (0..crate::limits::MAX_QUEUE_PAIRS).filter_map(describe).collect()
+    }
+
+    /// The forwarding table, sorted by network, VLAN and address.
+    pub fn fdb(&self) -> Vec<FdbEntryStatus> {
+        let tables = lock(&self.inner.tables);
+        let names: std::collections::HashMap<_, _> =
+            tables.ports.values().map(|entry| (entry.id, entry.config.name.as_str())).collect();
+        let mut entries: Vec<_> = self.inner.fdb.entries();
+        entries.sort_by_key(|entry| (entry.station.network, entry.station.vid, entry.station.mac));
+        let describe = |entry: &crate::switch::fdb::Entry| {
+            Some(FdbEntryStatus {
+                mac: MacAddr::from_u64(entry.station.mac).to_string(),
+                network: tables.networks.get(usize::from(entry.station.network))?.clone(),
+                vlan: entry.station.vid,
+                port: (*names.get(&entry.port)?).into(),
+                age_seconds: entry.age,
+                is_static: entry.is_static,
+            })
+        };
+        entries.iter().filter_map(describe).collect()
+    }
+
+    /// Number of entries of the forwarding table.
+    pub fn fdb_len(&self) -> usize {
+        self.inner.fdb.len()
+    }
+
+    /// Forgets learned addresses, of one network or of all. Returns how many.
+    pub fn flush_fdb(&self, network: Option<&str>) -> usize {
+        let wanted = network.map(|name| {
+            let tables = lock(&self.inner.tables);
+            tables.networks.iter().position(|known| known == name)
+        });
+        self.inner.fdb.retain(|entry| {
+            let of_network = wanted.is_none_or(|place| place == Some(usize::from(entry.station.network)));
+            of_network && !entry.is_static
+        })
+    }
+
+    /// The workers.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        let busy = lock(&self.inner.housekeeper.busy_percent).clone();
+        let count = self.inner.workers.len();
+        let tables = lock(&self.inner.tables);
+        let served = |id: usize| {
+            let views = tables.slots.iter().filter_map(Slot::view);
+            views.map(|view| view.link.rx.iter().filter(|rx| worker_of(view.id, rx.pair, count) == id).count()).sum()
+        };
+        let describe = |(id, worker): (usize, &Arc<crate::worker::WorkerShared>)| {
+            let (busy_ns, up_ns) = worker.stats.times();
+            let (rx_frames, bursts, sleeps) = worker.stats.counts();
+            WorkerStatus {
+                id,
+                cpu: worker.cpu,
+                busy_percent: busy.get(id).copied().unwrap_or(0.0),
+                busy_ns,
+                up_ns,
+                rx_frames,
+                bursts,
+                sleeps,
+                queues: served(id),
+            }
+        };
+        self.inner.workers.iter().enumerate().map(describe).collect()
+    }
+}
+
+fn drops(stats: &PortStats) -> std::collections::BTreeMap<&'static str, u64> {
+    let read = |reason: &DropReason| (reason.name(), stats.drops(*reason));
+    DropReason::ALL.iter().map(read).filter(|(_, count)| *count > 0).collect()
+}

@@ -1,0 +1,70 @@
+//! What workers see of the switch: immutable, replaced as a whole.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::port::stats::PortStats;
+use crate::port::{Link, PortId, RxQueue};
+use crate::switch::vlan::VlanPolicy;
+
+/// A port as workers see it.
+#[derive(Debug, Clone)]
+pub struct PortView {
+    /// Its place in [`Snapshot::ports`].
+    pub id: PortId,
+    /// Its network's place in [`Snapshot::networks`].
+    pub network: u16,
+    /// VLAN membership.
+    pub vlan: VlanPolicy,
+    /// Largest layer-3 packet in bytes.
+    pub mtu: usize,
+    /// The only source address that is let in, with spoofcheck.
+    pub only_source: Option<u64>,
+    /// Counters.
+    pub stats: Arc<PortStats>,
+    /// Its queues at the moment.
+    pub link: Arc<Link>,
+}
+
+/// A queue that a worker serves.
+#[derive(Debug)]
+pub struct Served {
+    /// The port it belongs to.
+    pub port: Arc<PortView>,
+    /// The queue.
+    pub queue: Arc<dyn RxQueue>,
+    /// The other side was asked to notify us. Only its worker uses this.
+    pub armed: AtomicBool,
+}
+
+/// What one worker has to do.
+#[derive(Debug)]
+pub struct Plan {
+    /// Queues to serve.
+    pub queues: Vec<Served>,
+    /// An epoll instance over their notifications (the event's data is the queue's place) and the worker's own wake-up
+    /// (`u64::MAX`). Made by the control side, so that a worker makes no system calls to take a plan up.
+    pub epoll: OwnedFd,
+}
+
+/// The switch at one moment.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Counts publications.
+    pub epoch: u64,
+    /// Ports by id.
+    pub ports: Vec<Option<Arc<PortView>>>,
+    /// Members of each network whose link is up, for flooding.
+    pub networks: Vec<Vec<PortId>>,
+    /// One for each worker.
+    pub plans: Vec<Plan>,
+}
+
+impl Snapshot {
+    /// A port by id.
+    #[inline]
+    pub fn port(&self, id: PortId) -> Option<&PortView> {
+        self.ports.get(usize::from(id.0))?.as_deref()
+    }
+}

@@ -1,0 +1,444 @@
+//! Frames from ring to ring, through everything but the threads: what comes out where, and what is dropped why.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::{FdbConfig, VlanMode};
+use crate::frame::BurstStorage;
+use crate::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
+use crate::port::{RxEntry, RxQueue, TxQueue};
+use crate::switch::forward::Forwarder;
+use crate::testing::*;
+
+/// A station on a port: a guest that sends and a guest that receives (the two rings of a pair, each with memory of its
+/// own, so that a mix-up shows).
+struct Station_ {
+    out: TestGuest,
+    into: Vec<TestGuest>,
+    rx: Arc<GuestTx>,
+    stats: Arc<PortStats>,
+}
+
+struct Bench {
+    stations: Vec<Station_>,
+    snapshot: Snapshot,
+    forwarder: Forwarder,
+    storage: BurstStorage,
+}
+
+#[derive(Clone)]
+struct Port {
+    network: u16,
+    vlan: VlanMode,
+    mtu: usize,
+    only_source: Option<u64>,
+    features: u64,
+    queues: usize,
+    up: bool,
+}
+
+impl Default for Port {
+    fn default() -> Self {
+        let features = VERSION_1 | MRG_RXBUF | INDIRECT_DESC | GUEST_CSUM | GUEST_TSO4;
+        Self { network: 0, vlan: VlanMode::All, mtu: 65_535, only_source: None, features, queues: 1, up: true }
+    }
+}
+
+fn mac(station: usize) -> u64 {
+    0x0200_0000_0000 + station as u64 + 1
+}
+
+const BROADCAST: u64 = 0xffff_ffff_ffff;
+
+impl Bench {
+    fn new(ports: &[Port]) -> Self {
+        let fdb = Arc::new(Fdb::new(FdbConfig::default()));
+        let (mut stations, mut views) = (Vec::new(), Vec::new());
+        for (id, port) in ports.iter().enumerate() {
+            let out = TestGuest::new(64, port.features);
+            let into: Vec<_> = (0..port.queues).map(|_| TestGuest::new(64, port.features)).collect();
+            let stats = Arc::new(PortStats::default());
+            let rx = Arc::new(GuestTx::new(QueueSetup { stats: stats.clone(), ..out.setup() }));
+            let tx = into.iter().enumerate().map(|(pair, guest)| {
+                Arc::new(GuestRx::new(QueueSetup { pair, stats: stats.clone(), ..guest.setup() })) as Arc<dyn TxQueue>
+            });
+            let tx = if port.up { tx.collect() } else { Vec::new() };
+            let rx_entry = RxEntry { pair: 0, queue: rx.clone() };
+            let link = Link { rx: vec![rx_entry], tx, ..Link::down(PortState::Up, None) };
+            views.push(Some(Arc::new(PortView {
+                id: PortId(id as u16),
+                network: port.network,
+                vlan: VlanPolicy::from(&port.vlan),
+                mtu: port.mtu,
+                only_source: port.only_source,
+                stats: stats.clone(),
+                link: Arc::new(link),
+            })));
+            stations.push(Station_ { out, into, rx, stats });
+        }
+        let members = |network: u16| {
+            let of = |view: &&Arc<PortView>| view.network == network && !view.link.tx.is_empty();
+            views.iter().flatten().filter(of).map(|view| view.id).collect()
+        };
+        let networks = (0..=ports.iter().map(|port| port.network).max().unwrap_or(0)).map(members).collect();
+        let snapshot = Snapshot { epoch: 0, ports: views, networks, plans: Vec::new() };
+        Self { stations, snapshot, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() }
+    }
+
+    /// Lets a station send frames (header and frame each) and switches them.
+    fn send(&mut self, from: usize, frames: &[Vec<u8>]) {
+        for bytes in frames {
+            self.stations[from].out.send(bytes, &[]);
+        }
+        self.switch(from);
+    }
+
+    fn switch(&mut self, from: usize) {
+        let port = self.snapshot.ports[from].clone().unwrap();
+        let rx = self.stations[from].rx.clone();
+        let (forwarder, snapshot) = (&mut self.forwarder, &self.snapshot);
+        while rx.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, &port, burst)).unwrap() > 0 {}
+    }
+
+    fn post(&mut self, to: usize, count: usize, len: u32) {
+        for guest in &mut self.stations[to].into {
+            (0..count).for_each(|_| drop(guest.post(&[len], WRITE)));
+        }
+    }
+
+    fn received(&mut self, at: usize) -> Vec<Vec<u8>> {
+        self.stations[at].into.iter_mut().flat_map(|guest| guest.received()).map(|(_, frame)| frame).collect()
+    }
+
+    fn drops(&self, port: usize, reason: DropReason) -> u64 {
+        self.stations[port].stats.drops(reason)
+    }
+
+    /// Every station has said something, so that the table is full.
+    fn introduce(&mut self) {
+        for from in 0..self.stations.len() {
+            let hello = frame(BROADCAST, mac(from), 60);
+            let tagged = |vid: u16| {
+                let mut bytes = hello.clone();
+                bytes.splice(24..24, [0x81, 0x00, (vid >> 8) as u8, vid as u8]);
+                bytes
+            };
+            self.send(from, &[hello.clone(), tagged(10)]);
+        }
+    }
+}
+
+fn bench(count: usize) -> Bench {
+    let mut bench = Bench::new(&vec![Port::default(); count]);
+    bench.introduce();
+    (0..count).for_each(|at| bench.post(at, 32, 2048));
+    bench
+}
+
+#[test]
+fn unicast_goes_to_one_broadcast_to_all_but_the_sender() {
+    let mut bench = bench(3);
+    bench.send(0, &[frame(mac(1), mac(0), 60)]);
+    assert_eq!([0, 1, 2].map(|at| bench.received(at).len()), [0, 1, 0]);
+    bench.send(0, &[frame(BROADCAST, mac(0), 60), frame(mac(77), mac(0), 61)]);
+    assert_eq!([0, 1, 2].map(|at| bench.received(at).len()), [0, 2, 2]);
+    assert_eq!(bench.stations[0].stats.rx(0).read().0, 5);
+}
+
+#[test]
+fn networks_are_apart() {
+    let ports: Vec<_> = [0, 0, 1].map(|network| Port { network, ..Port::default() }).into();
+    let mut bench = Bench::new(&ports);
+    bench.introduce();
+    (0..3).for_each(|at| bench.post(at, 8, 2048));
+    bench.send(0, &[frame(BROADCAST, mac(0), 60), frame(mac(2), mac(0), 60)]);
+    assert_eq!([1, 2].map(|at| bench.received(at).len()), [2, 0]);
+    // The same address in both networks is two stations.
+    bench.send(2, &[frame(mac(1), mac(0), 60)]);
+    assert_eq!(bench.drops(2, DropReason::NoDestination), 3);
+    bench.send(1, &[frame(mac(0), mac(1), 60)]);
+    assert_eq!(bench.received(0).len(), 1);
+}
+
+#[test]
+fn a_station_that_moves_is_followed() {
+    let mut bench = bench(3);
+    bench.send(2, &[frame(mac(1), mac(0), 60)]);
+    bench.received(1);
+    bench.send(1, &[frame(mac(0), mac(1), 60)]);
+    assert_eq!([0, 2].map(|at| bench.received(at).len()), [0, 1]);
+}
+
+#[test]
+fn nothing_goes_back_where_it_came_from() {
+    let mut bench = bench(2);
+    bench.send(0, &[frame(mac(0), mac(0), 60)]);
+    assert_eq!(bench.drops(0, DropReason::SamePort), 1);
+    assert_eq!([0, 1].map(|at| bench.received(at).len()), [0, 0]);
+}
+
+#[test]
+fn vlans_access_and_trunk() {
+    let access = |vid| Port { vlan: VlanMode::Access(vid), ..Port::default() };
+    let trunk = Port { vlan: VlanMode::Trunk { native: None, allowed: vec![10] }, ..Port::default() };
+    let mut bench = Bench::new(&[access(10), access(20), trunk, access(10)]);
+    (0..4).for_each(|at| bench.post(at, 8, 2048));
+    let plain = frame(BROADCAST, mac(0), 60);
+    bench.send(0, std::slice::from_ref(&plain));
+    let tagged = bench.received(2).remove(0);
+    assert_eq!(&tagged[12..16], [0x81, 0, 0, 10]);
+    assert_eq!([&tagged[..12], &tagged[16..]].concat(), plain[12..]);
+    assert_eq!(bench.received(3), [&plain[12..]]);
+    assert_eq!(bench.received(1).len(), 0);
+
+    // Back, with priority bits: the tag goes where it is not wanted and stays where it is.
+    let mut answer = frame(mac(0), mac(2), 60);
+    answer.splice(24..24, [0x81, 0x00, 0xa0, 10]);
+    bench.send(2, std::slice::from_ref(&answer));
+    assert_eq!(bench.received(0), [[&answer[12..24], &answer[28..]].concat()]);
+    bench.send(2, &[frame(BROADCAST, mac(2), 60)]);
+    assert_eq!(bench.drops(2, DropReason::VlanDenied), 1);
+    bench.send(0, std::slice::from_ref(&answer));
+    assert_eq!(bench.drops(0, DropReason::VlanDenied), 1);
+}
+
+#[test]
+fn others_addresses_and_multicast_sources_are_refused() {
+    let mut bench = Bench::new(&[Port { only_source: Some(mac(0)), ..Port::default() }, Port::default()]);
+    bench.post(1, 8, 2048);
+    bench.send(0, &[frame(BROADCAST, mac(5), 60), frame(BROADCAST, mac(0), 60)]);
+    assert_eq!((bench.received(1).len(), bench.drops(0, DropReason::Spoofed)), (1, 1));
+    bench.send(1, &[frame(BROADCAST, BROADCAST, 60)]);
+    assert_eq!(bench.drops(1, DropReason::Spoofed), 1);
+}
+
+#[test]
+fn mtus_are_kept_both_ways() {
+    let mut bench = Bench::new(&[Port { mtu: 1500, ..Port::default() }, Port { mtu: 1400, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 8, 4096);
+    bench.send(0, &[frame(mac(1), mac(0), 1515), frame(mac(1), mac(0), 1415), frame(mac(1), mac(0), 1414)]);
+    assert_eq!(bench.received(1).len(), 1);
+    assert_eq!((bench.drops(0, DropReason::MtuIngress), bench.drops(1, DropReason::MtuEgress)), (1, 1));
+}
+
+#[test]
+fn what_does_not_fit_is_counted() {
+    let small = Port { features: VERSION_1, ..Port::default() };
+    let down = Port { up: false, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), small, down]);
+    bench.introduce();
+    bench.send(0, &[frame(mac(1), mac(0), 60)]);
+    // Three of these: the introductions of station 0, before anyone had posted a buffer.
+    let full = bench.drops(1, DropReason::Full);
+    bench.post(1, 1, 100);
+    bench.send(0, &[frame(mac(1), mac(0), 200), frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 60)]);
+    assert_eq!(bench.drops(1, DropReason::BufferTooSmall), 1);
+    assert_eq!(bench.drops(1, DropReason::Full), full + 1);
+    assert_eq!(bench.received(1).len(), 1);
+    bench.send(0, &[frame(mac(2), mac(0), 60)]);
+    assert_eq!(bench.drops(2, DropReason::LinkDown), 1);
+}
+
+#[test]
+fn frames_that_are_none_are_dropped_at_the_door() {
+    let mut bench = bench(2);
+    let mut oversize = frame(mac(1), mac(0), 60);
+    oversize.resize(12 + crate::limits::MAX_FRAME + 1, 0);
+    let mut bad = frame(mac(1), mac(0), 60);
+    bad[0] = 1;
+    bad[6..8].copy_from_slice(&60u16.to_le_bytes());
+    bench.send(0, &[frame(mac(1), mac(0), 13), vec![0; 5], oversize, bad]);
+    let count = |reason| bench.drops(0, reason);
+    assert_eq!((count(DropReason::Runt), count(DropReason::Oversize), count(DropReason::BadOffload)), (2, 1, 1));
+    assert_eq!(bench.received(1).len(), 0);
+}
+
+/// A TCP super-packet over IPv4 with its header.
+fn super_packet(payload: usize, size: u16) -> Vec<u8> {
+    let mut bytes = frame(mac(1), mac(0), 14 + 20 + 20 + payload);
+    bytes[0] = 1;
+    bytes[1] = 1;
+    bytes[2..4].copy_from_slice(&54u16.to_le_bytes());
+    bytes[4..6].copy_from_slice(&size.to_le_bytes());
+    bytes[6..8].copy_from_slice(&34u16.to_le_bytes());
+    bytes[8..10].copy_from_slice(&16u16.to_le_bytes());
+    bytes[24..26].copy_from_slice(&[8, 0]);
+    let len = (40 + payload) as u16;
+    let mut ip = [0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+    ip[2..4].copy_from_slice(&len.to_be_bytes());
+    bytes[26..46].copy_from_slice(&ip);
+    bytes[46..66].copy_from_slice(&[0, 80, 1, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    let pseudo = crate::wire::checksum::Sum::pseudo_v4([10, 0, 0, 1], [10, 0, 0, 2], 6, len - 20).fold();
+    bytes[62..64].copy_from_slice(&pseudo.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn super_packets_pass_whole_or_are_segmented() {
+    let mut bench = Bench::new(&[Port::default(), Port::default(), Port { features: VERSION_1, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 40, 2048);
+    bench.post(2, 40, 2048);
+    let whole = super_packet(20_000, 1448);
+    bench.send(0, std::slice::from_ref(&whole));
+    let (header, frame) = bench.stations[1].into[0].received().remove(0);
+    assert_eq!(frame, whole[12..]);
+    assert_eq!(header[..10], whole[..10]);
+
+    let mut other = whole.clone();
+    other[12..18].copy_from_slice(&mac(2).to_be_bytes()[2..]);
+    bench.send(0, std::slice::from_ref(&other));
+    let segments = bench.stations[2].into[0].received();
+    assert_eq!(segments.len(), 20_000usize.div_ceil(1448));
+    let payload: Vec<u8> = segments.iter().flat_map(|(_, frame)| frame[54..].to_vec()).collect();
+    assert_eq!(payload, other[66..]);
+    for (header, frame) in &segments {
+        assert_eq!(header[..10], [0; 10]);
+        let parsed = etherparse::PacketHeaders::from_ethernet_slice(frame).unwrap();
+        let (Some(etherparse::NetHeaders::Ipv4(ip, _)), Some(etherparse::TransportHeader::Tcp(tcp))) =
+            (parsed.net, parsed.transport)
+        else {
+            panic!("TCP over IPv4")
+        };
+        assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, &frame[54..]).unwrap());
+    }
+}
+
+#[test]
+fn a_super_packet_that_lies_is_not_converted() {
+    let mut bench = Bench::new(&[Port::default(), Port { features: VERSION_1, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 40, 2048);
+    let mut lie = super_packet(4000, 1448);
+    // The offset of TCP's data claims a header beyond the frame's first part: fine for who takes it whole.
+    lie[58] = 0xf0;
+    lie.truncate(12 + 14 + 20 + 30);
+    bench.send(0, &[lie]);
+    let refused = bench.drops(1, DropReason::CannotConvert) + bench.drops(0, DropReason::BadOffload);
+    assert_eq!((refused, bench.received(1).len()), (1, 0));
+}
+
+#[test]
+fn partial_checksums_are_completed_for_who_cannot() {
+    let mut bench = Bench::new(&[Port::default(), Port { features: VERSION_1, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 4, 2048);
+    let mut partial = super_packet(1000, 0);
+    partial[1] = 0;
+    bench.send(0, std::slice::from_ref(&partial));
+    let (header, frame) = bench.stations[1].into[0].received().remove(0);
+    assert_eq!(header[0], 0);
+    let mut sum = crate::wire::checksum::Sum::pseudo_v4([10, 0, 0, 1], [10, 0, 0, 2], 6, 1020);
+    sum.add(&frame[34..]);
+    assert_eq!(sum.fold(), 0xffff);
+    assert_eq!(frame[54..], partial[66..]);
+}
+
+#[test]
+fn flows_spread_over_queues_and_keep_to_one() {
+    let mut bench = Bench::new(&[Port::default(), Port { queues: 4, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 60, 2048);
+    let flow = |port: u8| {
+        let mut bytes = super_packet(20, 0);
+        bytes[..12].fill(0);
+        bytes[47] = port;
+        bytes
+    };
+    let frames: Vec<_> = (0..30).map(flow).collect();
+    bench.send(0, &frames);
+    let queues: Vec<Vec<_>> = bench.stations[1].into.iter_mut().map(|guest| guest.received()).collect();
+    assert_eq!(queues.iter().map(Vec::len).sum::<usize>(), 30);
+    assert!(queues.iter().all(|frames| !frames.is_empty()), "{:?}", queues.iter().map(Vec::len).collect::<Vec<_>>());
+    let places: Vec<Vec<u8>> = queues.iter().map(|frames| frames.iter().map(|(_, f)| f[35]).collect()).collect();
+    bench.send(0, &frames);
+    let again: Vec<Vec<u8>> =
+        bench.stations[1].into.iter_mut().map(|guest| guest.received().iter().map(|(_, f)| f[35]).collect()).collect();
+    assert_eq!(places, again);
+}
+
+#[test]
+fn a_broken_receiver_faults_alone() {
+    let mut bench = bench(3);
+    // Its next buffer is one to read from.
+    for guest in &mut bench.stations[1].into {
+        guest.returned();
+        (0..32).for_each(|index| guest.set_desc(index, Desc { addr: 0x10_0000, len: 64, flags: 0, next: 0 }));
+    }
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)]);
+    assert_eq!(bench.stations[1].stats.fault(), Some(crate::virtq::Fault::WrongDirection));
+    assert_eq!(bench.received(2).len(), 1);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)]);
+    assert_eq!(bench.drops(1, DropReason::LinkDown), 1);
+    assert_eq!(bench.received(2).len(), 1);
+}
+
+#[test]
+fn frames_before_a_fault_are_delivered() {
+    let mut bench = bench(2);
+    bench.stations[0].out.send(&frame(mac(1), mac(0), 60), &[]);
+    bench.stations[0].out.make_available(999);
+    let port = bench.snapshot.ports[0].clone().unwrap();
+    let rx = bench.stations[0].rx.clone();
+    let (forwarder, snapshot) = (&mut bench.forwarder, &bench.snapshot);
+    let fault = rx.poll(&mut bench.storage, &mut |burst| forwarder.forward(snapshot, &port, burst)).unwrap_err();
+    assert_eq!(fault, crate::virtq::Fault::DescriptorIndex);
+    assert_eq!(bench.received(1).len(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Whatever the layout on either side, the bytes arrive.
+    #[test]
+    fn any_layout_carries_any_frame(
+        len in prop_oneof![14usize..300, 1400usize..1600, 14usize..65_000],
+        split in proptest::collection::vec(1u32..3000, 0..6),
+        buffers in proptest::collection::vec(12u32..5000, 1..4),
+        tagged in any::<bool>(),
+    ) {
+        let vlan = if tagged { VlanMode::Access(5) } else { VlanMode::All };
+        let ports = [Port { vlan, ..Port::default() }, Port::default()];
+        let mut bench = Bench::new(&ports);
+        let room: u32 = buffers.iter().sum();
+        let chains = (len as u32 + 40).div_ceil(room).max(1).min(60 / buffers.len() as u32);
+        for _ in 0..chains {
+            bench.stations[1].into[0].post(&buffers, WRITE);
+        }
+        let fits = u64::from(chains) * u64::from(room) >= len as u64 + 12 + if tagged { 4 } else { 0 };
+        let bytes = frame(mac(1), mac(0), len);
+        bench.stations[0].out.send(&bytes, &split);
+        bench.switch(0);
+        let got = bench.received(1);
+        if fits {
+            prop_assert_eq!(got.len(), 1);
+            let mut wanted = bytes[12..].to_vec();
+            if tagged {
+                wanted.splice(12..12, [0x81, 0, 0, 5]);
+            }
+            prop_assert!(got[0] == wanted);
+        } else {
+            prop_assert_eq!((got.len(), bench.drops(1, DropReason::Full)), (0, 1));
+        }
+    }
+}
+
+/// Every reason is shown by a test of this file or of the port that gives it.
+#[test]
+fn every_drop_reason_has_a_test() {
+    let tests = include_str!("tests.rs");
+    for reason in DropReason::ALL {
+        assert!(tests.contains(&format!("DropReason::{reason:?})")), "{reason:?} has no test");
+    }
+}
+
+/// Workers take plans up; the tests above go without.
+#[test]
+fn a_switch_starts_and_stops() {
+    let switch = Switch::start(&SwitchConfig { workers: vec![None, None], ..SwitchConfig::default() }).unwrap();
+    assert_eq!(switch.workers().len(), 2);
+    switch.stop();
+}

@@ -1,0 +1,101 @@
+//! VLAN membership of a port, ready for the hot path.
+
+use crate::config::VlanMode;
+
+/// Which VLANs may pass a port, and in which form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VlanPolicy {
+    /// All, as they are.
+    All,
+    /// One, untagged.
+    Access(u16),
+    /// Some with their tag, and perhaps one untagged.
+    Trunk {
+        /// VLAN of untagged frames.
+        native: Option<u16>,
+        /// One bit for each VLAN that passes with its tag.
+        allowed: Box<[u64; 64]>,
+    },
+}
+
+impl From<&VlanMode> for VlanPolicy {
+    fn from(mode: &VlanMode) -> Self {
+        match mode {
+            VlanMode::All => Self::All,
+            VlanMode::Access(vid) => Self::Access(*vid),
+            VlanMode::Trunk { native, allowed } => {
+                let mut bits = Box::new([0u64; 64]);
+                for vid in allowed {
+                    bits[usize::from(vid >> 6) & 63] |= 1 << (vid & 63);
+                }
+                Self::Trunk { native: *native, allowed: bits }
+            }
+        }
+    }
+}
+
+impl VlanPolicy {
+    /// The VLAN that a frame from this port belongs to, by the tag it carries. `None`: it may not pass.
+    #[inline]
+    pub fn ingress(&self, tag: Option<u16>) -> Option<u16> {
+        // A priority tag (VLAN 0) is as good as none.
+        let vid = tag.map_or(0, |tci| tci & 0xfff);
+        match self {
+            Self::All => (vid != 0xfff).then_some(vid),
+            Self::Access(own) => (vid == 0).then_some(*own),
+            Self::Trunk { native, .. } if vid == 0 => *native,
+            Self::Trunk { allowed, .. } => is_set(allowed, vid).then_some(vid),
+        }
+    }
+
+    /// Whether a frame of a VLAN leaves this port with a tag. `None`: it may not pass.
+    #[inline]
+    pub fn egress(&self, vid: u16) -> Option<bool> {
+        match self {
+            Self::All => Some(vid != 0),
+            Self::Access(own) => (vid == *own).then_some(false),
+            Self::Trunk { native, .. } if *native == Some(vid) => Some(false),
+            Self::Trunk { allowed, .. } => is_set(allowed, vid).then_some(true),
+        }
+    }
+
+    /// The VLAN of the port's untagged frames, if it has one.
+    pub fn untagged(&self) -> Option<u16> {
+        match self {
+            Self::All => Some(0),
+            Self::Access(own) => Some(*own),
+            Self::Trunk { native, .. } => *native,
+        }
+    }
+}
+
+fn is_set(bits: &[u64; 64], vid: u16) -> bool {
+    vid != 0 && bits[usize::from(vid >> 6) & 63] & (1 << (vid & 63)) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn membership() {
+        let access = VlanPolicy::Access(100);
+        assert_eq!(access.ingress(None), Some(100));
+        assert_eq!(access.ingress(Some(0x6000)), Some(100));
+        assert_eq!(access.ingress(Some(100)), None);
+        assert_eq!((access.egress(100), access.egress(0)), (Some(false), None));
+
+        let trunk = VlanPolicy::from(&VlanMode::Trunk { native: None, allowed: vec![10, 20, 4094] });
+        assert_eq!(trunk.ingress(None), None);
+        assert_eq!(trunk.ingress(Some(0xe00a)), Some(10));
+        assert_eq!(trunk.ingress(Some(11)), None);
+        assert_eq!((trunk.egress(4094), trunk.egress(0)), (Some(true), None));
+
+        let native = VlanPolicy::from(&VlanMode::Trunk { native: Some(5), allowed: vec![10] });
+        assert_eq!((native.ingress(None), native.egress(5)), (Some(5), Some(false)));
+
+        assert_eq!((VlanPolicy::All.ingress(None), VlanPolicy::All.ingress(Some(7))), (Some(0), Some(7)));
+        assert_eq!((VlanPolicy::All.egress(0), VlanPolicy::All.egress(7)), (Some(false), Some(true)));
+        assert_eq!(VlanPolicy::All.ingress(Some(0xfff)), None);
+    }
+}

@@ -1,0 +1,247 @@
+//! Workers: threads that own disjoint sets of receive queues and run every burst to completion.
+//!
+//! A worker takes up a new [`Snapshot`] between two bursts and acknowledges it; the control side waits for that before
+//! it takes anything away. A worker allocates nothing, logs nothing, and waits for nobody but, in its sleep, for work.
+
+pub mod stats;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::config::WorkerMode;
+use crate::frame::BurstStorage;
+use crate::switch::fdb::Fdb;
+use crate::switch::forward::Forwarder;
+use crate::switch::snapshot::{Plan, Served, Snapshot};
+use crate::sync::Mailbox;
+use crate::virtq::notify::EventFd;
+use stats::{Clock, WorkerStats};
+
+/// Event data of a worker's own wake-up in its epoll instance.
+pub const WAKE: u64 = u64::MAX;
+/// How long an adaptive worker polls in vain before it sleeps.
+const SPIN_NS: u64 = 30_000;
+/// Events taken from the kernel at a time.
+const EVENTS: usize = 64;
+
+/// What the control side and one worker share.
+#[derive(Debug)]
+pub struct WorkerShared {
+    /// The newest snapshot, if the worker has not taken it up yet.
+    pub mailbox: Mailbox<Snapshot>,
+    /// Epoch of the snapshot that the worker uses.
+    pub acknowledged: AtomicU64,
+    /// Wakes the worker from its sleep.
+    pub wake: EventFd,
+    /// Tells the worker to end.
+    pub stop: AtomicBool,
+    /// Counters.
+    pub stats: WorkerStats,
+    /// CPU it is pinned to.
+    pub cpu: Option<usize>,
+}
+
+impl WorkerShared {
+    /// State for one worker.
+    ///
+    /// # Errors
+    /// If the process has no descriptors left.
+    pub fn new(cpu: Option<usize>) -> std::io::Result<Self> {
+        Ok(Self {
+            mailbox: Mailbox::default(),
+            acknowledged: AtomicU64::new(0),
+            wake: EventFd::new()?,
+            stop: AtomicBool::new(false),
+            stats: WorkerStats::default(),
+            cpu,
+        })
+    }
+}
+
+/// Makes the epoll instance of a [`Plan`] over the descriptors given, by place, and the worker's wake-up.
+///
+/// # Errors
+/// If the process has no descriptors left.
+pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) -> std::io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
+    let epoll = unsafe {
+        let fd = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let add = |fd: i32, data: u64| {
+        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
+        // SAFETY: `event` is a local that the kernel copies.
+        match unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    add(shared.wake.as_raw_fd(), WAKE)?;
+    for (place, fd) in fds.enumerate() {
+        if let Some(fd) = fd {
+            // Two queues may share a descriptor; the first one then stands for both.
+            add(fd, place as u64).or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
+        }
+    }
+    Ok(epoll)
+}
+
+/// Starts a worker. It ends after `stop` was set and it was woken.
+///
+/// # Errors
+/// If the thread cannot be started, or not on that CPU.
+pub fn start(
+    id: usize,
+    shared: Arc<WorkerShared>,
+    mode: WorkerMode,
+    fdb: Arc<Fdb>,
+    first: Arc<Snapshot>,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let (ready, started) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().name(format!("sl-worker-{id}")).spawn(move || {
+        let pinned = shared.cpu.map_or(Ok(()), pin);
+        let failed = pinned.is_err();
+        if ready.send(pinned).is_err() || failed {
+            return;
+        }
+        let worker =
+            Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
+        // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run(first))).is_err() {
+            std::process::abort();
+        }
+    })?;
+    started.recv().unwrap_or_else(|_| Err(std::io::Error::other("the worker ended at once")))?;
+    Ok(thread)
+}
+
+fn pin(cpu: usize) -> std::io::Result<()> {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: an all-zero set is valid, the CPU is within it, and it is a local that the kernel copies.
+    let done = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+struct Worker<'s> {
+    id: usize,
+    shared: &'s WorkerShared,
+    mode: WorkerMode,
+    forwarder: Forwarder,
+    storage: BurstStorage,
+}
+
+impl Worker<'_> {
+    fn run(mut self, mut snapshot: Arc<Snapshot>) {
+        let clock = Clock::start();
+        self.shared.stats.begin(&clock);
+        let mut idle_since = None;
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            if let Some(newer) = self.shared.mailbox.take() {
+                snapshot = newer;
+                self.shared.acknowledged.store(snapshot.epoch, Ordering::Release);
+            }
+            let Some(plan) = snapshot.plans.get(self.id) else { break };
+            let began = clock.ticks();
+            if self.pass(&snapshot, plan) > 0 {
+                idle_since = None;
+                self.shared.stats.busy(clock.ticks().wrapping_sub(began));
+                continue;
+            }
+            let since = *idle_since.get_or_insert(began);
+            if self.may_sleep(clock.ns(began.wrapping_sub(since))) && arm(plan) {
+                self.shared.stats.slept();
+                sleep(plan, &self.shared.wake);
+                idle_since = None;
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    fn may_sleep(&self, idle_ns: u64) -> bool {
+        match self.mode {
+            WorkerMode::Poll => false,
+            WorkerMode::Interrupt => true,
+            WorkerMode::Adaptive => idle_ns > SPIN_NS,
+        }
+    }
+
+    /// Serves every queue once. Returns the number of frames taken.
+    fn pass(&mut self, snapshot: &Snapshot, plan: &Plan) -> usize {
+        let mut frames = 0;
+        for served in &plan.queues {
+            if served.port.stats.fault().is_some() {
+                continue;
+            }
+            let (forwarder, port) = (&mut self.forwarder, &*served.port);
+            match served.queue.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, port, burst)) {
+                Ok(0) => {}
+                Ok(taken) => {
+                    self.shared.stats.burst(taken);
+                    frames += taken;
+                    disarm(served);
+                }
+                Err(fault) => port.stats.set_fault(fault),
+            }
+        }
+        frames
+    }
+}
+
+/// A queue that has work is polled: notifications would only disturb.
+#[inline]
+fn disarm(served: &Served) {
+    if served.armed.load(Ordering::Relaxed) {
+        served.armed.store(false, Ordering::Relaxed);
+        served.queue.disarm();
+    }
+}
+
+/// Asks for notifications from every queue. Returns whether all are quiet, so that the worker may sleep.
+fn arm(plan: &Plan) -> bool {
+    let mut quiet = true;
+    for served in &plan.queues {
+        if served.armed.load(Ordering::Relaxed) || served.port.stats.fault().is_some() {
+            continue;
+        }
+        served.armed.store(true, Ordering::Relaxed);
+        if served.queue.arm() {
+            disarm(served);
+            quiet = false;
+        }
+    }
+    quiet
+}
+
+/// Sleeps until something of the plan, or the control side, wants attention.
+fn sleep(plan: &Plan, wake: &EventFd) {
+    let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
+    // A queue without a notification descriptor can only be polled.
+    let blind =
+        plan.queues.iter().any(|served| served.queue.event_fd().is_none() && served.port.stats.fault().is_none());
+    let timeout = if blind { 1 } else { -1 };
+    // SAFETY: the kernel writes at most `EVENTS` events into the local array.
+    let count =
+        unsafe { libc::epoll_wait(plan.epoll.as_raw_fd(), events.as_mut_ptr(), EVENTS as libc::c_int, timeout) };
+    for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
+        let data = event.u64;
+        if data == WAKE {
+            wake.drain();
+        } else if let Some(served) = usize::try_from(data).ok().and_then(|place| plan.queues.get(place)) {
+            served.queue.drain_event();
+            // Without event indices a request stays in force; with them it is spent now.
+            disarm(served);
+        }
+    }
+}
