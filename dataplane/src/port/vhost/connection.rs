@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -124,6 +125,8 @@ enum Failure {
     Request(FrontendReq, Cow<'static, str>),
     #[error("{0:?}: {1}")]
     Device(FrontendReq, #[source] DeviceError),
+    #[error("internal error; the log has the details")]
+    Panicked,
     #[error("connection: {0}")]
     Io(#[from] io::Error),
 }
@@ -218,7 +221,8 @@ impl Connection {
             tracing::info!(path = %self.path.display(), suppressed, "connected");
         }
         self.shown = None;
-        let end = self.session(stream);
+        // A fault of ours, provoked by this frontend, must cost no more than one of its own.
+        let end = panic::catch_unwind(AssertUnwindSafe(|| self.session(stream))).unwrap_or(Err(Failure::Panicked));
         *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.publisher.forget_stations();
         self.publisher.stats().clear_fault();
