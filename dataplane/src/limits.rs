@@ -48,6 +48,27 @@ pub const DEFAULT_FDB_PER_PORT: usize = 16_384;
 /// Seconds after which an address that is not heard any more is forgotten, unless configured.
 pub const DEFAULT_FDB_AGE_SECONDS: u64 = 300;
 
+/// Addresses the FDB can be configured to hold.
+pub const MAX_FDB_ENTRIES: usize = 1 << 20;
+
+/// Seconds that an unheard address can be configured to stay: a month.
+pub const MAX_FDB_AGE_SECONDS: u64 = 31 * 24 * 3600;
+
+/// Longest name of a port or network, in bytes.
+pub const MAX_NAME: usize = 64;
+
+/// Longest name of a network interface, in bytes (`IFNAMSIZ` less its terminator).
+pub const MAX_INTERFACE_NAME: usize = 15;
+
+/// Largest VLAN id; 4095 is reserved (IEEE 802.1Q).
+pub const MAX_VLAN: u16 = 4094;
+
+/// Smallest MTU, what IPv4 needs (RFC 791).
+pub const MIN_MTU: u16 = 68;
+
+/// CPUs that a thread can be pinned to (`CPU_SETSIZE`).
+pub const MAX_CPUS: usize = 1024;
+
 const _: () = assert!(BURST <= 256, "a frame's place in its burst is a u8");
 const _: () = assert!(MAX_PORTS <= u16::MAX as usize, "port ids are u16");
 const _: () = assert!(MAX_NETWORKS <= u16::MAX as usize, "network ids are u16");

@@ -2,9 +2,39 @@
 //!
 //! The command line's `SPEC`, the TOML file and the control service all end here, so that every rule is checked once.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
+use crate::limits::{MAX_CPUS, MAX_WORKERS};
 use crate::wire::MacAddr;
+
+mod file;
+mod rules;
+mod spec;
+
+pub use file::{FileConfig, FileError};
+pub use rules::MissingFolder;
+pub use spec::PortText;
+
+/// The network of ports that name none.
+pub const DEFAULT_NETWORK: &str = "default";
+
+/// A rule of a port's configuration that is broken, in one line for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{problem}")]
+pub struct InvalidPort {
+    /// The key whose value is wrong, as SPEC and the file call it.
+    pub key: &'static str,
+    /// What is wrong, and what would be right.
+    pub problem: String,
+}
+
+impl InvalidPort {
+    pub(crate) fn new(key: &'static str, problem: impl Into<String>) -> Self {
+        Self { key, problem: problem.into() }
+    }
+}
 
 /// A port as configured: everything that is needed to bring it up again after a restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +141,29 @@ pub enum WorkerMode {
     Interrupt,
 }
 
+impl fmt::Display for WorkerMode {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Adaptive => "adaptive",
+            Self::Poll => "poll",
+            Self::Interrupt => "interrupt",
+        })
+    }
+}
+
+impl FromStr for WorkerMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "adaptive" => Ok(Self::Adaptive),
+            "poll" => Ok(Self::Poll),
+            "interrupt" => Ok(Self::Interrupt),
+            _ => Err(format!("mode must be adaptive, poll or interrupt, not '{text}'")),
+        }
+    }
+}
+
 /// Bounds of the forwarding table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FdbConfig {
@@ -141,4 +194,37 @@ pub struct SwitchConfig {
     pub mode: WorkerMode,
     /// Bounds of the forwarding table.
     pub fdb: FdbConfig,
+}
+
+/// Checks that workers can be placed as asked: not too many, and no two on one CPU.
+///
+/// # Errors
+/// One line for the operator.
+pub fn check_workers(workers: &[Option<usize>]) -> Result<(), String> {
+    if workers.len() > MAX_WORKERS {
+        return Err(format!("there can be at most {MAX_WORKERS} workers, not {}", workers.len()));
+    }
+    for (place, cpu) in workers.iter().enumerate() {
+        let Some(number) = cpu else { continue };
+        if *number >= MAX_CPUS {
+            return Err(format!("cpu must be 0 to {}, not {number}", MAX_CPUS - 1));
+        }
+        if workers[..place].contains(cpu) {
+            return Err(format!("CPU {number} is given twice; give each worker its own"));
+        }
+    }
+    Ok(())
+}
+
+/// A number in plain decimal digits within `range`, as every source writes them.
+fn number<N>(key: &str, text: &str, range: std::ops::RangeInclusive<N>) -> Result<N, String>
+where
+    N: FromStr + PartialOrd + fmt::Display,
+{
+    // `FromStr` alone would take a sign too.
+    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    match text.parse::<N>() {
+        Ok(value) if digits && range.contains(&value) => Ok(value),
+        _ => Err(format!("{key} must be a number from {} to {}, not '{text}'", range.start(), range.end())),
+    }
 }
