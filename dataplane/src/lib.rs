@@ -3,6 +3,7 @@
 //! Data flows one way: port → frame → switch → frame → port.
 
 pub mod config;
+pub mod control;
 pub mod frame;
 pub mod limits;
 pub mod mem;

@@ -1,0 +1,311 @@
+//! Between our types and those of the contract.
+
+use sluice_proto::sluice::v1 as proto;
+
+use super::ControlError;
+use crate::config::{DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode};
+use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
+use crate::switch::PortError;
+
+/// A configuration as it goes over the socket.
+pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
+    let target = match &port.target {
+        PortTarget::VhostUser { path, mode } => {
+            let mode = match mode {
+                SocketMode::Client => proto::SocketMode::Client,
+                SocketMode::Server => proto::SocketMode::Server,
+            };
+            let path = path.to_string_lossy().into_owned();
+            proto::port_config::Target::VhostUser(proto::VhostUserTarget { path, mode: mode.into() })
+        }
+        PortTarget::Tap { interface } => {
+            proto::port_config::Target::Tap(proto::TapTarget { interface: interface.clone() })
+        }
+    };
+    let (vlan, trunk) = match &port.vlan {
+        VlanMode::All => (None, None),
+        VlanMode::Access(vlan) => (Some(*vlan), None),
+        VlanMode::Trunk { native, allowed } => (*native, Some(allowed)),
+    };
+    proto::PortConfig {
+        name: port.name.clone(),
+        target: Some(target),
+        network: port.network.clone(),
+        vlan: vlan.map(u32::from),
+        trunk: trunk.map(|vlans| vlan_set(vlans)),
+        mtu: port.mtu.map(u32::from),
+        queues: port.queues.map(u32::from),
+        mac: port.mac.map(|mac| mac.to_string()),
+        spoofcheck: port.spoofcheck,
+    }
+}
+
+/// A configuration as it came over the socket. Its rules are still to be checked, except that numbers fit.
+pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, InvalidPort> {
+    let target = match port.target {
+        Some(proto::port_config::Target::VhostUser(target)) => PortTarget::VhostUser {
+            mode: match target.mode() {
+                proto::SocketMode::Server => SocketMode::Server,
+                proto::SocketMode::Client | proto::SocketMode::Unspecified => SocketMode::Client,
+            },
+            path: target.path.into(),
+        },
+        Some(proto::port_config::Target::Tap(target)) => PortTarget::Tap { interface: target.interface },
+        None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
+    };
+    let vlan = port.vlan.map(|vlan| small("vlan", vlan)).transpose()?;
+    let vlan = match (vlan, port.trunk) {
+        (None, None) => VlanMode::All,
+        (Some(vlan), None) => VlanMode::Access(vlan),
+        (native, Some(set)) => {
+            let mut allowed = set.vlans.iter().map(|vlan| small("trunk", *vlan)).collect::<Result<Vec<_>, _>>()?;
+            allowed.sort_unstable();
+            allowed.dedup();
+            VlanMode::Trunk { native, allowed }
+        }
+    };
+    let parse_mac = |text: String| {
+        let problem = || format!("mac must be an address like 52:54:00:12:34:56, not '{text}'");
+        text.parse().map_err(|_| InvalidPort::new("mac", problem()))
+    };
+    Ok(PortConfig {
+        name: port.name,
+        target,
+        network: if port.network.is_empty() { DEFAULT_NETWORK.into() } else { port.network },
+        vlan,
+        mtu: port.mtu.map(|mtu| small("mtu", mtu)).transpose()?,
+        queues: port.queues.map(|queues| small("queues", queues)).transpose()?,
+        mac: port.mac.map(parse_mac).transpose()?,
+        spoofcheck: port.spoofcheck,
+    })
+}
+
+fn small(key: &'static str, value: u32) -> Result<u16, InvalidPort> {
+    value.try_into().map_err(|_| InvalidPort::new(key, format!("{key} {value} is out of range")))
+}
+
+fn vlan_set(vlans: &[u16]) -> proto::VlanSet {
+    proto::VlanSet { vlans: vlans.iter().map(|vlan| u32::from(*vlan)).collect() }
+}
+
+impl From<ControlError> for tonic::Status {
+    fn from(error: ControlError) -> Self {
+        let code = match &error {
+            ControlError::Invalid { .. } => tonic::Code::InvalidArgument,
+            ControlError::Port { source: PortError::Exists(_) | PortError::TargetInUse { .. } } => {
+                tonic::Code::AlreadyExists
+            }
+            ControlError::Port { source: PortError::NotFound(_) } => tonic::Code::NotFound,
+            ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
+            ControlError::Folder(_) | ControlError::Port { source: PortError::Setup(_) } => {
+                tonic::Code::FailedPrecondition
+            }
+            ControlError::State(_) => tonic::Code::Internal,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<PortState> for proto::PortState {
+    fn from(state: PortState) -> Self {
+        match state {
+            PortState::Connecting => Self::Connecting,
+            PortState::Down => Self::Down,
+            PortState::Up => Self::Up,
+            PortState::Failed => Self::Failed,
+        }
+    }
+}
+
+fn drops(port: &PortStatus) -> std::collections::BTreeMap<String, u64> {
+    port.drops.iter().map(|(reason, count)| ((*reason).into(), *count)).collect()
+}
+
+pub(super) fn port_status(port: PortStatus) -> proto::PortStatus {
+    proto::PortStatus {
+        drops: drops(&port),
+        name: port.name,
+        kind: port.kind.into(),
+        target: port.target,
+        network: port.network,
+        vlan: port.vlan.map(u32::from),
+        trunk: port.trunk.as_deref().map(vlan_set),
+        mtu: port.mtu.map(u32::from),
+        mac: port.mac,
+        spoofcheck: port.spoofcheck,
+        state: proto::PortState::from(port.state).into(),
+        reason: port.reason,
+        features: port.features.into_iter().map(String::from).collect(),
+        memory_bytes: port.memory_bytes,
+        connects: port.connects,
+        faults: port.faults,
+        rx_frames: port.rx_frames,
+        rx_bytes: port.rx_bytes,
+        tx_frames: port.tx_frames,
+        tx_bytes: port.tx_bytes,
+        queues: port.queues.into_iter().map(queue_status).collect(),
+    }
+}
+
+fn queue_status(queue: QueueStatus) -> proto::QueueStatus {
+    proto::QueueStatus {
+        index: queue.index as u32,
+        worker: queue.worker.map(|worker| worker as u32),
+        rx_frames: queue.rx_frames,
+        rx_bytes: queue.rx_bytes,
+        tx_frames: queue.tx_frames,
+        tx_bytes: queue.tx_bytes,
+        notifications: queue.notifications,
+    }
+}
+
+pub(super) fn port_stats(port: PortStatus) -> proto::PortStats {
+    proto::PortStats {
+        drops: drops(&port),
+        name: port.name,
+        state: proto::PortState::from(port.state).into(),
+        rx_frames: port.rx_frames,
+        rx_bytes: port.rx_bytes,
+        tx_frames: port.tx_frames,
+        tx_bytes: port.tx_bytes,
+    }
+}
+
+pub(super) fn fdb_entry(entry: FdbEntryStatus) -> proto::FdbEntry {
+    proto::FdbEntry {
+        mac: entry.mac,
+        network: entry.network,
+        vlan: entry.vlan.into(),
+        port: entry.port,
+        age_seconds: entry.age_seconds,
+        r#static: entry.is_static,
+    }
+}
+
+pub(super) fn worker_status(worker: WorkerStatus) -> proto::WorkerStatus {
+    proto::WorkerStatus {
+        id: worker.id as u32,
+        cpu: worker.cpu.map(|cpu| cpu as u32),
+        busy_percent: worker.busy_percent,
+        busy_ns: worker.busy_ns,
+        up_ns: worker.up_ns,
+        rx_frames: worker.rx_frames,
+        bursts: worker.bursts,
+        sleeps: worker.sleeps,
+        queues: worker.queues as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status;
+
+    fn full_port() -> PortStatus {
+        PortStatus {
+            name: "vm1".into(),
+            kind: "vhost-user",
+            target: "/run/vm1.sock".into(),
+            network: "blue".into(),
+            vlan: Some(1),
+            trunk: Some(vec![2, 3]),
+            mtu: Some(9000),
+            mac: Some("52:54:00:00:00:01".into()),
+            spoofcheck: true,
+            state: PortState::Failed,
+            reason: Some("why".into()),
+            features: vec!["VIRTIO_F_VERSION_1"],
+            memory_bytes: 4,
+            connects: 5,
+            faults: 6,
+            rx_frames: 7,
+            rx_bytes: 8,
+            tx_frames: 9,
+            tx_bytes: 10,
+            drops: [("full", 11)].into(),
+            queues: vec![QueueStatus {
+                index: 12,
+                worker: Some(13),
+                rx_frames: 14,
+                rx_bytes: 15,
+                tx_frames: 16,
+                tx_bytes: 17,
+                notifications: 18,
+            }],
+        }
+    }
+
+    /// What `--json` prints is what the types of `status` say.
+    #[test]
+    fn json_is_the_same_on_both_sides_of_the_socket() {
+        let json = |value: &dyn erased::Json| value.json();
+        let mut bare = full_port();
+        (bare.vlan, bare.trunk, bare.mtu, bare.mac, bare.reason) = (None, None, None, None, None);
+        bare.queues[0].worker = None;
+        for port in [full_port(), bare] {
+            assert_eq!(json(&port), json(&port_status(port.clone())));
+        }
+        let entry = FdbEntryStatus {
+            mac: "52:54:00:00:00:01".into(),
+            network: "blue".into(),
+            vlan: 1,
+            port: "vm1".into(),
+            age_seconds: 2,
+            is_static: true,
+        };
+        assert_eq!(json(&entry), json(&fdb_entry(entry.clone())));
+        let worker = status::WorkerStatus {
+            id: 1,
+            cpu: Some(2),
+            busy_percent: 3.5,
+            busy_ns: 4,
+            up_ns: 5,
+            rx_frames: 6,
+            bursts: 7,
+            sleeps: 8,
+            queues: 9,
+        };
+        assert_eq!(json(&worker), json(&worker_status(worker.clone())));
+    }
+
+    mod erased {
+        pub(super) trait Json {
+            fn json(&self) -> serde_json::Value;
+        }
+        impl<T: serde::Serialize> Json for T {
+            fn json(&self) -> serde_json::Value {
+                serde_json::to_value(self).unwrap()
+            }
+        }
+    }
+
+    #[test]
+    fn configurations_survive_the_socket() {
+        for spec in [
+            "vm1=vhost-user:/run/a.sock",
+            "vm1=vhost-user:/run/a.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
+             mac=52:54:00:12:34:56,spoofcheck=on",
+            "host=tap:sluice0,trunk=5",
+            "host=tap:sluice0,vlan=5",
+        ] {
+            let port: PortConfig = spec.parse().unwrap();
+            assert_eq!(port_from_proto(port_to_proto(&port)), Ok(port));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let tap = port_to_proto(&"host=tap:t0".parse().unwrap());
+        let wrong = |change: fn(&mut proto::PortConfig)| {
+            let mut port = tap.clone();
+            change(&mut port);
+            port_from_proto(port).unwrap_err().key
+        };
+        assert_eq!(wrong(|port| port.target = None), "target");
+        assert_eq!(wrong(|port| port.vlan = Some(65_537)), "vlan");
+        assert_eq!(wrong(|port| port.trunk = Some(proto::VlanSet { vlans: vec![65_537] })), "trunk");
+        assert_eq!(wrong(|port| port.mtu = Some(70_000)), "mtu");
+        assert_eq!(wrong(|port| port.queues = Some(70_000)), "queues");
+        assert_eq!(wrong(|port| port.mac = Some("x".into())), "mac");
+    }
+}

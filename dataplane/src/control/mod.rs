@@ -1,0 +1,195 @@
+//! The control plane: what changes a running switch, and what tells about it. Never on a worker.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::config::{InvalidPort, MissingFolder, PortConfig, WorkerMode};
+use crate::status::PortStatus;
+use crate::switch::{PortError, Switch};
+
+mod convert;
+mod http;
+mod metrics;
+mod server;
+mod socket;
+mod state;
+
+pub use convert::port_to_proto;
+pub use server::{ServerHandle, serve};
+pub use socket::{ControlSocket, SocketError};
+pub use state::{StateError, StateStore};
+
+/// Why a change was refused. Nothing is left behind then.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A rule of the configuration is broken.
+    #[error("port {name}: {source}")]
+    Invalid {
+        /// The port.
+        name: String,
+        /// The rule.
+        source: InvalidPort,
+    },
+    /// The folder of the socket is missing.
+    #[error(transparent)]
+    Folder(#[from] MissingFolder),
+    /// The switch refused.
+    #[error("{source}{}", hint(source))]
+    Port {
+        /// Why.
+        #[from]
+        source: PortError,
+    },
+    /// The change could not be written down.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// What to do about a refusal of the switch.
+fn hint(error: &PortError) -> String {
+    match error {
+        PortError::Exists(name) => format!("; choose another name, or remove it with 'sluice port del {name}'"),
+        PortError::NotFound(_) => "; see 'sluice port list'".into(),
+        PortError::TargetInUse { port, .. } => format!("; remove that with 'sluice port del {port}' first"),
+        PortError::Limit { .. } => "; remove some first".into(),
+        PortError::Setup(_) => String::new(),
+    }
+}
+
+/// What does not change while the switch runs.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// How workers wait.
+    pub mode: WorkerMode,
+    /// The control socket.
+    pub control: PathBuf,
+    /// The state directory.
+    pub state_dir: PathBuf,
+}
+
+/// The switch together with what is kept about it on disk. Servers share it.
+#[derive(Debug)]
+pub struct Controller {
+    switch: Arc<Switch>,
+    /// Held for the whole of a change, so that changes come one after the other.
+    store: Mutex<StateStore>,
+    about: About,
+    started: Instant,
+    ready: AtomicBool,
+}
+
+impl Controller {
+    /// A controller of `switch` that keeps its ports in `store`.
+    pub fn new(switch: Arc<Switch>, store: StateStore, about: About) -> Arc<Self> {
+        Arc::new(Self {
+            switch,
+            store: Mutex::new(store),
+            about,
+            started: Instant::now(),
+            ready: AtomicBool::new(false),
+        })
+    }
+
+    /// The switch.
+    pub fn switch(&self) -> &Switch {
+        &self.switch
+    }
+
+    /// What does not change.
+    pub fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// Time since start.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Whether all ports were brought up and the switch is not stopping.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// Says whether the switch is ready.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Release);
+    }
+
+    /// Adds the ports of the file and of the command line, then those of the last run. A name that is given now beats
+    /// one of the last run. Ports of the file are not kept in the state, so that they go when they leave the file.
+    ///
+    /// # Errors
+    /// If a given port is refused, or the state cannot be written. The caller then stops the switch.
+    pub fn bring_up(&self, file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), ControlError> {
+        let mut store = self.lock();
+        let given = || file.iter().chain(arguments);
+        for port in given() {
+            self.switch.add_port(port.clone())?;
+        }
+        let mut keep = Vec::new();
+        for port in store.ports().iter().filter(|port| given().all(|other| other.name != port.name)) {
+            match self.switch.add_port(port.clone()) {
+                Ok(()) => keep.push(port.clone()),
+                Err(error @ PortError::TargetInUse { .. }) => {
+                    tracing::warn!(port = port.name, "forgotten, since {error}");
+                }
+                // The host may be ready for it next time.
+                Err(error) => {
+                    tracing::warn!(port = port.name, "not restored, but kept for the next start: {error}");
+                    keep.push(port.clone());
+                }
+            }
+        }
+        keep.extend_from_slice(arguments);
+        store.replace(keep)?;
+        Ok(())
+    }
+
+    /// Adds a port and writes it down: both or neither.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn add_port(&self, port: PortConfig) -> Result<Option<PortStatus>, ControlError> {
+        port.validate().map_err(|source| ControlError::Invalid { name: port.name.clone(), source })?;
+        port.check_folder()?;
+        let name = port.name.clone();
+        let mut store = self.lock();
+        self.switch.add_port(port.clone())?;
+        let mut ports = store.without(&name);
+        ports.push(port);
+        if let Err(error) = store.replace(ports) {
+            // Nobody else removes it meanwhile, since the store is locked.
+            let _ = self.switch.remove_port(&name);
+            return Err(error.into());
+        }
+        tracing::info!(port = name, "added");
+        Ok(self.switch.port(&name))
+    }
+
+    /// Removes a port, first from what is written down: if that fails, nothing has changed.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn remove_port(&self, name: &str) -> Result<(), ControlError> {
+        let mut store = self.lock();
+        // One that could not be restored is only in the store.
+        let kept = store.ports().iter().any(|port| port.name == name);
+        if kept {
+            let ports = store.without(name);
+            store.replace(ports)?;
+        }
+        match self.switch.remove_port(name) {
+            Err(PortError::NotFound(_)) if kept => {}
+            result => drop(result?),
+        }
+        tracing::info!(port = name, "removed");
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, StateStore> {
+        // A panic between two changes leaves no half of one.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,259 @@
+//! The gRPC server, and the thread on which it and the metrics server run.
+
+use std::io;
+use std::net::TcpListener;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use sluice_proto::sluice::v1 as proto;
+use sluice_proto::sluice::v1::control_server::{Control, ControlServer};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::{IntervalStream, ReceiverStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::transport::server::UdsConnectInfo;
+use tonic::{Request, Response, Status};
+
+use super::socket::PeerRule;
+use super::{ControlError, ControlSocket, Controller, convert, http};
+use crate::switch::PortError;
+
+/// Entries of the forwarding table in one message.
+const FDB_PIECE: usize = 1024;
+/// How long calls under way may take when the switch stops.
+const GRACE: Duration = Duration::from_millis(500);
+/// Pause after a connection could not be accepted (out of descriptors, mostly), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The running servers.
+#[derive(Debug)]
+pub struct ServerHandle {
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl ServerHandle {
+    /// Lets calls under way end, then stops the servers and removes the control socket.
+    ///
+    /// # Errors
+    /// What ended the servers before, if something did.
+    pub fn stop(self) -> io::Result<()> {
+        // It fails if the servers have ended already; then join tells why.
+        let _ = self.stop.send(());
+        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the control thread panicked")))
+    }
+}
+
+/// Serves the control socket, and metrics if there is a listener for them, on a thread of its own. `ended` is dropped
+/// when the servers have ended, for whatever reason.
+///
+/// # Errors
+/// If the thread cannot be started.
+pub fn serve(
+    runtime: Runtime,
+    controller: Arc<Controller>,
+    socket: ControlSocket,
+    metrics: Option<TcpListener>,
+    ended: impl Send + 'static,
+) -> io::Result<ServerHandle> {
+    let (stop, stopped) = oneshot::channel();
+    let run = move || {
+        let _ended = ended;
+        runtime.block_on(serve_until(controller, socket, metrics, stopped))
+    };
+    let thread = thread::Builder::new().name("control".into()).spawn(run)?;
+    Ok(ServerHandle { stop, thread })
+}
+
+async fn serve_until(
+    controller: Arc<Controller>,
+    socket: ControlSocket,
+    metrics: Option<TcpListener>,
+    stopped: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    if let Some(listener) = metrics {
+        tokio::spawn(http::serve(tokio::net::TcpListener::from_std(listener)?, controller.clone()));
+    }
+    // The rest of `socket` stays until the end, and its file with it.
+    let ControlSocket { listener, rule, .. } = socket;
+    let (sender, incoming) = mpsc::channel(1);
+    tokio::spawn(accept(listener, sender));
+    let (grace, graced) = oneshot::channel();
+    let stopping = async {
+        let _ = stopped.await;
+        let _ = grace.send(());
+    };
+    let service = ControlServer::with_interceptor(Service { controller }, move |request| admit(request, rule));
+    let incoming = ReceiverStream::new(incoming);
+    let server = tonic::transport::Server::builder().serve_with_incoming_shutdown(service, incoming, stopping);
+    let deadline = async {
+        match graced.await {
+            Ok(()) => tokio::time::sleep(GRACE).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        result = server => result.map_err(io::Error::other),
+        // Streams have no end of their own.
+        () = deadline => Ok(()),
+    }
+}
+
+/// Accepts connections until nobody takes them any more.
+async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStream>>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                if sender.send(Ok(stream)).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept on the control socket: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Checks who calls.
+fn admit(request: Request<()>, rule: PeerRule) -> Result<Request<()>, Status> {
+    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    match peer {
+        Some(peer) if rule.allows(&peer) => Ok(request),
+        Some(peer) => {
+            tracing::warn!(uid = peer.uid(), gid = peer.gid(), pid = peer.pid(), "call refused");
+            Err(Status::permission_denied(format!(
+                "user {} may not use this switch; call as root, as the switch's user, or from the socket's group",
+                peer.uid()
+            )))
+        }
+        None => Err(Status::permission_denied("the caller's credentials cannot be read")),
+    }
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+type ReplyStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+struct Service {
+    controller: Arc<Controller>,
+}
+
+impl Service {
+    /// Runs a change off the servers' thread: it waits for workers and for the disk.
+    async fn change<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Controller) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        let controller = self.controller.clone();
+        let task = tokio::task::spawn_blocking(move || change(&controller));
+        task.await.unwrap_or_else(|error| Err(Status::internal(format!("the change failed: {error}"))))
+    }
+
+    fn workers(&self) -> Vec<proto::WorkerStatus> {
+        self.controller.switch().workers().into_iter().map(convert::worker_status).collect()
+    }
+}
+
+fn stats(controller: &Controller) -> proto::Stats {
+    let switch = controller.switch();
+    proto::Stats {
+        time_ns: u64::try_from(controller.uptime().as_nanos()).unwrap_or(u64::MAX),
+        ports: switch.ports().into_iter().map(convert::port_stats).collect(),
+        workers: switch.workers().into_iter().map(convert::worker_status).collect(),
+    }
+}
+
+#[tonic::async_trait]
+impl Control for Service {
+    async fn get_status(&self, _request: Request<proto::GetStatusRequest>) -> Reply<proto::GetStatusResponse> {
+        let controller = &self.controller;
+        let about = controller.about();
+        Ok(Response::new(proto::GetStatusResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: controller.uptime().as_secs(),
+            mode: about.mode.to_string(),
+            workers: self.workers(),
+            ports: controller.switch().ports().len() as u32,
+            fdb_entries: controller.switch().fdb().len() as u64,
+            control: about.control.display().to_string(),
+            state_dir: about.state_dir.display().to_string(),
+        }))
+    }
+
+    async fn list_ports(&self, _request: Request<proto::ListPortsRequest>) -> Reply<proto::ListPortsResponse> {
+        let ports = self.controller.switch().ports().into_iter().map(convert::port_status).collect();
+        Ok(Response::new(proto::ListPortsResponse { ports }))
+    }
+
+    async fn get_port(&self, request: Request<proto::GetPortRequest>) -> Reply<proto::GetPortResponse> {
+        let name = request.into_inner().name;
+        let found = self.controller.switch().port(&name).map(convert::port_status);
+        let port = found.ok_or_else(|| Status::from(ControlError::from(PortError::NotFound(name))))?;
+        Ok(Response::new(proto::GetPortResponse { port: Some(port) }))
+    }
+
+    async fn add_port(&self, request: Request<proto::AddPortRequest>) -> Reply<proto::AddPortResponse> {
+        let config = request.into_inner().config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+        let config = convert::port_from_proto(config).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let port = self.change(move |controller| Ok(controller.add_port(config)?)).await?;
+        Ok(Response::new(proto::AddPortResponse { port: port.map(convert::port_status) }))
+    }
+
+    async fn remove_port(&self, request: Request<proto::RemovePortRequest>) -> Reply<proto::RemovePortResponse> {
+        let name = request.into_inner().name;
+        self.change(move |controller| Ok(controller.remove_port(&name)?)).await?;
+        Ok(Response::new(proto::RemovePortResponse {}))
+    }
+
+    type ListFdbStream = ReplyStream<proto::ListFdbResponse>;
+
+    async fn list_fdb(&self, request: Request<proto::ListFdbRequest>) -> Reply<Self::ListFdbStream> {
+        let network = request.into_inner().network;
+        let mut entries = self.controller.switch().fdb();
+        if let Some(network) = network {
+            entries.retain(|entry| entry.network == network);
+        }
+        let mut entries = entries.into_iter().map(convert::fdb_entry);
+        let pieces = std::iter::from_fn(move || {
+            let piece: Vec<_> = entries.by_ref().take(FDB_PIECE).collect();
+            (!piece.is_empty()).then_some(Ok(proto::ListFdbResponse { entries: piece }))
+        });
+        Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+
+    async fn flush_fdb(&self, request: Request<proto::FlushFdbRequest>) -> Reply<proto::FlushFdbResponse> {
+        let network = request.into_inner().network;
+        let flush = move |controller: &Controller| Ok(controller.switch().flush_fdb(network.as_deref()));
+        let flushed = self.change(flush).await? as u64;
+        Ok(Response::new(proto::FlushFdbResponse { flushed }))
+    }
+
+    async fn get_stats(&self, _request: Request<proto::GetStatsRequest>) -> Reply<proto::GetStatsResponse> {
+        Ok(Response::new(proto::GetStatsResponse { stats: Some(stats(&self.controller)) }))
+    }
+
+    type WatchStatsStream = ReplyStream<proto::WatchStatsResponse>;
+
+    async fn watch_stats(&self, request: Request<proto::WatchStatsRequest>) -> Reply<Self::WatchStatsStream> {
+        let milliseconds = match request.into_inner().interval_ms {
+            0 => 1000,
+            given @ 100..=3_600_000 => given,
+            _ => return Err(Status::invalid_argument("interval_ms must be 100 to 3600000")),
+        };
+        let mut interval = tokio::time::interval(Duration::from_millis(milliseconds.into()));
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let controller = self.controller.clone();
+        let answers = IntervalStream::new(interval)
+            .map(move |_| Ok(proto::WatchStatsResponse { stats: Some(stats(&controller)) }));
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn list_workers(&self, _request: Request<proto::ListWorkersRequest>) -> Reply<proto::ListWorkersResponse> {
+        Ok(Response::new(proto::ListWorkersResponse { workers: self.workers() }))
+    }
+}
