@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use toml::Spanned;
 
-use super::{FdbConfig, PortConfig, PortText, WorkerMode, check_workers, number};
-use crate::limits::{MAX_CPUS, MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
+use super::{FdbConfig, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
+use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -246,7 +246,7 @@ impl PortSection {
 fn check_worker_sections(sections: &[WorkerSection]) -> Result<Vec<Option<usize>>, Wrong> {
     let mut workers = Vec::new();
     for section in sections {
-        let parse = |word: &Spanned<Word>| at(word, number("cpu", &word.as_ref().0, 0..=MAX_CPUS - 1));
+        let parse = |word: &Spanned<Word>| at(word, parse_cpu(&word.as_ref().0));
         workers.push(section.cpu.as_ref().map(parse).transpose()?);
         // Checked one by one, so that the message points at the worker that is one too many.
         let span = section.cpu.as_ref().map_or(0..0, Spanned::span);

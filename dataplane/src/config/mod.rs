@@ -15,7 +15,7 @@ mod spec;
 
 pub use file::{FileConfig, FileError};
 pub use rules::MissingFolder;
-pub use spec::PortText;
+pub use spec::{PortText, vlan_list};
 
 /// The network of ports that name none.
 pub const DEFAULT_NETWORK: &str = "default";
@@ -214,6 +214,14 @@ pub fn check_workers(workers: &[Option<usize>]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The number of a CPU.
+///
+/// # Errors
+/// One line for the operator.
+pub fn parse_cpu(text: &str) -> Result<usize, String> {
+    number("cpu", text, 0..=MAX_CPUS - 1)
 }
 
 /// A number in plain decimal digits within `range`, as every source writes them.

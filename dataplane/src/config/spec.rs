@@ -175,8 +175,8 @@ fn parse_vlan_list(list: &str) -> Result<Vec<u16>, InvalidPort> {
     Ok(vlans)
 }
 
-/// The inverse of [`parse_vlan_list`], with ranges where there are any.
-fn vlan_list(vlans: &[u16]) -> String {
+/// VLANs, sorted, in the way of SPEC's `trunk`: with ranges where there are any.
+pub fn vlan_list(vlans: &[u16]) -> String {
     let runs = vlans.chunk_by(|a, b| a + 1 == *b);
     let items = runs.map(|run| match run {
         [first, .., last] => format!("{first}-{last}"),

@@ -90,7 +90,7 @@ impl ControlSocket {
         make_folder(path)?;
         clear_stale(path).await?;
         let listener = UnixListener::bind(path).map_err(unusable)?;
-        let file = SocketFile::of(path).map_err(unusable)?;
+        let file = SocketFile { path: path.into(), identity: identity(path).map_err(unusable)? };
         let own = fs::symlink_metadata(path).map_err(unusable)?;
         // Whoever connects before this is still held to the rule.
         chown(path, None, gid).map_err(unusable)?;
@@ -123,19 +123,17 @@ struct SocketFile {
     identity: (u64, u64),
 }
 
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(Self { path: path.into(), identity: (metadata.dev(), metadata.ino()) })
-    }
-}
-
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if Self::of(&self.path).is_ok_and(|now| now.identity == self.identity) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 fn make_folder(path: &Path) -> Result<(), SocketError> {

@@ -1,0 +1,163 @@
+//! What can be typed.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use sluice::config::{PortConfig, PortText, WorkerMode, parse_cpu};
+
+/// Where the control socket is unless said otherwise.
+pub(crate) const DEFAULT_CONTROL: &str = "/run/sluice/control.sock";
+/// Where the ports are kept unless said otherwise.
+pub(crate) const DEFAULT_STATE: &str = "/var/lib/sluice";
+
+const SPEC_HELP: &str = "\
+A port is written NAME=KIND:TARGET[,key=value]..., for example
+
+  vm1=vhost-user:/run/vm1.sock                     connects to the socket QEMU listens on, as soon as it is there
+  vm2=vhost-user:/run/vm2.sock,mode=server,mtu=9000
+  host=tap:sluice0,network=blue,trunk=10,20-29
+
+Keys:
+  mode=client|server   who listens on the vhost-user socket: the VM (client, the default) or the switch
+  network=NAME         bridge domain, 'default' unless given
+  vlan=1..4094         access VLAN; with trunk, the VLAN of untagged frames
+  trunk=10,20-29       tagged VLANs that pass
+  mtu=68..65535        largest layer-3 packet
+  queues=1..256        queue pairs at most
+  mac=ADDRESS          the station's address
+  spoofcheck=on|off    drop frames from other addresses than mac
+
+A relative path is taken from the current folder.";
+
+/// A userspace vhost-user switch for virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "sluice", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    /// Control socket of the switch
+    #[arg(long, global = true, env = "SLUICE_SOCKET", value_name = "PATH", default_value = DEFAULT_CONTROL)]
+    pub(crate) socket: PathBuf,
+    /// Print JSON ('run' logs JSON)
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the switch
+    Run(RunArgs),
+    /// Add, remove and show ports
+    #[command(subcommand)]
+    Port(PortCommand),
+    /// Show and flush the forwarding table
+    #[command(subcommand)]
+    Fdb(FdbCommand),
+    /// Show counters, once or as rates
+    Stats(StatsArgs),
+    /// Show the switch and its workers
+    Status,
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = SPEC_HELP)]
+pub(crate) struct RunArgs {
+    /// Configuration file (TOML); what is given here beats it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Add this port, and keep it for later runs (repeatable)
+    #[arg(long = "port", value_name = "SPEC", value_parser = parse_spec)]
+    pub(crate) ports: Vec<PortConfig>,
+    /// One worker on each of these CPUs [default: one, on any CPU]
+    #[arg(long = "cpu", value_name = "N[,N]", value_delimiter = ',', value_parser = parse_cpu)]
+    pub(crate) cpus: Vec<usize>,
+    /// How workers wait: adaptive, poll or interrupt [default: adaptive]
+    #[arg(long)]
+    pub(crate) mode: Option<WorkerMode>,
+    /// Control socket [default: /run/sluice/control.sock]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Where to keep the ports [default: /var/lib/sluice]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// Serve /metrics, /healthz and /readyz here, like 127.0.0.1:9090 [default: not]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics: Option<SocketAddr>,
+    /// Form of the log on standard error
+    #[arg(long, value_enum, default_value_t = LogForm::Text)]
+    pub(crate) log: LogForm,
+    /// Log more; twice for all. SLUICE_LOG has the last word, like SLUICE_LOG=sluice=debug
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogForm {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PortCommand {
+    /// Add a port; it connects in the background
+    #[command(after_long_help = SPEC_HELP)]
+    Add {
+        /// NAME=KIND:TARGET[,key=value]...
+        #[arg(value_parser = parse_spec)]
+        spec: PortConfig,
+    },
+    /// Remove a port
+    Del { name: String },
+    /// List all ports
+    List,
+    /// Show all about one port
+    Show { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FdbCommand {
+    /// Show the addresses the switch knows
+    Show {
+        /// Of this network only
+        #[arg(long)]
+        network: Option<String>,
+    },
+    /// Forget learned addresses
+    Flush {
+        /// Of this network only
+        #[arg(long)]
+        network: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// Show rates, again and again
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// Seconds between two of them, 0.1 to 3600
+    #[arg(long, value_name = "S", default_value = "1", requires = "watch", value_parser = parse_interval)]
+    pub(crate) interval: u32,
+}
+
+/// A SPEC, with its path made absolute from the current folder.
+fn parse_spec(spec: &str) -> Result<PortConfig, String> {
+    let text = PortText::from_spec(spec).map_err(|error| error.to_string())?;
+    let text = match std::env::current_dir() {
+        Ok(folder) => text.relative_to(&folder),
+        // It can have been removed; then only absolute paths will do.
+        Err(_) => text,
+    };
+    text.parse().map_err(|error| error.to_string())
+}
+
+/// Seconds as milliseconds.
+fn parse_interval(text: &str) -> Result<u32, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok((seconds * 1000.0).round() as u32),
+        _ => Err("the interval must be 0.1 to 3600 seconds".into()),
+    }
+}

@@ -1,0 +1,175 @@
+//! `sluice run`: the switch itself.
+
+use std::io::IsTerminal;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+use sluice::config::{FileConfig, FileError, PortConfig, SwitchConfig, check_workers};
+use sluice::control::{About, ControlSocket, Controller, StateStore, serve};
+use sluice::switch::Switch;
+use tokio::runtime::{self, Runtime};
+use tracing_subscriber::EnvFilter;
+
+use super::Failure;
+use super::args::{DEFAULT_CONTROL, DEFAULT_STATE, LogForm, RunArgs};
+
+/// Threads for changes; they come one after the other anyway.
+const CHANGE_THREADS: usize = 2;
+
+/// Runs the switch until a signal ends it.
+pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
+    start_log(args.log == LogForm::Json || json, args.verbose)?;
+    let setup = Setup::new(args)?;
+    // From here on, signals wait until we look.
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Failure::failed)?;
+    let store = StateStore::open(&setup.about.state_dir).map_err(Failure::failed)?;
+    let runtime = new_runtime()?;
+    let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
+    let socket = bound.map_err(Failure::failed)?;
+    let metrics = setup.metrics.map(listen).transpose()?;
+    // The kernel chooses if the port was 0.
+    let metrics_address = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
+    let switch = Switch::start(&setup.switch)
+        .map_err(|error| Failure::Failed(format!("cannot start the workers: {error}; check --cpu")))?;
+    let controller = Controller::new(switch.clone(), store, setup.about.clone());
+    let served =
+        controller.bring_up(&setup.file_ports, &setup.argument_ports).map_err(Failure::failed).and_then(|()| {
+            controller.set_ready(true);
+            let ended = CloseOnDrop(signals.handle());
+            serve(runtime, controller.clone(), socket, metrics, ended).map_err(Failure::failed)
+        });
+    let result = served.and_then(|server| {
+        announce(&controller, metrics_address);
+        wait(&mut signals);
+        controller.set_ready(false);
+        server.stop().map_err(|error| Failure::Failed(format!("the control server ended: {error}")))
+    });
+    switch.stop();
+    result
+}
+
+/// Everything that was asked for, checked.
+struct Setup {
+    switch: SwitchConfig,
+    about: About,
+    group: Option<String>,
+    metrics: Option<SocketAddr>,
+    file_ports: Vec<PortConfig>,
+    argument_ports: Vec<PortConfig>,
+}
+
+impl Setup {
+    fn new(args: RunArgs) -> Result<Self, Failure> {
+        let file = read_file(args.config)?;
+        check_names(&file.ports, &args.ports)?;
+        let workers = if args.cpus.is_empty() { file.workers } else { args.cpus.into_iter().map(Some).collect() };
+        check_workers(&workers).map_err(Failure::Usage)?;
+        let mode = args.mode.or(file.mode).unwrap_or_default();
+        let absolute = |path: PathBuf| std::path::absolute(path).map_err(|error| Failure::Usage(error.to_string()));
+        let control = absolute(args.control.or(file.control).unwrap_or_else(|| DEFAULT_CONTROL.into()))?;
+        ControlSocket::check_path(&control).map_err(Failure::Usage)?;
+        let state_dir = absolute(args.state.or(file.state).unwrap_or_else(|| DEFAULT_STATE.into()))?;
+        for port in &args.ports {
+            port.check_folder().map_err(Failure::failed)?;
+        }
+        Ok(Self {
+            switch: SwitchConfig { workers, mode, fdb: file.fdb },
+            about: About { mode, control, state_dir },
+            group: file.group,
+            metrics: args.metrics.or(file.metrics),
+            file_ports: file.ports,
+            argument_ports: args.ports,
+        })
+    }
+}
+
+fn read_file(path: Option<PathBuf>) -> Result<FileConfig, Failure> {
+    let Some(path) = path else { return Ok(FileConfig::default()) };
+    FileConfig::read(&path).map_err(|error| match error {
+        FileError::Read { .. } => Failure::failed(error),
+        FileError::Invalid { .. } => Failure::Usage(error.to_string()),
+    })
+}
+
+fn check_names(file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), Failure> {
+    for (place, port) in arguments.iter().enumerate() {
+        let same = |other: &PortConfig| other.name == port.name;
+        let where_else = match () {
+            () if arguments[..place].iter().any(same) => "twice with --port",
+            () if file.iter().any(same) => "with --port and in the file",
+            () => continue,
+        };
+        return Err(Failure::Usage(format!("port {} is given {where_else}; names must be unique", port.name)));
+    }
+    Ok(())
+}
+
+fn start_log(json: bool, verbose: u8) -> Result<(), Failure> {
+    let default = match verbose {
+        0 => "info",
+        1 => "info,sluice=debug",
+        _ => "trace",
+    };
+    let filter = match std::env::var("SLUICE_LOG") {
+        Ok(text) => EnvFilter::try_new(&text)
+            .map_err(|error| Failure::Usage(format!("SLUICE_LOG={text} is not understood: {error}")))?,
+        Err(_) => EnvFilter::new(default),
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = if json { log.json().try_init() } else { log.with_ansi(std::io::stderr().is_terminal()).try_init() };
+    started.map_err(Failure::failed)
+}
+
+fn new_runtime() -> Result<Runtime, Failure> {
+    let mut builder = runtime::Builder::new_current_thread();
+    builder.enable_all().max_blocking_threads(CHANGE_THREADS).thread_name("control-change");
+    builder.thread_keep_alive(Duration::from_secs(1)).build().map_err(Failure::failed)
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
+    let listener = TcpListener::bind(address).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    listener.map_err(|error| {
+        Failure::Failed(format!("cannot listen on {address} for metrics: {error}; choose another with --metrics"))
+    })
+}
+
+fn announce(controller: &Arc<Controller>, metrics: Option<SocketAddr>) {
+    let about = controller.about();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        control = %about.control.display(),
+        state = %about.state_dir.display(),
+        mode = %about.mode,
+        ports = controller.switch().port_configs().len(),
+        metrics = metrics.map(tracing::field::display),
+        "ready"
+    );
+}
+
+/// Waits until we are asked to stop, or until the servers have ended.
+fn wait(signals: &mut Signals) {
+    for signal in signals.forever() {
+        if signal == SIGHUP {
+            tracing::info!("SIGHUP ignored; restart to read the file again");
+            continue;
+        }
+        tracing::info!(signal, "stopping");
+        return;
+    }
+}
+
+/// Ends the wait for signals when the servers end by themselves.
+struct CloseOnDrop(Handle);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

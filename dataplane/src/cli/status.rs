@@ -1,0 +1,43 @@
+//! `sluice status`.
+
+use std::path::Path;
+
+use sluice_proto::sluice::v1 as proto;
+
+use super::Failure;
+use super::client::{Client, refused, with_client};
+use super::output::{duration, emit, emit_json, fields, or_dash, table};
+
+pub(crate) fn run(socket: &Path, json: bool) -> Result<(), Failure> {
+    let request = proto::GetStatusRequest {};
+    let call = async |mut client: Client| client.get_status(request).await.map_err(refused);
+    let status = with_client(socket, call)?.into_inner();
+    if json { emit_json(&status) } else { emit(&describe(&status)) }
+}
+
+fn describe(status: &proto::GetStatusResponse) -> String {
+    let fields = fields(&[
+        ("version", status.version.clone()),
+        ("pid", status.pid.to_string()),
+        ("up", duration(status.uptime_seconds)),
+        ("mode", status.mode.clone()),
+        ("control", status.control.clone()),
+        ("state", status.state_dir.clone()),
+        ("ports", status.ports.to_string()),
+        ("addresses", status.fdb_entries.to_string()),
+    ]);
+    let row = |worker: &proto::WorkerStatus| {
+        vec![
+            worker.id.to_string(),
+            or_dash(worker.cpu),
+            format!("{:.1} %", worker.busy_percent),
+            worker.queues.to_string(),
+            worker.rx_frames.to_string(),
+            worker.bursts.to_string(),
+            worker.sleeps.to_string(),
+        ]
+    };
+    let rows: Vec<_> = status.workers.iter().map(row).collect();
+    let titles = [">WORKER", ">CPU", ">BUSY", ">QUEUES", ">FRAMES", ">BURSTS", ">SLEEPS"];
+    format!("{fields}\n{}", table(&titles, &rows))
+}
