@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use toml::Spanned;
 
-use super::{FdbConfig, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
+use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
 use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
@@ -258,14 +258,9 @@ fn check_worker_sections(sections: &[WorkerSection]) -> Result<Vec<Option<usize>
 fn check_port_sections(sections: &[PortSection]) -> Result<Vec<PortConfig>, Wrong> {
     let mut ports: Vec<PortConfig> = Vec::new();
     for section in sections {
-        let port = section
-            .text()
-            .parse()
-            .map_err(|error| Wrong { span: section.place(error.key).span(), problem: error.problem })?;
-        if ports.iter().any(|other| other.name == port.name) {
-            let problem = format!("port {} is given twice; names must be unique", port.name);
-            return Err(Wrong { problem, span: section.name.span() });
-        }
+        let wrong = |error: InvalidPort| Wrong { span: section.place(error.key).span(), problem: error.problem };
+        let port = section.text().parse().map_err(wrong)?;
+        port.check_beside(&ports).map_err(wrong)?;
         ports.push(port);
     }
     Ok(ports)
@@ -415,6 +410,7 @@ mod tests {
             (format!("{port}vlan = 1.5\n"), "s.toml:5:8: invalid type: floating point `1.5`, expected a string"),
             (format!("{port}colour = 1\n"), "s.toml:5:1: unknown key `colour`, expected one of `name`"),
             (format!("{port}{port}"), "s.toml:6:8: port a is given twice"),
+            (format!("{port}{}", port.replace("\"a\"", "\"b\"")), "s.toml:8:10: ports a and b have the same target"),
             (format!("{port}vlan = \n"), "s.toml:5:"),
             ("x".into(), "s.toml:1:"),
         ];

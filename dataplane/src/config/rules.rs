@@ -8,6 +8,24 @@ use super::{InvalidPort, PortConfig, PortTarget, VlanMode};
 use crate::limits::{MAX_INTERFACE_NAME, MAX_NAME, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU};
 
 impl PortConfig {
+    /// Checks that a port can be beside others, which are given together with it.
+    ///
+    /// # Errors
+    /// If it has the name or the target of one of them.
+    pub fn check_beside<'a>(&self, others: impl IntoIterator<Item = &'a Self>) -> Result<(), InvalidPort> {
+        for other in others {
+            if self.name == other.name {
+                let problem = format!("port {} is given twice; names must be unique", self.name);
+                return Err(InvalidPort::new("name", problem));
+            }
+            if self.target.collides(&other.target) {
+                let problem = format!("ports {} and {} have the same target; give each its own", other.name, self.name);
+                return Err(InvalidPort::new("target", problem));
+            }
+        }
+        Ok(())
+    }
+
     /// Checks every rule that does not depend on the state of the host.
     ///
     /// # Errors
