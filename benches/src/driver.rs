@@ -32,10 +32,10 @@ impl Driver {
     /// # Errors
     /// If memory cannot be had.
     pub fn new(size: u16, frame: Option<&[u8]>) -> std::io::Result<Self> {
-        let len = (BUFFERS + u64::from(size) * BUFFER) as usize;
+        let len = (BUFFERS + u64::from(size) * BUFFER).next_multiple_of(2 << 20) as usize;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         let (file, base) = unsafe {
-            let fd = libc::memfd_create(c"driver".as_ptr(), libc::MFD_CLOEXEC);
+            let fd = libc::memfd_create(c"driver".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB);
             if fd < 0 {
                 return Err(std::io::Error::last_os_error());
             }

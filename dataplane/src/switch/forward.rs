@@ -46,6 +46,21 @@ pub struct Forwarder {
     /// Ports that have any.
     touched: Vec<PortId>,
     scratch: Scratch,
+    recent: Recent,
+}
+
+/// The last pair of stations: frames of a burst mostly belong to one. Good for one burst only.
+#[derive(Debug, Clone, Copy)]
+struct Recent {
+    source: u64,
+    destination: u64,
+    vid: u16,
+    to: Option<PortId>,
+}
+
+impl Recent {
+    /// Matches no frame: not an address of 48 bits.
+    const NONE: Self = Self { source: u64::MAX, destination: u64::MAX, vid: 0, to: None };
 }
 
 impl Forwarder {
@@ -56,21 +71,26 @@ impl Forwarder {
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
             scratch: Scratch::default(),
+            recent: Recent::NONE,
         }
     }
 
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        self.recent = Recent::NONE;
         for place in 0..burst.count() as u8 {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
                 ingress.stats.drop_frames(reason, 1);
             }
         }
+        let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
             let id = self.touched[index];
             let list = std::mem::replace(&mut self.lists[usize::from(id.0) % MAX_PORTS], Places::EMPTY);
             if let Some(egress) = snapshot.port(id) {
-                self.deliver(egress, burst, list);
+                // The shortcut is over once a frame has been changed for somebody.
+                unchanged &= egress.is_plain();
+                self.deliver(egress, burst, list, unchanged);
             }
         }
         self.touched.clear();
@@ -95,21 +115,42 @@ impl Forwarder {
         if source & MULTICAST != 0 || ingress.only_source.is_some_and(|only| only != source) {
             return Err(DropReason::Spoofed);
         }
+        let recent = self.recent;
+        let to = if (recent.source, recent.destination, recent.vid) == (source, destination, vid) {
+            recent.to
+        } else {
+            self.find(snapshot, ingress, source, destination, vid)
+        };
+        match to {
+            Some(id) if id == ingress.id => Err(DropReason::SamePort),
+            Some(id) => {
+                self.note(id, place);
+                Ok(())
+            }
+            None => self.flood(snapshot, ingress, vid, place),
+        }
+    }
+
+    /// Learns where the source is and looks up where the destination is; `None` for all.
+    fn find(
+        &mut self,
+        snapshot: &Snapshot,
+        ingress: &PortView,
+        source: u64,
+        destination: u64,
+        vid: u16,
+    ) -> Option<PortId> {
         let network = ingress.network;
         self.fdb.learn(Station { mac: source, vid, network }, ingress.id);
-        if destination & MULTICAST == 0
-            && let Some(id) = self.fdb.lookup(Station { mac: destination, vid, network })
-        {
-            if id == ingress.id {
-                return Err(DropReason::SamePort);
-            }
-            // An entry can outlive a change by a moment; membership is what counts.
-            if snapshot.port(id).is_some_and(|egress| egress.network == network) {
-                self.note(id, place);
-                return Ok(());
-            }
-        }
-        self.flood(snapshot, ingress, vid, place)
+        let known = if destination & MULTICAST == 0 {
+            self.fdb.lookup(Station { mac: destination, vid, network })
+        } else {
+            None
+        };
+        // An entry can outlive a change by a moment; membership is what counts.
+        let to = known.filter(|id| snapshot.port(*id).is_some_and(|egress| egress.network == network));
+        self.recent = Recent { source, destination, vid, to };
+        to
     }
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
@@ -134,26 +175,13 @@ impl Forwarder {
         list.push(place);
     }
 
-    /// Brings frames into the form that a port takes and hands them to its queues.
-    fn deliver(&mut self, egress: &PortView, burst: &mut Burst<'_>, list: Places) {
+    /// Hands frames to a port's queues, in the form that it takes.
+    fn deliver(&mut self, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
         };
-        let mut ready = Places::EMPTY;
-        for &place in list.as_slice() {
-            let frame = burst.frame_mut(place);
-            let Some(tagged) = egress.vlan.egress(frame.vid) else {
-                egress.stats.drop_frames(DropReason::VlanDenied, 1);
-                continue;
-            };
-            frame.set_tagged(tagged);
-            if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
-                egress.stats.drop_frames(DropReason::MtuEgress, 1);
-                continue;
-            }
-            ready.push(place);
-        }
+        let ready = if unchanged { list } else { adapt(egress, burst, &list) };
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);
         } else {
@@ -195,4 +223,23 @@ impl Forwarder {
             (left, chosen) = (others, others_chosen);
         }
     }
+}
+
+/// Brings frames into the form that a port takes; returns those that may pass.
+fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
+    let mut ready = Places::EMPTY;
+    for &place in list.as_slice() {
+        let frame = burst.frame_mut(place);
+        let Some(tagged) = egress.vlan.egress(frame.vid) else {
+            egress.stats.drop_frames(DropReason::VlanDenied, 1);
+            continue;
+        };
+        frame.set_tagged(tagged);
+        if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
+            egress.stats.drop_frames(DropReason::MtuEgress, 1);
+            continue;
+        }
+        ready.push(place);
+    }
+    ready
 }

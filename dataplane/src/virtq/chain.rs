@@ -1,7 +1,7 @@
 //! The untrusted walk along a descriptor chain (virtio 1.2, 2.7.5 and 2.7.7).
 
 use crate::limits::MAX_CHAIN;
-use crate::mem::{GuestMemory, Segment};
+use crate::mem::{GuestMemory, Segment, Wide};
 use crate::virtq::Fault;
 
 const NEXT: u16 = 1;
@@ -100,6 +100,23 @@ impl<'m> Walk<'m> {
         }
         sink.chain(descriptor, hints)?;
         Ok(sink.bytes)
+    }
+
+    /// The chain at `head` if it is what most chains are: one buffer in one piece. `None` for all else, faults
+    /// included, which [`Walk::run`] will tell apart.
+    #[inline]
+    pub(crate) fn single(self, head: u16, hints: &mut Hints) -> Option<Wide<'m>> {
+        let descriptor = self.table.read(head).ok()?;
+        let wanted = if self.direction == Direction::ToGuest { WRITE } else { 0 };
+        if descriptor.flags & (INDIRECT | NEXT | WRITE) != wanted {
+            return None;
+        }
+        let range = self.memory.locate(descriptor.addr, &mut hints.buffers)?;
+        if descriptor.len as usize > range.len {
+            return None;
+        }
+        // SAFETY: a range of guest memory that was just translated, of memory held for `'m`, and what follows it.
+        unsafe { Some(Wide::new(Segment::new(range.ptr, descriptor.len)?, range.len)) }
     }
 
     /// Enters the indirect table that a descriptor stands for.

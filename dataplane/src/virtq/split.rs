@@ -3,11 +3,12 @@
 //! The three areas are translated once and their host pointers kept. Work is done in bursts: look how many chains are
 //! available, take some of them, write their used elements, and publish all with one store.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use crate::limits::MAX_RING;
-use crate::mem::{GuestMemory, Segment};
+use crate::limits::{BURST, MAX_RING};
+use crate::mem::{GuestMemory, Segment, Wide};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
 use crate::virtq::{Fault, RingConfig, RingError};
@@ -197,6 +198,42 @@ impl Vring {
     }
 }
 
+/// A look at the next chains, so that their buffers are on the way to our cache while we work on those before them.
+///
+/// Kept as plain numbers in arrays of their own: values that are written in parts and read as a whole right after
+/// stall the processor.
+#[derive(Debug)]
+pub struct Ahead<'r> {
+    first: u16,
+    count: u16,
+    heads: [u16; BURST],
+    places: [*mut u8; BURST],
+    sizes: [u64; BURST],
+    ring: PhantomData<&'r Vring>,
+}
+
+impl Default for Ahead<'_> {
+    fn default() -> Self {
+        let places = [std::ptr::null_mut(); BURST];
+        Self { first: 0, count: 0, heads: [0; BURST], places, sizes: [0; BURST], ring: PhantomData }
+    }
+}
+
+impl<'r> Ahead<'r> {
+    /// The head of the chain at an offset from where the ring stands, and its buffer if it is one in one piece;
+    /// anything else is for [`Work::chain`]. `None` if it was not looked at.
+    #[inline]
+    pub fn get(&self, offset: u16) -> Option<(u16, Option<Wide<'r>>)> {
+        let index = usize::from(offset.wrapping_sub(self.first));
+        if index >= usize::from(self.count) || index >= BURST {
+            return None;
+        }
+        // SAFETY: what `Wide::into_parts` gave for this ring's memory, which is held for `'r`.
+        let single = unsafe { Wide::from_parts(self.places[index], self.sizes[index]) };
+        Some((self.heads[index], single))
+    }
+}
+
 /// A ring held for one burst.
 #[derive(Debug)]
 pub struct Work<'r> {
@@ -231,19 +268,50 @@ impl<'r> Work<'r> {
         self.ring.load(self.ring.avail_element(self.position.next.wrapping_add(offset)))
     }
 
+    /// Looks at up to `wanted` chains, at most a burst, beginning with the `first`th available one.
+    ///
+    /// # Errors
+    /// [`Fault::AvailIndex`].
+    #[inline]
+    pub fn look_ahead(&mut self, ahead: &mut Ahead<'r>, first: u16, wanted: usize) -> Result<(), Fault> {
+        let wanted = wanted.min(BURST) as u16;
+        ahead.first = first;
+        ahead.count = self.available(first + wanted)?.saturating_sub(first).min(wanted);
+        let (walk, mut hints) = (self.walk(), self.position.hints);
+        let next = self.position.next.wrapping_add(first);
+        for index in 0..usize::from(ahead.count).min(BURST) {
+            let head = self.ring.load(self.ring.avail_element(next.wrapping_add(index as u16)));
+            ahead.heads[index] = head;
+            ahead.places[index] = std::ptr::null_mut();
+            if let Some(buffer) = walk.single(head, &mut hints) {
+                match self.direction {
+                    Direction::FromGuest => buffer.prefetch_read(),
+                    Direction::ToGuest => buffer.prefetch_write(),
+                }
+                (ahead.places[index], ahead.sizes[index]) = buffer.into_parts();
+            }
+        }
+        self.position.hints = hints;
+        Ok(())
+    }
+
+    #[inline]
+    fn walk(&self) -> Walk<'r> {
+        Walk {
+            table: self.ring.table,
+            memory: &self.ring.memory,
+            indirect: self.ring.config.indirect,
+            direction: self.direction,
+        }
+    }
+
     /// Hands the buffers of the chain at `head` to `sink` and returns their bytes in sum.
     ///
     /// # Errors
     /// [`Fault`] if the chain breaks a rule.
     #[inline]
     pub fn chain(&mut self, head: u16, sink: impl FnMut(Segment<'r>)) -> Result<u64, Fault> {
-        let walk = Walk {
-            table: self.ring.table,
-            memory: &self.ring.memory,
-            indirect: self.ring.config.indirect,
-            direction: self.direction,
-        };
-        walk.run(head, &mut self.position.hints, sink)
+        self.walk().run(head, &mut self.position.hints, sink)
     }
 
     /// Writes the used element of the `offset`th available chain: `len` bytes were written to it.

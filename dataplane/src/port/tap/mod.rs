@@ -93,7 +93,7 @@ impl RxQueue for TapRx {
             let mut frame = burst.start(HEADER);
             let fits = frame.push(SourceSegment::from_slice(buffer.get(..*length).unwrap_or_default()));
             match if fits { frame.finish() } else { Err(DropReason::Oversize) } {
-                Ok(()) => bytes += length.saturating_sub(HEADER) as u64,
+                Ok(len) => bytes += len as u64,
                 Err(reason) => self.stats.drop_frames(reason, 1),
             }
         }

@@ -16,7 +16,7 @@ use crate::switch::convert::{Accepts, Scratch};
 use crate::virtq::Fault;
 use crate::virtq::chain::Direction;
 use crate::virtq::notify::EventFd;
-use crate::virtq::split::{Vring, Work};
+use crate::virtq::split::{Ahead, Vring, Work};
 use crate::wire::offload::Offload;
 
 /// A running ring and all that is needed to work it.
@@ -70,26 +70,54 @@ impl GuestTx {
         Self { header_len: setup.header_len(), setup }
     }
 
-    /// Takes chains into the burst until one of them is full or empty. Returns how many were taken, and the fault
-    /// that ended it if one did.
-    fn fill<'m>(&'m self, ring: &mut Work<'m>, available: u16, burst: &mut Burst<'m>) -> (u16, Option<Fault>) {
-        let mut taken = 0;
-        while taken < available && burst.has_room() {
-            let head = ring.head(taken);
-            let mut frame = burst.start(self.header_len);
-            let mut fits = true;
-            if let Err(fault) = ring.chain(head, |buffer| fits &= frame.push(buffer.source())) {
-                return (taken, Some(fault));
+    /// Takes chains into the burst until one of them is full or empty. What was taken, and the fault that ended it if
+    /// one did.
+    #[inline]
+    fn fill<'m>(&'m self, ring: &mut Work<'m>, available: u16, burst: &mut Burst<'m>) -> (Taken, Option<Fault>) {
+        let mut ahead = Ahead::default();
+        if let Err(fault) = ring.look_ahead(&mut ahead, 0, usize::from(available)) {
+            return (Taken::default(), Some(fault));
+        }
+        let mut taken = Taken::default();
+        while let Some((head, single)) = ahead.get(taken.chains).filter(|_| burst.has_room()) {
+            let loaded = match single {
+                Some(buffer) => burst.load(self.header_len, buffer),
+                None => match self.gather(ring, head, burst) {
+                    Ok(loaded) => loaded,
+                    Err(fault) => return (taken, Some(fault)),
+                },
+            };
+            match loaded {
+                Ok(len) => taken.bytes += len as u64,
+                Err(reason) => self.setup.stats.drop_frames(reason, 1),
             }
-            let done = if fits { frame.finish() } else { Err(DropReason::Oversize) };
-            if let Err(reason) = done {
-                self.setup.stats.drop_frames(reason, 1);
-            }
-            ring.set_used(taken, head, 0);
-            taken += 1;
+            ring.set_used(taken.chains, head, 0);
+            taken.chains += 1;
         }
         (taken, None)
     }
+}
+
+impl GuestTx {
+    /// Takes a frame that lies in several pieces.
+    fn gather<'m>(
+        &self,
+        ring: &mut Work<'m>,
+        head: u16,
+        burst: &mut Burst<'m>,
+    ) -> Result<Result<usize, DropReason>, Fault> {
+        let mut frame = burst.start(self.header_len);
+        let mut fits = true;
+        ring.chain(head, |buffer| fits &= frame.push(buffer.source()))?;
+        Ok(if fits { frame.finish() } else { Err(DropReason::Oversize) })
+    }
+}
+
+/// What was taken from a ring.
+#[derive(Default)]
+struct Taken {
+    chains: u16,
+    bytes: u64,
 }
 
 impl RxQueue for GuestTx {
@@ -101,16 +129,16 @@ impl RxQueue for GuestTx {
         }
         let mut burst = storage.begin();
         let (taken, fault) = self.fill(&mut ring, available, &mut burst);
-        let bytes: usize = (0..burst.count()).map(|place| burst.frame(place as u8).len()).sum();
-        self.setup.stats.rx(self.setup.pair).add(burst.count() as u64, bytes as u64);
+        let counters = self.setup.stats.rx(self.setup.pair);
+        counters.add(burst.count() as u64, taken.bytes);
         if burst.count() > 0 {
             forward(&mut burst);
         }
-        ring.publish(taken);
+        ring.publish(taken.chains);
         if self.setup.notify(&mut ring) {
-            self.setup.stats.rx(self.setup.pair).notified();
+            counters.notified();
         }
-        fault.map_or(Ok(usize::from(taken)), Err)
+        fault.map_or(Ok(usize::from(taken.chains)), Err)
     }
 
     fn arm(&self) -> bool {
@@ -292,26 +320,76 @@ impl<'a, 'm> Source<'a, 'm> {
     }
 }
 
+impl GuestRx {
+    /// Writes a frame that the receiver takes as it is into one plain buffer: what nearly always happens.
+    #[inline]
+    fn put_plain(
+        &self,
+        ring: &mut Work<'_>,
+        sent: &mut Sent,
+        burst: &Burst<'_>,
+        frame: &Frame,
+        ahead: &Ahead<'_>,
+    ) -> bool {
+        let Some((head, Some(buffer))) = ahead.get(sent.chains) else { return false };
+        let len = frame.len() + self.header_len;
+        if self.header_len != 12 || len > buffer.segment().len() || !self.accepts.takes(frame.offload()) {
+            return false;
+        }
+        let (bytes, count) = frame.wire();
+        if !buffer.write(bytes, count) {
+            return false;
+        }
+        if !frame.is_whole() {
+            let mut rest = buffer.segment().skip(count);
+            for piece in burst.tail(frame) {
+                rest = rest.skip(rest.write_from(*piece));
+            }
+        }
+        ring.set_used(sent.chains, head, len as u32);
+        sent.chains += 1;
+        sent.frames += 1;
+        sent.bytes += frame.len() as u64;
+        true
+    }
+
+    /// Delivers frames in order until the ring is full.
+    #[inline]
+    fn deliver_all<'r>(
+        &'r self,
+        ring: &mut Work<'r>,
+        sent: &mut Sent,
+        burst: &Burst<'_>,
+        frames: &[u8],
+        scratch: &mut Scratch,
+        stats: &PortStats,
+    ) -> Result<(), Fault> {
+        let mut ahead = Ahead::default();
+        ring.look_ahead(&mut ahead, 0, frames.len())?;
+        for (place, &index) in frames.iter().enumerate() {
+            let frame = burst.frame(index);
+            if self.put_plain(ring, sent, burst, frame, &ahead) {
+                continue;
+            }
+            match self.deliver(ring, sent, burst, frame, scratch)? {
+                Ok(()) => ring.look_ahead(&mut ahead, sent.chains, frames.len() - place - 1)?,
+                // Nothing behind it fits either, most likely, and order is kept.
+                Err(DropReason::Full) => {
+                    stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
+                    break;
+                }
+                Err(reason) => stats.drop_frames(reason, 1),
+            }
+        }
+        Ok(())
+    }
+}
+
 impl TxQueue for GuestRx {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault> {
         let mut ring = self.setup.vring.lock(Direction::ToGuest);
         let mut sent = Sent::default();
-        let mut fault = None;
-        for (place, &index) in frames.iter().enumerate() {
-            match self.deliver(&mut ring, &mut sent, burst, burst.frame(index), scratch) {
-                Ok(Ok(())) => {}
-                // Nothing behind it fits either, most likely, and order is kept.
-                Ok(Err(DropReason::Full)) => {
-                    stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
-                    break;
-                }
-                Ok(Err(reason)) => stats.drop_frames(reason, 1),
-                Err(broken) => {
-                    fault = Some(broken);
-                    break;
-                }
-            }
-        }
+        let outcome = self.deliver_all(&mut ring, &mut sent, burst, frames, scratch, stats);
         if sent.chains > 0 {
             let counters = stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
@@ -320,6 +398,6 @@ impl TxQueue for GuestRx {
                 counters.notified();
             }
         }
-        fault.map_or(Ok(()), Err)
+        outcome
     }
 }
