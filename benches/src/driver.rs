@@ -91,6 +91,7 @@ impl Driver {
             used: UVA + self.used_at(),
             event_idx: false,
             indirect: false,
+            packed: false,
         }
     }
 

@@ -8,14 +8,14 @@ use benches::driver::Driver;
 use sluice::config::FdbConfig;
 use sluice::frame::BurstStorage;
 use sluice::port::stats::PortStats;
-use sluice::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
-use sluice::port::{Link, PortId, RxEntry, RxQueue, TxQueue};
+use sluice::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
+use sluice::port::{Link, PortId, RxEntry, RxQueue};
 use sluice::status::PortState;
 use sluice::switch::fdb::Fdb;
 use sluice::switch::forward::Forwarder;
 use sluice::switch::snapshot::{PortView, Snapshot};
 use sluice::switch::vlan::VlanPolicy;
-use sluice::virtq::split::Vring;
+use sluice::virtq::Vring;
 
 const VERSION_1: u64 = 1 << 32;
 const MRG_RXBUF: u64 = 1 << 15;
@@ -29,7 +29,7 @@ fn frame(from: u8, to: u8, len: usize) -> Vec<u8> {
 struct Side {
     out: Driver,
     into: Driver,
-    rx: Arc<GuestTx>,
+    rx: Arc<dyn RxQueue>,
     view: Arc<PortView>,
 }
 
@@ -38,16 +38,10 @@ fn side(id: u8, len: usize) -> Side {
     let out = Driver::new(1024, Some(&frame(id, 1 - id, len))).unwrap_or_else(fail);
     let into = Driver::new(1024, None).unwrap_or_else(fail);
     let stats = Arc::new(PortStats::default());
-    let setup = |driver: &Driver| QueueSetup {
-        pair: 0,
-        vring: Arc::new(Vring::new(&driver.config(), driver.memory(), 0).unwrap_or_else(|e| panic!("{e}"))),
-        features: VERSION_1 | MRG_RXBUF,
-        kick: None,
-        call: None,
-        stats: stats.clone(),
-    };
-    let rx = Arc::new(GuestTx::new(setup(&out)));
-    let tx: Arc<dyn TxQueue> = Arc::new(GuestRx::new(setup(&into)));
+    let setup = QueueSetup { pair: 0, features: VERSION_1 | MRG_RXBUF, kick: None, call: None, stats: stats.clone() };
+    let ring = |driver: &Driver| Vring::new(&driver.config(), driver.memory(), 0).unwrap_or_else(|e| panic!("{e}"));
+    let rx = guest_tx(setup.clone(), &ring(&out));
+    let tx = guest_rx(setup, &ring(&into));
     let entry = RxEntry { pair: 0, queue: rx.clone() };
     let link = Link { rx: vec![entry], tx: vec![tx], ..Link::down(PortState::Up, None) };
     let view = PortView {

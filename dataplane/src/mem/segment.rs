@@ -7,6 +7,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use crate::mem::GuestMemory;
+
 /// A validated range of memory that stays mapped for `'m`.
 #[derive(Debug, Clone, Copy)]
 pub struct Segment<'m> {
@@ -145,6 +147,17 @@ impl<'m> Wide<'m> {
     #[inline]
     pub unsafe fn new(segment: Segment<'m>, room: usize) -> Self {
         Self { segment, room: u32::try_from(room).unwrap_or(u32::MAX) }
+    }
+
+    /// A guest's buffer that lies in one region, and what follows it there. `None` if it does not, or is empty.
+    #[inline]
+    pub fn locate(memory: &'m GuestMemory, gpa: u64, len: u32, hint: &mut usize) -> Option<Self> {
+        let range = memory.locate(gpa, hint)?;
+        if len as usize > range.len || len == 0 {
+            return None;
+        }
+        // SAFETY: a range of guest memory that was just translated, of memory held for `'m`, and what follows it.
+        unsafe { Some(Self::new(Segment::new(range.ptr, len)?, range.len)) }
     }
 
     /// As an address and a number, to be kept.

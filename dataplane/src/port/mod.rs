@@ -52,7 +52,7 @@ pub trait TxQueue: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// The [`Fault`] of the other side that ends this port's service until it resets.
-    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault>;
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault>;
 }
 
 /// One receive queue of a link.

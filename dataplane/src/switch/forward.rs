@@ -193,7 +193,7 @@ impl Forwarder {
         if list.count == 0 {
             return;
         }
-        if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch, &egress.stats) {
+        if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch) {
             egress.stats.set_fault(fault);
         }
     }

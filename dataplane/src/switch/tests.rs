@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{FdbConfig, VlanMode};
 use crate::frame::BurstStorage;
-use crate::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
-use crate::port::{RxEntry, RxQueue, TxQueue};
+use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
+use crate::port::{RxEntry, RxQueue};
 use crate::switch::forward::Forwarder;
 use crate::testing::*;
 
@@ -17,7 +17,7 @@ use crate::testing::*;
 struct Station_ {
     out: TestGuest,
     into: Vec<TestGuest>,
-    rx: Arc<GuestTx>,
+    rx: Arc<dyn RxQueue>,
     stats: Arc<PortStats>,
 }
 
@@ -60,9 +60,9 @@ impl Bench {
             let out = TestGuest::new(64, port.features);
             let into: Vec<_> = (0..port.queues).map(|_| TestGuest::new(64, port.features)).collect();
             let stats = Arc::new(PortStats::default());
-            let rx = Arc::new(GuestTx::new(QueueSetup { stats: stats.clone(), ..out.setup() }));
+            let rx = guest_tx(QueueSetup { stats: stats.clone(), ..out.setup() }, &out.ring());
             let tx = into.iter().enumerate().map(|(pair, guest)| {
-                Arc::new(GuestRx::new(QueueSetup { pair, stats: stats.clone(), ..guest.setup() })) as Arc<dyn TxQueue>
+                guest_rx(QueueSetup { pair, stats: stats.clone(), ..guest.setup() }, &guest.ring())
             });
             let tx = if port.up { tx.collect() } else { Vec::new() };
             let rx_entry = RxEntry { pair: 0, queue: rx.clone() };
