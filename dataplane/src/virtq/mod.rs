@@ -76,7 +76,7 @@ impl std::error::Error for Fault {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// Size zero, above 32,768, or no power of two in a split ring.
-    #[error("ring size {0} is not within 1 to {MAX_RING}, or no power of two in a split ring")]
+    #[error("ring size {0} is not a power of two of at most {MAX_RING}")]
     Size(u32),
     /// A packed ring's base beyond its size.
     #[error("base {0:#x} lies beyond the ring")]
