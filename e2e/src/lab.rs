@@ -90,6 +90,23 @@ impl Lab {
         }
     }
 
+    /// Removes a port.
+    pub fn del_port(&self, name: &str) -> Result<()> {
+        match &self.fabric {
+            Fabric::Sluice(switch) => switch.del_port(name),
+            Fabric::Ovs(ovs) => ovs.del_port(name),
+        }
+    }
+
+    /// Gives the guests' ports new settings, in their order.
+    pub fn set_ports(&mut self, settings: &[&str]) -> Result<()> {
+        for (number, settings) in (1..).zip(settings) {
+            self.del_port(&format!("vm{number}"))?;
+            self.add_port(&format!("vm{number}"), settings)?;
+        }
+        Ok(())
+    }
+
     /// Starts a guest (not waiting for its boot) with one device, and the port for it.
     pub fn add_guest(&mut self, number: usize, settings: &str, spec: GuestSpec, properties: &str) -> Result<()> {
         let mut nic = Nic::new(&self.socket(&format!("vm{number}")), &mac(number));
@@ -211,17 +228,32 @@ pub fn frames_seen(guest: &Guest, dev: &str, stream: u32) -> Result<Value> {
 
 /// Our settings in OVS's words.
 fn add_ovs_port(ovs: &mut Ovs, name: &str, socket: &Path, settings: &str) -> Result<()> {
-    let (mut bridge, mut extra) = ("br0".to_owned(), Vec::new());
+    let (mut bridge, mut extra, mut trunks) = ("br0".to_owned(), Vec::new(), Vec::new());
     for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
         match setting.split_once('=') {
             Some(("network", network)) => bridge = format!("br-{network}"),
             Some(("vlan", vlan)) => extra.push(format!("tag={vlan}")),
-            Some(("trunk", vlans)) => extra.push(format!("trunks={vlans}")),
+            Some(("mtu", mtu)) => extra.push(format!("mtu_request={mtu}")),
+            Some(("trunk", vlans)) => trunks.extend(range(vlans)),
+            // The list of a trunk goes on.
+            None => trunks.extend(range(setting)),
             // The rest has no counterpart, or needs none.
             _ => (),
         }
     }
+    if !trunks.is_empty() {
+        extra.push(format!("trunks={}", trunks.join(",")));
+    }
     ovs.add_port(&bridge, name, socket, &extra.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// OVS knows no ranges such as `20-29`.
+fn range(text: &str) -> Vec<String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse::<u16>(), last.parse::<u16>()) {
+        (Ok(first), Ok(last)) => (first..=last).map(|vlan| vlan.to_string()).collect(),
+        _ => vec![text.to_owned()],
+    }
 }
 
 /// Runs a test on a lab of its own; a test that fails says what it left.

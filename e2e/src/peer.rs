@@ -13,21 +13,21 @@ const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 /// Links that OVS makes on the host, beside one per bridge.
 const OVS_LINK: &str = "ovs-netdev";
-/// 2 MiB pages: 512 MiB for OVS, as much again for a testpmd.
-const HUGEPAGES: u32 = 1024;
+const MEMORY_MIB: u32 = 512;
+const HUGEPAGE_MIB: u64 = 2;
 
-/// Reserves hugepages, which DPDK's programs (not ours) need.
-pub fn reserve_hugepages() -> Result<()> {
-    let path = "/proc/sys/vm/nr_hugepages";
-    let now: u32 = std::fs::read_to_string(path)?.trim().parse().context("cannot read the number of hugepages")?;
-    if now < HUGEPAGES {
-        std::fs::write(path, HUGEPAGES.to_string()).context("cannot reserve hugepages")?;
-    }
-    let mount = Path::new("/dev/hugepages");
-    let is_mounted = std::fs::read_to_string("/proc/mounts")?.contains(" /dev/hugepages ");
-    if !is_mounted {
-        std::fs::create_dir_all(mount)?;
-        process::run("mount", &["-t", "hugetlbfs", "none", "/dev/hugepages"])?;
+/// Sees to it that so much is free in hugepages, which DPDK's programs (not ours) need.
+pub fn reserve_hugepages(mib: u32) -> Result<()> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let number = |label: &str| -> Result<u64> {
+        let rest = text.split(label).nth(1).unwrap_or_default();
+        rest.split_whitespace().next().unwrap_or_default().parse().with_context(|| format!("no {label} in /proc/meminfo"))
+    };
+    let (total, free) = (number("HugePages_Total:")?, number("HugePages_Free:")?);
+    let needed = u64::from(mib) / HUGEPAGE_MIB;
+    if free < needed {
+        let more = total + needed - free;
+        std::fs::write("/proc/sys/vm/nr_hugepages", more.to_string()).context("cannot reserve hugepages")?;
     }
     Ok(())
 }
@@ -45,7 +45,7 @@ pub struct Ovs {
 impl Ovs {
     /// Starts it on the switch's CPU; `tso` switches its userspace segmentation offload on.
     pub fn start(tso: bool) -> Result<Self> {
-        reserve_hugepages()?;
+        reserve_hugepages(MEMORY_MIB)?;
         let scratch = Scratch::new("ovs")?;
         scratch::undo_at_end(&format!("ip link del {OVS_LINK}"))?;
         let database_file = scratch.join("conf.db").display().to_string();
@@ -66,7 +66,7 @@ impl Ovs {
             "other_config:dpdk-init=true".to_owned(),
             format!("other_config:dpdk-lcore-mask={mask}"),
             format!("other_config:pmd-cpu-mask={mask}"),
-            "other_config:dpdk-socket-mem=512".to_owned(),
+            format!("other_config:dpdk-socket-mem={MEMORY_MIB}"),
             "other_config:dpdk-extra=--no-pci --in-memory --file-prefix=ovs".to_owned(),
             format!("other_config:userspace-tso-enable={tso}"),
         ];
@@ -79,7 +79,7 @@ impl Ovs {
         Ok(Self { vswitchd, _database: database, scratch, bridges: Vec::new() })
     }
 
-    /// Adds a port that connects to `socket`; `extra` are settings of the port such as `tag=10`.
+    /// Adds a port that connects to `socket`; `extra` are settings such as `tag=10` or `mtu_request=9000`.
     pub fn add_port(&mut self, bridge: &str, name: &str, socket: &Path, extra: &[&str]) -> Result<()> {
         if !self.bridges.iter().any(|known| known == bridge) {
             scratch::undo_at_end(&format!("ip link del {bridge}"))?;
@@ -88,9 +88,9 @@ impl Ovs {
             vsctl(&self.scratch, &[&["add-br", bridge], &kind[..]].concat())?;
         }
         let path = format!("options:vhost-server-path={}", socket.display());
-        let mut arguments = vec!["add-port", bridge, name];
-        arguments.extend(extra);
-        arguments.extend(["--", "set", "Interface", name, "type=dpdkvhostuserclient", &path]);
+        let (interface, port): (Vec<&str>, Vec<&str>) = extra.iter().partition(|e| e.starts_with("mtu_request="));
+        let kind = ["--", "set", "Interface", name, "type=dpdkvhostuserclient", &path];
+        let arguments = [&["add-port", bridge, name], &port[..], &kind, &interface].concat();
         vsctl(&self.scratch, &arguments)
     }
 

@@ -107,36 +107,39 @@ fn watch(socket: &Packet, stream: u32, record: &Mutex<Record>) {
     }
 }
 
-/// A packet socket bound to one interface.
-struct Packet(OwnedFd);
+/// A packet socket on one interface.
+struct Packet {
+    fd: OwnedFd,
+    interface: i32,
+}
 
 impl Packet {
-    /// Binds without a protocol: that sends, and receives nothing yet.
+    /// Opens without a protocol, so that it can send and receives nothing yet.
     fn open(dev: &str) -> io::Result<Self> {
-        // SAFETY: no pointers; the descriptor is checked and owned from here on.
-        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-        if fd < 0 {
+        let name = CString::new(dev)?;
+        // SAFETY: `name` is a C string that lives through the call.
+        let interface = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+        if interface == 0 {
             return Err(io::Error::last_os_error());
         }
+        // SAFETY: no pointers; the descriptor is checked and owned from here on.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        check(fd as isize)?;
         // SAFETY: a fresh descriptor that nobody else owns.
-        let socket = Self(unsafe { OwnedFd::from_raw_fd(fd) });
-        socket.bind(dev)?;
+        let socket = Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, interface };
+        socket.bind(0)?;
         Ok(socket)
     }
 
-    fn bind(&self, dev: &str) -> io::Result<()> {
-        let name = CString::new(dev)?;
-        // SAFETY: `name` is a C string that lives through the call; all-zero is a valid address.
-        let (index, mut address) =
-            unsafe { (libc::if_nametoindex(name.as_ptr()), std::mem::zeroed::<libc::sockaddr_ll>()) };
-        if index == 0 {
-            return Err(io::Error::last_os_error());
-        }
+    fn bind(&self, protocol: u16) -> io::Result<()> {
+        // SAFETY: all-zero is a valid address.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_ifindex = index as i32;
+        address.sll_protocol = protocol.to_be();
+        address.sll_ifindex = self.interface;
         let size = size_of::<libc::sockaddr_ll>() as u32;
         // SAFETY: the address lives through the call and its size is given.
-        check(unsafe { libc::bind(self.0.as_raw_fd(), (&raw const address).cast(), size) } as isize)?;
+        check(unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), size) } as isize)?;
         Ok(())
     }
 
@@ -144,33 +147,26 @@ impl Packet {
     fn receive_all(&self) -> io::Result<()> {
         self.set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(32 << 20))?;
         self.set(libc::SOL_PACKET, libc::PACKET_AUXDATA, &1)?;
-        // SAFETY: all-zero is a valid address.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        let mut size = size_of::<libc::sockaddr_ll>() as u32;
-        // SAFETY: both pointers live through the call and the size is that of the address.
-        check(unsafe { libc::getsockname(self.0.as_raw_fd(), (&raw mut address).cast(), &mut size) } as isize)?;
-        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-        // SAFETY: as above.
-        check(unsafe { libc::bind(self.0.as_raw_fd(), (&raw const address).cast(), size) } as isize)?;
         let membership = libc::packet_mreq {
-            mr_ifindex: address.sll_ifindex,
+            mr_ifindex: self.interface,
             mr_type: libc::PACKET_MR_PROMISC as u16,
             mr_alen: 0,
             mr_address: [0; 8],
         };
-        self.set(libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &membership)
+        self.set(libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &membership)?;
+        self.bind(libc::ETH_P_ALL as u16)
     }
 
     fn set<T>(&self, level: i32, option: i32, value: &T) -> io::Result<()> {
         let size = size_of::<T>() as u32;
         // SAFETY: the value lives through the call and its size is given.
-        check(unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, (&raw const *value).cast(), size) } as isize)?;
+        check(unsafe { libc::setsockopt(self.fd.as_raw_fd(), level, option, (&raw const *value).cast(), size) } as isize)?;
         Ok(())
     }
 
     fn send(&self, frame: &[u8]) -> io::Result<()> {
         // SAFETY: the frame lives through the call and its length is given.
-        check(unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) })?;
+        check(unsafe { libc::send(self.fd.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) })?;
         Ok(())
     }
 
@@ -191,7 +187,7 @@ impl Packet {
         message.msg_control = control.0.as_mut_ptr().cast();
         message.msg_controllen = control.0.len();
         // SAFETY: all that the message points to lives through the call, with its size.
-        let length = check(unsafe { libc::recvmsg(self.0.as_raw_fd(), &mut message, 0) })? as usize;
+        let length = check(unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, 0) })? as usize;
         if from.sll_pkttype == libc::PACKET_OUTGOING {
             return Err(io::ErrorKind::WouldBlock.into());
         }
