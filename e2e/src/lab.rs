@@ -188,15 +188,18 @@ impl Lab {
         Ok(())
     }
 
+    /// Starts an iperf3 server in a guest, for one run.
+    pub fn serve_iperf(&self, guest: usize) -> Result<()> {
+        let listening = "while ! netstat -ltn | grep -q :5201; do usleep 20000; done";
+        self.guests[guest].run(&format!("killall -q iperf3; iperf3 -s -D -1 && {listening}")).map(drop)
+    }
+
     /// TCP throughput in Mbit/s between two guests, the first sending.
     pub fn iperf(&self, from: usize, to: usize, seconds: u32, extra: &str) -> Result<f64> {
-        let (client, server, number) = (&self.guests[from], &self.guests[to], to + 1);
-        server.run("killall -q iperf3; iperf3 -s -D -1 && while ! netstat -ltn | grep -q :5201; do usleep 20000; done")?;
+        self.serve_iperf(to)?;
         let limit = Duration::from_secs(u64::from(seconds) + 30);
-        let text = client.run_for(&format!("iperf3 -J -c 10.0.0.{number} -t {seconds} {extra}"), limit)?;
-        let report: Value = serde_json::from_str(&text).context("iperf3 printed no JSON")?;
-        let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(rate.with_context(|| format!("iperf3 gave no rate: {text}"))? / 1e6)
+        let command = format!("iperf3 -J -c 10.0.0.{} -t {seconds} {extra}", to + 1);
+        iperf_rate(&self.guests[from].run_for(&command, limit)?)
     }
 
     /// What helps to see why something did not work.
@@ -214,6 +217,13 @@ impl Lab {
         }
         text
     }
+}
+
+/// The Mbit/s that were received, from what `iperf3 -J` printed.
+pub fn iperf_rate(text: &str) -> Result<f64> {
+    let report: Value = serde_json::from_str(text).context("iperf3 printed no JSON")?;
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(rate.with_context(|| format!("iperf3 gave no rate: {text}"))? / 1e6)
 }
 
 /// The Nth guest's MAC address.

@@ -56,6 +56,10 @@ impl Testpmd {
     /// Starts it on a CPU for load; it listens, and [`Testpmd::wait_ready`] waits for the switch.
     pub fn start(spec: &TestpmdSpec) -> Result<Self> {
         peer::reserve_hugepages(MEMORY_MIB)?;
+        for (socket, _) in &spec.ports {
+            // Unlike QEMU it does not replace what a crashed one has left.
+            let _ = std::fs::remove_file(socket);
+        }
         let scratch = Scratch::new("testpmd")?;
         let cpu = machine::cpus()?.load[0];
         let log = scratch.join("testpmd.log");

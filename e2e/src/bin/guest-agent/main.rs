@@ -15,7 +15,14 @@ use std::time::Duration;
 
 type Answer = Result<Value, Box<dyn std::error::Error>>;
 
-fn main() -> io::Result<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // On the host: nothing but the echo service.
+    if let Some(port) = std::env::args().skip_while(|argument| argument != "serve-echo").nth(1) {
+        echo::serve(&json!({"port": port.parse::<u16>()?}))?;
+        loop {
+            std::thread::park();
+        }
+    }
     let port = open_port("agent")?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     writeln!(&port, "{}", json!({"hello": boot.trim()}))?;
