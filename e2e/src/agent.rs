@@ -60,7 +60,9 @@ impl Agent {
     pub fn receive(&mut self, request: &Value, limit: Duration) -> Result<Value> {
         let start = Instant::now();
         while start.elapsed() < limit + SLACK {
-            let Some(mut line) = self.poll_line()? else { continue };
+            let Some(mut line) = self.poll_line()? else {
+                continue;
+            };
             if line["hello"].is_string() {
                 bail!("the guest rebooted during {request}");
             }

@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -174,8 +175,9 @@ fn add_program(files: &mut BTreeMap<String, Vec<u8>>, path: &str, program: &Path
     let libraries = run("ldd", &[&program.to_string_lossy()])?;
     for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
         let inside = library.trim_start_matches('/').to_owned();
-        if !files.contains_key(&inside) {
-            files.insert(inside, read(Path::new(library))?);
+        // Programs share most of them.
+        if let Entry::Vacant(slot) = files.entry(inside) {
+            slot.insert(read(Path::new(library))?);
         }
     }
     Ok(())

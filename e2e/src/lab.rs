@@ -144,9 +144,7 @@ impl Lab {
     /// Waits until the guest reaches the address, as it does once its port is up.
     pub fn wait_reachable(&self, from: usize, address: &str) -> Result<()> {
         let what = format!("{} to reach {address}", self.guests[from].name());
-        wait::until_true(&what, BOOT_LIMIT, || {
-            Ok(self.guests[from].run(&format!("ping -c 1 -W 1 {address}")).is_ok())
-        })
+        wait::until_true(&what, BOOT_LIMIT, || Ok(self.guests[from].run(&format!("ping -c 1 -W 1 {address}")).is_ok()))
     }
 
     /// Whether the guest's echo requests to the address are answered at all.

@@ -25,20 +25,23 @@ pub fn cache() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// A program of this workspace: what the variable names, else what was built beside us.
+/// A program of this workspace: what the variable names, else the newest build of any profile.
 pub fn built_program(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
-        let path = PathBuf::from(path);
         // Relative means relative to the repository: tests run in their package's folder.
-        return Ok(if path.is_absolute() { path } else { repository().join(path) });
+        return Ok(repository().join(path));
     }
     let me = std::env::current_exe().context("cannot tell my own path")?;
-    let target = repository().join("target");
-    let beside = me.ancestors().skip(1).take(2).map(|dir| dir.join(name));
-    let usual = ["release", "debug"].map(|profile| target.join(profile).join(name));
-    match beside.chain(usual).find(|path| path.is_file()) {
+    // We are in target/PROFILE, or as a test in target/PROFILE/deps.
+    let target =
+        me.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).context("I am not in a target folder")?;
+    let builds = ["release", "debug"].map(|profile| target.join(profile).join(name));
+    let age = |path: &PathBuf| path.metadata().and_then(|metadata| metadata.modified()).ok();
+    match builds.into_iter().filter(|path| path.is_file()).max_by_key(age) {
         Some(path) => Ok(path),
-        None => bail!("{name} is not built: run `cargo build --release --bins`, or set {variable}"),
+        None => {
+            bail!("{name} is not built: run `cargo build --workspace --bins`, or set {variable}")
+        }
     }
 }
 

@@ -21,7 +21,11 @@ pub fn reserve_hugepages(mib: u32) -> Result<()> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let number = |label: &str| -> Result<u64> {
         let rest = text.split(label).nth(1).unwrap_or_default();
-        rest.split_whitespace().next().unwrap_or_default().parse().with_context(|| format!("no {label} in /proc/meminfo"))
+        rest.split_whitespace()
+            .next()
+            .unwrap_or_default()
+            .parse()
+            .with_context(|| format!("no {label} in /proc/meminfo"))
     };
     let (total, free) = (number("HugePages_Total:")?, number("HugePages_Free:")?);
     let needed = u64::from(mib) / HUGEPAGE_MIB;

@@ -144,12 +144,19 @@ impl GuestSpec {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-cpu", "max", "-name", &self.name]);
         command.args(["-machine", "q35,memory-backend=mem,smbus=off,vmport=off", "-accel", &accelerator]);
-        command.args(["-object", &format!("memory-backend-memfd,id=mem,size={size}M,share=on"), "-m", &format!("{size}M")]);
+        command.args([
+            "-object",
+            &format!("memory-backend-memfd,id=mem,size={size}M,share=on"),
+            "-m",
+            &format!("{size}M"),
+        ]);
         command.args(["-smp", &self.smp.to_string()]);
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initramfs);
         command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on"]);
-        let listen = |id: &str, file: &str| format!("socket,id={id},path={},server=on,wait=off", scratch.join(file).display());
-        let console = format!("{},logfile={}", listen("console", "console.sock"), scratch.join("console.log").display());
+        let listen =
+            |id: &str, file: &str| format!("socket,id={id},path={},server=on,wait=off", scratch.join(file).display());
+        let console =
+            format!("{},logfile={}", listen("console", "console.sock"), scratch.join("console.log").display());
         command.args(["-chardev", &console, "-serial", "chardev:console"]);
         command.args(["-chardev", &listen("qmp", "qmp.sock"), "-mon", "chardev=qmp,mode=control"]);
         command.args(["-device", "virtio-serial-pci", "-chardev", &listen("agent", "agent.sock")]);

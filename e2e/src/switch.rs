@@ -214,7 +214,9 @@ impl Usage {
         let (mut nanoseconds, mut threads) = (0, 0);
         for task in fs::read_dir(proc.join("task")).with_context(|| format!("no process {pid}"))?.flatten() {
             // A thread may end while we look.
-            let Ok(statistics) = fs::read_to_string(task.path().join("schedstat")) else { continue };
+            let Ok(statistics) = fs::read_to_string(task.path().join("schedstat")) else {
+                continue;
+            };
             threads += 1;
             nanoseconds += statistics.split(' ').next().and_then(|field| field.parse::<u64>().ok()).unwrap_or(0);
         }

@@ -104,7 +104,9 @@ fn wrong_specs_add_nothing_to_a_running_switch() -> Result<()> {
     expect_error(&switch.command(&["port", "del", "nobody"])?, FAILURE, "nobody")?;
     expect_error(&switch.command(&["port", "show", "nobody"])?, FAILURE, "nobody")?;
     let after = switch.json(&["port", "list"])?;
-    let names = |list: &serde_json::Value| list.as_array().map(|ports| ports.iter().map(|p| p["name"].clone()).collect::<Vec<_>>());
+    let names = |list: &serde_json::Value| {
+        list.as_array().map(|ports| ports.iter().map(|p| p["name"].clone()).collect::<Vec<_>>())
+    };
     ensure!(names(&before) == names(&after) && names(&after).is_some_and(|n| n.len() == 1), "{after}");
     Ok(())
 }
@@ -125,7 +127,10 @@ fn a_wrong_file_is_told_with_its_place() -> Result<()> {
         expect_error(&output, USAGE, hint).with_context(|| text.to_owned())?;
         let line = text.trim_end().lines().count();
         let message = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(message.contains(&format!(":{line}")) || message.contains(&format!("line {line}")), "no line {line}: {message}");
+        ensure!(
+            message.contains(&format!(":{line}")) || message.contains(&format!("line {line}")),
+            "no line {line}: {message}"
+        );
     }
     expect_error(&run(&["--config", "/nonexistent/sluice.toml"])?, FAILURE, "/nonexistent/sluice.toml")
 }

@@ -20,7 +20,12 @@ fn an_idle_switch_takes_next_to_nothing() -> Result<()> {
         sleep(Duration::from_secs(10));
         let (after, passed) = (switch.usage()?, start.elapsed());
         let share = (after.cpu - before.cpu).as_secs_f64() / passed.as_secs_f64();
-        println!("idle: {:.2} % of a core, {} KiB resident, {} threads", share * 100.0, after.resident_kib, after.threads);
+        println!(
+            "idle: {:.2} % of a core, {} KiB resident, {} threads",
+            share * 100.0,
+            after.resident_kib,
+            after.threads
+        );
         ensure!(share <= 0.02, "an idle switch takes {:.1} % of a core", share * 100.0);
         ensure!(after.resident_kib <= 40 * 1024, "{} KiB resident", after.resident_kib);
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", switch.pid()))?;

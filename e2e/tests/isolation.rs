@@ -58,17 +58,16 @@ fn wait_seen(lab: &Lab, at: usize, count: u64) -> Result<()> {
     Ok(())
 }
 
-/// Frames of one port stay in order, so a broadcast that has arrived proves that what was sent
-/// before it has arrived too, or never will.
-fn expect(lab: &Lab, from: usize, who: [u64; 3], peers_by_broadcast: &[usize]) -> Result<()> {
+/// Demands that each guest has seen exactly so many frames. Frames of one port stay in order, so a broadcast
+/// that has arrived at its `hearers` proves that what was sent before it has arrived too, or never will.
+fn expect(lab: &Lab, from: usize, counts: [u64; 3], hearers: &[usize]) -> Result<()> {
     send(lab, from, EVERYBODY, &mac(from + 1), None)?;
-    for at in 0..3 {
-        let marker = u64::from(peers_by_broadcast.contains(&at));
-        if marker == 1 {
-            wait_seen(lab, at, who[at] + 1)?;
-        } else {
-            ensure!(seen(lab, at)?["received"] == who[at], "{}: {}", lab.guests[at].name(), seen(lab, at)?);
-        }
+    for &at in hearers {
+        wait_seen(lab, at, counts[at] + 1)?;
+    }
+    for (at, count) in counts.into_iter().enumerate().filter(|(at, _)| !hearers.contains(at)) {
+        let seen = seen(lab, at)?;
+        ensure!(seen["received"] == count, "{}: {seen}, expected {count}", lab.guests[at].name());
     }
     Ok(())
 }

@@ -21,7 +21,11 @@ fn the_guest_may_be_there_before_its_port() -> Result<()> {
         lab.del_port("vm2")?;
         lab.guests[1].respawn()?;
         let socket = lab.socket("vm2");
-        wait::until_true("QEMU to listen", BOOT_LIMIT, || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))?;
+        wait::until_true(
+            "QEMU to listen",
+            BOOT_LIMIT,
+            || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()),
+        )?;
         lab.add_port("vm2", "")?;
         lab.guests[1].wait_ready(BOOT_LIMIT)?;
         lab.configure(1)?;
@@ -110,7 +114,8 @@ fn the_switch_reconnects_at_once_and_waits_quietly() -> Result<()> {
             let start = Instant::now();
             let listener = UnixListener::bind(&socket)?;
             listener.set_nonblocking(true)?;
-            let connection = wait::until("the switch to connect", Duration::from_secs(5), || Ok(listener.accept().ok()))?;
+            let connection =
+                wait::until("the switch to connect", Duration::from_secs(5), || Ok(listener.accept().ok()))?;
             delays.push(start.elapsed());
             // Connection first: then the switch looks for the socket while it is not there.
             drop(connection);

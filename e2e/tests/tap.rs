@@ -26,7 +26,9 @@ fn with_tap(lab: &mut Lab, test: impl FnOnce(&Lab, &Namespace) -> Result<()>) ->
     let namespace = Namespace::new()?;
     wait::until_true("the tap", Duration::from_secs(5), || Ok(link_exists(TAP)))?;
     namespace.take(TAP)?;
-    namespace.run(&format!("ip addr add 10.0.0.100/24 dev {TAP}; ip addr add fd00::100/64 dev {TAP} nodad; ip link set {TAP} up"))?;
+    namespace.run(&format!(
+        "ip addr add 10.0.0.100/24 dev {TAP}; ip addr add fd00::100/64 dev {TAP} nodad; ip link set {TAP} up"
+    ))?;
     lab.switch()?.wait_port("host", "up")?;
     let result = test(lab, &namespace);
     let removed = lab.switch()?.del_port("host");

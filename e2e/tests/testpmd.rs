@@ -48,7 +48,9 @@ fn counts_agree(lab: &Lab, testpmd: &mut Testpmd) -> Result<()> {
     ensure!(counts[0].tx_frames == counts[1].rx_frames, "frames from 1 to 2: {counts:?}");
     ensure!(counts[1].tx_frames == counts[0].rx_frames, "frames from 2 to 1: {counts:?}");
     ensure!(counts[0].tx_bytes == counts[1].rx_bytes, "bytes from 1 to 2: {counts:?}");
-    let Ok(switch) = lab.switch() else { return Ok(()) };
+    let Ok(switch) = lab.switch() else {
+        return Ok(());
+    };
     for (name, port) in ["vm1", "vm2"].into_iter().zip(&counts) {
         let ours = switch.port(name)?;
         let seen = [ours.count("rx_frames"), ours.count("rx_bytes"), ours.count("tx_frames"), ours.count("tx_bytes")];

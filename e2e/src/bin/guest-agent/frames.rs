@@ -91,7 +91,9 @@ impl Watches {
 fn watch(socket: &Packet, stream: u32, record: &Mutex<Record>) {
     let mut buffer = vec![0; LARGEST];
     loop {
-        let Ok((length, vlan)) = socket.receive(&mut buffer) else { continue };
+        let Ok((length, vlan)) = socket.receive(&mut buffer) else {
+            continue;
+        };
         let frame = &buffer[..length];
         let word = |at: usize| frame[at..at + 4].iter().fold(0, |word, &byte| word << 8 | u32::from(byte));
         if frame.len() < HEADER || frame[12..ETHERNET] != ETHERTYPE.to_be_bytes() || word(ETHERNET) != stream {
@@ -160,7 +162,9 @@ impl Packet {
     fn set<T>(&self, level: i32, option: i32, value: &T) -> io::Result<()> {
         let size = size_of::<T>() as u32;
         // SAFETY: the value lives through the call and its size is given.
-        check(unsafe { libc::setsockopt(self.fd.as_raw_fd(), level, option, (&raw const *value).cast(), size) } as isize)?;
+        check(
+            unsafe { libc::setsockopt(self.fd.as_raw_fd(), level, option, (&raw const *value).cast(), size) } as isize
+        )?;
         Ok(())
     }
 
