@@ -142,7 +142,8 @@ fn paths_that_cannot_be_used_are_failures() -> Result<()> {
     let long = format!("/tmp/{}.sock", "x".repeat(100));
     expect_error(&run(&["--control", &long])?, USAGE, "107")?;
     expect_error(&sluice(&["status", "--socket", "/nonexistent/ctl.sock"])?, FAILURE, "/nonexistent/ctl.sock")?;
-    expect_error(&run(&["--cpu", "9999"])?, FAILURE, "9999")
+    expect_error(&run(&["--cpu", "9999"])?, USAGE, "9999")?;
+    expect_error(&run(&["--cpu", "1000"])?, FAILURE, "1000")
 }
 
 #[test]

@@ -160,12 +160,10 @@ impl Packet {
     }
 
     fn set<T>(&self, level: i32, option: i32, value: &T) -> io::Result<()> {
-        let size = size_of::<T>() as u32;
+        let (fd, size) = (self.fd.as_raw_fd(), size_of::<T>() as u32);
         // SAFETY: the value lives through the call and its size is given.
-        check(
-            unsafe { libc::setsockopt(self.fd.as_raw_fd(), level, option, (&raw const *value).cast(), size) } as isize
-        )?;
-        Ok(())
+        let result = unsafe { libc::setsockopt(fd, level, option, (&raw const *value).cast(), size) };
+        check(result as isize).map(drop)
     }
 
     fn send(&self, frame: &[u8]) -> io::Result<()> {
