@@ -44,10 +44,10 @@ fn the_host_pings_a_guest() -> Result<()> {
     LAB.test(|lab| {
         with_tap(lab, |_, namespace| {
             wait::until_true("the host to reach vm1", Duration::from_secs(20), || {
-                Ok(namespace.run("ping -c 1 -W 1 10.0.0.1").is_ok())
+                Ok(namespace.run("busybox ping -c 1 -W 1 10.0.0.1").is_ok())
             })?;
             for address in ["10.0.0.1", "fd00::1"] {
-                let report = namespace.run(&format!("ping -c 10 -i 0.1 -W 2 {address}"))?;
+                let report = namespace.run(&format!("busybox ping -c 10 -i 0.1 -W 2 {address}"))?;
                 ensure!(report.contains(" 0% packet loss"), "{report}");
             }
             Ok(())
@@ -63,7 +63,9 @@ fn payloads_between_host_and_guest_stay_whole() -> Result<()> {
             let mut command = namespace.command(&built_program("guest-agent", "GUEST_AGENT_BIN")?.to_string_lossy());
             command.args(["serve-echo", &ECHO_PORT.to_string()]);
             let _server = Process::start("echo", command, &scratch.join("echo.log"), &[])?;
-            lab.wait_reachable(0, "10.0.0.100")?;
+            for address in ["10.0.0.100", "fd00::100"] {
+                lab.wait_reachable(0, address)?;
+            }
             for address in ["10.0.0.100", "[fd00::100]"] {
                 lab.check_echo(0, "tcp", address, &[64, 1448, 1472, 1473, 4096, 65_000, 1 << 20])?;
                 lab.check_echo(0, "udp", address, &[64, 1448, 1472, 1473, 4096, 65_000])?;

@@ -104,6 +104,7 @@ pub(crate) fn check(request: &Value) -> Answer {
         "lost_sizes": tally.lost_sizes,
         "corrupt": tally.corrupt,
         "duplicates": tally.duplicates,
+        "min_us": tally.times.first(),
         "median_us": tally.times.get(tally.times.len() / 2),
         "max_us": tally.times.last(),
     }))
