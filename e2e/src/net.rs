@@ -19,7 +19,9 @@ impl Namespace {
         scratch::undo_at_end(&format!("ip netns del {name}"))?;
         run("ip", &["netns", "add", &name])?;
         let namespace = Self(name);
-        namespace.run("ip link set lo up")?;
+        // Addresses can be used at once: nobody else has them.
+        namespace
+            .run("ip link set lo up; for k in all default; do echo 0 >/proc/sys/net/ipv6/conf/$k/accept_dad; done")?;
         Ok(namespace)
     }
 
