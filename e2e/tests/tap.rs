@@ -26,6 +26,8 @@ fn with_tap(lab: &mut Lab, test: impl FnOnce(&Lab, &Namespace) -> Result<()>) ->
     let namespace = Namespace::new()?;
     wait::until_true("the tap", Duration::from_secs(5), || Ok(link_exists(TAP)))?;
     namespace.take(TAP)?;
+    // Always the same address, or guests would for a while send to that of the tap before.
+    namespace.run(&format!("ip link set {TAP} address 02:00:00:00:00:64"))?;
     namespace.run(&format!(
         "ip addr add 10.0.0.100/24 dev {TAP}; ip addr add fd00::100/64 dev {TAP} nodad; ip link set {TAP} up"
     ))?;
