@@ -29,7 +29,7 @@ fn with_tap(lab: &mut Lab, test: impl FnOnce(&Lab, &Namespace) -> Result<()>) ->
     // Always the same address, or guests would for a while send to that of the tap before.
     namespace.run(&format!("ip link set {TAP} address 02:00:00:00:00:64"))?;
     namespace.run(&format!(
-        "ip addr add 10.0.0.100/24 dev {TAP}; ip addr add fd00::100/64 dev {TAP} nodad; ip link set {TAP} up"
+        "set -e; ip addr add 10.0.0.100/24 dev {TAP}; ip addr add fd00::100/64 dev {TAP} nodad; ip link set {TAP} up"
     ))?;
     lab.switch()?.wait_port("host", "up")?;
     let result = test(lab, &namespace);
