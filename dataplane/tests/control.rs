@@ -80,12 +80,12 @@ async fn client(socket: &Path) -> ControlClient<Channel> {
 }
 
 async fn add(client: &mut ControlClient<Channel>, port: proto::PortConfig) -> Result<proto::PortStatus, tonic::Status> {
-    let request = proto::AddPortRequest { config: Some(port) };
+    let request = proto::AddPortRequest { config: Some(port), ..Default::default() };
     client.add_port(request).await.map(|response| response.into_inner().port.unwrap())
 }
 
 async fn names(client: &mut ControlClient<Channel>) -> Vec<String> {
-    let response = client.list_ports(proto::ListPortsRequest {}).await.unwrap();
+    let response = client.list_ports(proto::ListPortsRequest::default()).await.unwrap();
     response.into_inner().ports.into_iter().map(|port| port.name).collect()
 }
 
@@ -121,13 +121,13 @@ async fn refusals_have_codes_and_change_nothing() {
         assert!(!status.message().contains('\n'));
         assert_eq!(names(&mut client).await, ["vm1"]);
     }
-    let gone = client.remove_port(proto::RemovePortRequest { name: "vm2".into() }).await.unwrap_err();
+    let gone = client.remove_port(proto::RemovePortRequest { name: "vm2".into(), owner: None }).await.unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
-    let none = client.add_port(proto::AddPortRequest { config: None }).await.unwrap_err();
+    let none = client.add_port(proto::AddPortRequest::default()).await.unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);
     let often = client.watch_stats(proto::WatchStatsRequest { interval_ms: 1 }).await.unwrap_err();
     assert_eq!(often.code(), Code::InvalidArgument);
-    client.remove_port(proto::RemovePortRequest { name: "vm1".into() }).await.unwrap();
+    client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
     assert!(names(&mut client).await.is_empty());
     bench.stop();
 }
@@ -177,7 +177,7 @@ async fn ports_come_and_go_side_by_side() {
             for port in ports {
                 let name = port.name.clone();
                 add(&mut client, port).await.unwrap();
-                client.remove_port(proto::RemovePortRequest { name }).await.unwrap();
+                client.remove_port(proto::RemovePortRequest { name, owner: None }).await.unwrap();
             }
         })
     });
@@ -240,4 +240,49 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
     assert!(table.contains("b=vhost") && !table.contains("old=") && !table.contains("new="), "{table}");
     switch.stop();
+}
+
+/// An owner manages its ports without stepping on those of others.
+#[tokio::test]
+async fn owners_keep_their_ports() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    let owned = |owner: &str| proto::PortConfig { owner: Some(owner.into()), ..bench.port("vm1") };
+    let replace = |config| proto::AddPortRequest { config: Some(config), replace_owner: true };
+    let remove = |owner: &str| proto::RemovePortRequest { name: "vm1".into(), owner: Some(owner.into()) };
+
+    // Once more is as good as once; something else is not.
+    add(&mut client, owned("a/1")).await.unwrap();
+    add(&mut client, owned("a/1")).await.unwrap();
+    client.add_port(replace(owned("a/1"))).await.unwrap();
+    let other = proto::PortConfig { mtu: Some(1400), ..owned("a/1") };
+    assert_eq!(add(&mut client, other.clone()).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.add_port(replace(other)).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(add(&mut client, owned("a/2")).await.unwrap_err().code(), Code::AlreadyExists);
+
+    // The old owner comes late.
+    let port = client.add_port(replace(owned("a/2"))).await.unwrap().into_inner().port.unwrap();
+    assert_eq!(port.owner.as_deref(), Some("a/2"));
+    let late = client.remove_port(remove("a/1")).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition);
+    assert!(late.message().contains("belongs to a/2, not to a/1"), "{late}");
+    let list = async |client: &mut ControlClient<Channel>, owner: &str, target: &str| {
+        let request = proto::ListPortsRequest { owner_prefix: owner.into(), target_prefix: target.into() };
+        client.list_ports(request).await.unwrap().into_inner().ports.len()
+    };
+    let folder = bench.dir.path().to_str().unwrap().to_owned();
+    assert_eq!(list(&mut client, "a/", "").await, 1);
+    assert_eq!(list(&mut client, "a/1", "").await, 0);
+    assert_eq!(list(&mut client, "", &format!("{folder}/")).await, 1);
+    assert_eq!(list(&mut client, "", &format!("{folder}/vm2")).await, 0);
+    client.remove_port(remove("a/2")).await.unwrap();
+    assert_eq!(client.remove_port(remove("a/2")).await.unwrap_err().code(), Code::NotFound);
+
+    // What the operator has added nobody takes away.
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    assert_eq!(add(&mut client, bench.port("vm1")).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.add_port(replace(owned("a/1"))).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.remove_port(remove("a/1")).await.unwrap_err().code(), Code::FailedPrecondition);
+    client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
+    bench.stop();
 }

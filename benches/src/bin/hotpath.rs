@@ -50,6 +50,7 @@ fn side(id: u8, len: usize) -> Side {
         vlan: VlanPolicy::All,
         mtu: 65_535,
         only_source: None,
+        policers: sluice::switch::policer::Policers::default(),
         stats: stats.clone(),
         link: Arc::new(link),
     };

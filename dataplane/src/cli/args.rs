@@ -27,6 +27,9 @@ Keys:
   queues=1..256        queue pairs at most
   mac=ADDRESS          the station's address
   spoofcheck=on|off    drop frames from other addresses than mac
+  rate-rx=500M         bits per second taken from the port at most, with K, M or G (burst-rx=10M: at once, in bits)
+  rate-tx=500M         bits per second sent to the port at most (burst-tx=10M)
+  owner=TEXT           whose port it is, for who manages ports by program
 
 A relative path is taken from the current folder.";
 
@@ -110,7 +113,12 @@ pub(crate) enum PortCommand {
         spec: PortConfig,
     },
     /// Remove a port
-    Del { name: String },
+    Del {
+        name: String,
+        /// Only if it belongs to this owner
+        #[arg(long)]
+        owner: Option<String>,
+    },
     /// List all ports
     List,
     /// Show all about one port

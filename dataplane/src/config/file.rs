@@ -167,6 +167,15 @@ struct PortSection {
     queues: Option<Spanned<Word>>,
     mac: Option<Spanned<Word>>,
     spoofcheck: Option<Spanned<Word>>,
+    #[serde(rename = "rate-rx")]
+    rate_rx: Option<Spanned<Word>>,
+    #[serde(rename = "burst-rx")]
+    burst_rx: Option<Spanned<Word>>,
+    #[serde(rename = "rate-tx")]
+    rate_tx: Option<Spanned<Word>>,
+    #[serde(rename = "burst-tx")]
+    burst_tx: Option<Spanned<Word>>,
+    owner: Option<Spanned<Word>>,
 }
 
 impl Sections {
@@ -229,6 +238,11 @@ impl PortSection {
             "queues" => self.queues.as_ref(),
             "mac" => self.mac.as_ref(),
             "spoofcheck" => self.spoofcheck.as_ref(),
+            "rate-rx" => self.rate_rx.as_ref(),
+            "burst-rx" => self.burst_rx.as_ref(),
+            "rate-tx" => self.rate_tx.as_ref(),
+            "burst-tx" => self.burst_tx.as_ref(),
+            "owner" => self.owner.as_ref(),
             _ => None,
         }
     }
@@ -359,6 +373,11 @@ mod tests {
             queues = 4
             mac = "52:54:00:12:34:56"
             spoofcheck = true
+            rate-rx = "1G"
+            burst-rx = 2000000
+            rate-tx = "500M"
+            burst-tx = "1M"
+            owner = "me"
             [[port]]
             name = "host"
             kind = "tap"
@@ -379,7 +398,7 @@ mod tests {
             specs,
             [
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
-                 mac=52:54:00:12:34:56,spoofcheck=on",
+                 mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,burst-rx=2M,rate-tx=500M,burst-tx=1M,owner=me",
                 "host=tap:sluice0,trunk=10,20",
             ]
         );

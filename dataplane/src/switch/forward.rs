@@ -78,7 +78,15 @@ impl Forwarder {
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.recent = Recent::NONE;
-        for place in 0..burst.count() as u8 {
+        let mut count = burst.count() as u8;
+        if let Some(policer) = &ingress.policers.rx {
+            let admitted = policer.admit((0..count).map(|place| burst.frame(place).len()));
+            if admitted < count {
+                ingress.stats.drop_frames(DropReason::RateRx, u64::from(count - admitted));
+                count = admitted;
+            }
+        }
+        for place in 0..count {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
                 ingress.stats.drop_frames(reason, 1);
             }
@@ -181,7 +189,14 @@ impl Forwarder {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
         };
-        let ready = if unchanged { list } else { adapt(egress, burst, &list) };
+        let mut ready = if unchanged { list } else { adapt(egress, burst, &list) };
+        if let Some(policer) = &egress.policers.tx {
+            let admitted = policer.admit(ready.as_slice().iter().map(|place| burst.frame(*place).len()));
+            if admitted < ready.count {
+                egress.stats.drop_frames(DropReason::RateTx, u64::from(ready.count - admitted));
+                ready.count = admitted;
+            }
+        }
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);
         } else {

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::limits::MAX_FRAME;
 use crate::port::stats::PortStats;
 use crate::port::{Link, PortId, RxQueue};
+use crate::switch::policer::Policers;
 use crate::switch::vlan::VlanPolicy;
 
 /// A port as workers see it.
@@ -22,6 +23,8 @@ pub struct PortView {
     pub mtu: usize,
     /// The only source address that is let in, with spoofcheck.
     pub only_source: Option<u64>,
+    /// Rate limits.
+    pub policers: Policers,
     /// Counters.
     pub stats: Arc<PortStats>,
     /// Its queues at the moment.

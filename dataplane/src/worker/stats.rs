@@ -43,6 +43,11 @@ impl Clock {
         now()
     }
 
+    /// The number of ticks in a time.
+    pub fn ticks_in(&self, time: std::time::Duration) -> u64 {
+        (time.as_nanos() as f64 / self.ns_per_tick) as u64
+    }
+
     /// Ticks as nanoseconds.
     #[inline]
     pub fn ns(&self, ticks: u64) -> u64 {
