@@ -17,7 +17,7 @@ use crate::error::{CniError, Code};
 
 /// How long the switch may take to accept us and to answer a question, in all. The rest of the two seconds that a call
 /// may take when the switch is down is for us.
-const PATIENCE: Duration = Duration::from_millis(1800);
+const PATIENCE: Duration = Duration::from_millis(1700);
 /// Pause between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long a change may take after the switch has shown that it answers: changes come one after the other, and each

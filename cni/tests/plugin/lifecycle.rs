@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, Pod};
 
-/// What a call may take when the switch is down.
-const BOUND: Duration = Duration::from_secs(2);
+/// What a call may take when the switch is down: two seconds, and one more for tests that share their machine.
+const BOUND: Duration = Duration::from_secs(3);
 
 #[test]
 fn as_multus_calls_it() {

@@ -178,8 +178,8 @@ impl Control for Service {
             uptime_seconds: controller.uptime().as_secs(),
             mode: about.mode.to_string(),
             workers: self.workers(),
-            ports: controller.switch().ports().len() as u32,
-            fdb_entries: controller.switch().fdb().len() as u64,
+            ports: controller.switch().port_configs().len() as u32,
+            fdb_entries: controller.switch().fdb_len() as u64,
             control: about.control.display().to_string(),
             state_dir: about.state_dir.display().to_string(),
         }))
