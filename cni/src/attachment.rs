@@ -84,7 +84,7 @@ impl Attachment {
             network: settings.network.clone(),
             vlan: settings.vlan,
             trunk: settings.trunk.clone(),
-            mtu: Some(settings.mtu),
+            mtu: settings.mtu,
             queues: settings.queues,
             mac: Some(mac.clone()),
             spoofcheck: settings.spoof_check,
@@ -319,7 +319,6 @@ mod tests {
             target: made.socket.clone(),
             network: "blue".into(),
             vlan: Some(5),
-            mtu: Some(1500),
             mac: Some(made.mac.clone()),
             ..Default::default()
         };

@@ -14,9 +14,6 @@ use crate::error::{CniError, Code};
 pub(crate) const VERSIONS: &[&str] = &["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// The newest of them, for when the caller's is not known.
 pub(crate) const NEWEST: &str = "1.1.0";
-/// MTU of a network that names none: what a guest takes for granted.
-const DEFAULT_MTU: u32 = 1500;
-
 /// Our own keys.
 const KEYS: &[&str] = &[
     "network",
@@ -73,7 +70,7 @@ pub(crate) struct Settings {
     pub(crate) network: String,
     pub(crate) vlan: Option<u32>,
     pub(crate) trunk: Option<VlanSet>,
-    pub(crate) mtu: u32,
+    pub(crate) mtu: Option<u32>,
     pub(crate) queues: Option<u32>,
     pub(crate) spoof_check: bool,
     pub(crate) rate_rx: Option<RateLimit>,
@@ -171,7 +168,7 @@ impl Config {
             network: get(&self.map, "network")?.unwrap_or_else(|| self.name.clone()),
             vlan: get(&self.map, "vlan")?,
             trunk: get(&self.map, "trunk")?.map(|value| trunk(&value)).transpose()?,
-            mtu: get(&self.map, "mtu")?.unwrap_or(DEFAULT_MTU),
+            mtu: get(&self.map, "mtu")?,
             queues: get(&self.map, "queues")?,
             spoof_check: get(&self.map, "spoofCheck")?.unwrap_or(false),
             rate_rx,
@@ -287,7 +284,7 @@ mod tests {
     #[test]
     fn defaults() {
         let settings = settings(json!({ "vlan": null })).unwrap();
-        assert_eq!((settings.network.as_str(), settings.mtu, settings.vlan), ("blue", 1500, None));
+        assert_eq!((settings.network.as_str(), settings.mtu, settings.vlan), ("blue", None, None));
         assert_eq!(settings.socket_root, "/var/run/sluice/sockets");
         assert_eq!(settings.container_root, "/var/run/vhostuser");
         assert!(!settings.spoof_check && settings.device_id.is_empty() && settings.ips.is_empty());
@@ -307,7 +304,7 @@ mod tests {
             network: "red".into(),
             vlan: Some(5),
             trunk: Some(VlanSet { vlans: vec![10, 11, 12, 30] }),
-            mtu: 9000,
+            mtu: Some(9000),
             queues: Some(4),
             spoof_check: true,
             rate_rx: Some(RateLimit { bits_per_second: 500_000_000, burst_bits: None }),

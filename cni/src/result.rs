@@ -7,6 +7,9 @@ use crate::config::{Config, Settings};
 use crate::environment::Environment;
 use crate::error::{CniError, Code};
 
+/// MTU of a network that names none: what a guest takes for granted. The switch need not enforce it.
+const DEFAULT_MTU: u32 = 1500;
+
 /// Puts the result together. `addresses` is what the IPAM plugin gave.
 pub(crate) fn build(
     config: &Config,
@@ -20,7 +23,7 @@ pub(crate) fn build(
     let mut interface = json!({
         "name": environment.interface,
         "mac": attachment.mac,
-        "mtu": settings.mtu,
+        "mtu": settings.mtu.unwrap_or(DEFAULT_MTU),
         // There is no network device, but who reads the result takes an interface without this for one of the host.
         "sandbox": environment.netns,
     });
