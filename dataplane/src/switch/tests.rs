@@ -259,6 +259,19 @@ fn rates_are_limited_each_way() {
 }
 
 #[test]
+fn limits_are_those_of_the_configuration_and_outlive_links() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a,rate-rx=1M".parse().unwrap()).unwrap();
+    let policers = || lock(&switch.inner.tables).slots[0].view().unwrap().policers.clone();
+    let before = policers();
+    assert!(before.rx.is_some() && before.tx.is_none());
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(0), stats: Arc::default() };
+    publisher.publish(Link::down(PortState::Down, None));
+    assert!(Arc::ptr_eq(&before.rx.unwrap(), &policers().rx.unwrap()));
+    switch.stop();
+}
+
+#[test]
 fn super_packets_are_limited_by_their_bytes() {
     let limited = Port { policers: Policers { rx: None, tx: slow(30_000) }, ..Port::default() };
     let mut bench = Bench::new(&[Port::default(), limited]);
