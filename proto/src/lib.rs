@@ -30,3 +30,46 @@ pub mod sluice {
         }
     }
 }
+
+/// The kubelet's device plugin contract: how a plugin offers devices.
+pub mod kubelet {
+    /// Version v1beta1, the only one there is.
+    pub mod v1beta1 {
+        tonic::include_proto!("v1beta1");
+
+        /// The version a plugin registers with.
+        pub const VERSION: &str = "v1beta1";
+        /// Health of a device that can be given out.
+        pub const HEALTHY: &str = "Healthy";
+        /// Health of a device that cannot.
+        pub const UNHEALTHY: &str = "Unhealthy";
+    }
+}
+
+/// The kubelet's pod-resources contract: which pod has which devices.
+pub mod podresources {
+    /// Version 1.
+    pub mod v1 {
+        tonic::include_proto!("v1");
+    }
+}
+
+/// KubeVirt's hook sidecar contracts.
+pub mod kubevirt {
+    /// What a sidecar can do.
+    pub mod info {
+        tonic::include_proto!("kubevirt.hooks.info");
+    }
+    /// The domain only.
+    pub mod v1alpha1 {
+        tonic::include_proto!("kubevirt.hooks.v1alpha1");
+    }
+    /// Domain and cloud-init.
+    pub mod v1alpha2 {
+        tonic::include_proto!("kubevirt.hooks.v1alpha2");
+    }
+    /// Domain, cloud-init and shutdown.
+    pub mod v1alpha3 {
+        tonic::include_proto!("kubevirt.hooks.v1alpha3");
+    }
+}
