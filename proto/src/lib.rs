@@ -1,9 +1,11 @@
-//! gRPC contracts of Sluice. The `.proto` files in `proto/` are the reference; this is what is generated from them.
+//! gRPC contracts of Sluice, and what it takes to serve them to foreign clients. The `.proto` files in `proto/` are the
+//! reference of the contracts; the code is generated from them.
 
-// Generated code is documented in the `.proto` files and follows its generator's style.
-#![allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod authority;
 
 /// Our own contracts.
+// Generated code is documented in the `.proto` files and follows its generator's style.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod sluice {
     /// Version 1: the control service of the switch.
     pub mod v1 {
@@ -32,6 +34,7 @@ pub mod sluice {
 }
 
 /// The kubelet's device plugin contract: how a plugin offers devices.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod kubelet {
     /// Version v1beta1, the only one there is.
     pub mod v1beta1 {
@@ -47,6 +50,7 @@ pub mod kubelet {
 }
 
 /// The kubelet's pod-resources contract: which pod has which devices.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod podresources {
     /// Version 1.
     pub mod v1 {
@@ -55,6 +59,7 @@ pub mod podresources {
 }
 
 /// KubeVirt's hook sidecar contracts.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod kubevirt {
     /// What a sidecar can do.
     pub mod info {
