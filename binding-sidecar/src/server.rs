@@ -9,12 +9,12 @@ use std::str::Utf8Error;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sluice_proto::authority;
 use sluice_proto::kubevirt::info::info_server::{Info, InfoServer};
 use sluice_proto::kubevirt::info::{HookPoint, InfoParams, InfoResult};
 use sluice_proto::kubevirt::{v1alpha1, v1alpha2, v1alpha3};
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::transport::Server;
@@ -139,7 +139,7 @@ pub async fn serve(path: &Path, hooks: Hooks) -> io::Result<()> {
             stopping.notify_one();
         }
     };
-    let incoming = UnixListenerStream::new(listener);
+    let incoming = authority::incoming(listener);
     let server = Server::builder().serve_with_incoming_shutdown(services(hooks), incoming, stopped);
     let overdue = async {
         stopping.notified().await;
