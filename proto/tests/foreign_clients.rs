@@ -4,6 +4,8 @@
 //! needs Debian's `golang-go` and `golang-google-grpc-dev`. Where one of them cannot be had, its test says so and passes,
 //! unless `SLUICE_REQUIRE_FOREIGN` is set.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
