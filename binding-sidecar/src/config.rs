@@ -13,7 +13,9 @@ Environment:
                             shared     links in a directory that a webhook mounts in both containers
                             none       no links; the device plugin mounts at a path that is the same everywhere
   SLUICE_LINKS_DIR        that directory, for 'shared' [default: /var/run/kubevirt/vhostuser]
-  SLUICE_SOCKETS          where the compute container has the socket directories [default: /var/run/vhostuser]
+  SLUICE_CONTAINER_ROOT   where the compute container has the socket directories [default: /var/run/vhostuser]
+  SLUICE_SOCKET_NAME      name in device-info that stands for the name of the pod's interface, which the device plugin
+                          does not know [default: vhost.sock]
   SLUICE_QUEUE_SIZE       descriptors of each queue: 256, 512 or 1024 [default: 1024]
   SLUICE_NETWORK_INFO     what KubeVirt tells about the networks [default: /etc/podinfo/network-info]
   SLUICE_WAIT_SECONDS     how long to wait for that, 0 to 50 [default: 45]
@@ -42,7 +44,9 @@ pub struct Config {
     /// Where links go.
     pub links: Links,
     /// Parent of the socket directories, as the compute container sees it.
-    pub sockets: PathBuf,
+    pub container_root: PathBuf,
+    /// Name of a socket in device-info that stands for the name of the pod's interface.
+    pub socket_name: String,
     /// Descriptors of each queue.
     pub queue_size: u16,
     /// The file that tells the devices.
@@ -86,7 +90,8 @@ impl Config {
         Ok(Self {
             bindings: bindings.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect(),
             links: links(&get)?,
-            sockets: path(&get, "SLUICE_SOCKETS", "/var/run/vhostuser")?,
+            socket_name: get("SLUICE_SOCKET_NAME").unwrap_or_else(|| "vhost.sock".into()),
+            container_root: path(&get, "SLUICE_CONTAINER_ROOT", "/var/run/vhostuser")?,
             queue_size: number(&get, "SLUICE_QUEUE_SIZE", 1024, "must be 256, 512 or 1024", |size| {
                 matches!(size, 256 | 512 | 1024)
             })?,
@@ -195,7 +200,7 @@ mod tests {
             ("SLUICE_LINKS", "hard", "SLUICE_LINKS=hard: must be userdata, shared or none"),
             ("SLUICE_QUEUE_SIZE", "1000", "SLUICE_QUEUE_SIZE=1000: must be 256, 512 or 1024"),
             ("SLUICE_WAIT_SECONDS", "90", "SLUICE_WAIT_SECONDS=90: must be 0 to 50"),
-            ("SLUICE_SOCKETS", "run", "SLUICE_SOCKETS=run: must be an absolute path"),
+            ("SLUICE_CONTAINER_ROOT", "run", "SLUICE_CONTAINER_ROOT=run: must be an absolute path"),
         ];
         for (variable, value, expected) in cases {
             let env = [("CONTAINER_NAME", "c"), (variable, value)];

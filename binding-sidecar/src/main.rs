@@ -85,7 +85,7 @@ fn check(domain: &Path, vmi: &Path, info: Option<&PathBuf>) -> anyhow::Result<()
         Some(path) => NetworkInfo::parse(&read(path)?).with_context(|| path.display().to_string())?,
         None => {
             let networks = vmi.interfaces(&config.bindings).map(|interface| interface.name.as_str());
-            NetworkInfo::example(networks, &config.sockets)
+            NetworkInfo::example(networks, &config.container_root)
         }
     };
     let plan = plan(&vmi, &info, &config)?;

@@ -99,12 +99,16 @@ fn socket(network: &str, vmi: &Vmi, info: &NetworkInfo, config: &Config) -> Resu
         return Err(format!("the path of its device, '{}', is not an absolute one without '..'", path.display()));
     };
     let pod_interface = || vmi.pod_interface_name(network).map_or_else(|| pod_interface_name(network), String::from);
-    // A device plugin does not know how the pod will call the interface, and can only tell the directory.
-    if parent == config.sockets {
+    // The switch names sockets after the pod's interfaces, which a device plugin does not know: it tells the directory
+    // alone, or a name that stands for any.
+    if parent == config.container_root {
         return Ok((path.clone(), checked_name(&pod_interface())?.into()));
     }
-    let file = path.file_name().and_then(|name| name.to_str()).ok_or("the name of its socket is not UTF-8")?;
-    Ok((parent.into(), file.into()))
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some(name) if name == config.socket_name => Ok((parent.into(), checked_name(&pod_interface())?.into())),
+        Some(name) => Ok((parent.into(), name.into())),
+        None => Err("the name of its socket is not UTF-8".into()),
+    }
 }
 
 /// The name that KubeVirt gives the pod's side of a network.

@@ -60,9 +60,15 @@ fn names_the_socket_as_the_pod_or_the_device_does() {
     let legacy = json!({"status": {"interfaces": [{"name": "blue", "podInterfaceName": "net1"}]}});
     let plan = plan_one(json!({}), legacy, json!({}), &config()).unwrap();
     assert!(plan.nics[0].path.ends_with("/blue/net1"));
-    let plan = with_path("/var/run/vhostuser/s3/vhost.sock", &config()).unwrap();
-    assert!(plan.nics[0].path.ends_with("/blue/vhost.sock"));
+    let plan = with_path("/var/run/vhostuser/s3/own.sock", &config()).unwrap();
+    assert!(plan.nics[0].path.ends_with("/blue/own.sock"));
     assert_eq!(plan.links[0].target, Path::new("/var/run/vhostuser/s3"));
+    // What the device plugin writes when it does not know better.
+    let plan = with_path("/var/run/vhostuser/s3/vhost.sock", &config()).unwrap();
+    assert!(plan.nics[0].path.ends_with("/blue/pod16477688c0e"));
+    let known = Config { socket_name: "s.sock".into(), ..config() };
+    let plan = with_path("/var/run/vhostuser/s3/vhost.sock", &known).unwrap();
+    assert!(plan.nics[0].path.ends_with("/blue/vhost.sock"));
 }
 
 #[test]
