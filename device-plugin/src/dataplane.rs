@@ -98,7 +98,7 @@ impl Resource for Dataplane {
     }
 
     fn check(&self) {
-        let health = match self.root.ensure() {
+        let health = match self.root.ensure().and_then(|()| self.root.check_file_system()) {
             Ok(()) => proto::HEALTHY,
             Err(error) => {
                 tracing::warn!("the switch cannot be given the folders: {error}");

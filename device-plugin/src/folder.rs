@@ -89,7 +89,7 @@ impl Root {
     /// Makes the folder of all folders, unless it is there, and sets its mode and label. What is in it stays.
     ///
     /// # Errors
-    /// If that is not possible, or its file system cannot take new files.
+    /// If that is not possible.
     pub fn ensure(&self) -> Result<(), FolderError> {
         let failed = |what| move |source| self.failed(what, None, source);
         match self.open() {
@@ -101,8 +101,16 @@ impl Root {
         }
         let root = self.open().map_err(failed("open"))?;
         self.set_mode(&root, ROOT_MODE).map_err(failed("set the mode of"))?;
-        self.set_label(&root).map_err(failed("label"))?;
-        let state = rustix::fs::fstatvfs(&root).map_err(failed("look at"))?;
+        self.set_label(&root).map_err(failed("label"))
+    }
+
+    /// Looks whether the file system takes new files.
+    ///
+    /// # Errors
+    /// If not, or if that cannot be told.
+    pub fn check_file_system(&self) -> Result<(), FolderError> {
+        let failed = |error| self.failed("look at", None, error);
+        let state = rustix::fs::fstatvfs(self.open().map_err(failed)?).map_err(failed)?;
         let problem = match () {
             () if state.f_flag.contains(StatVfsMountFlags::RDONLY) => "read-only",
             () if state.f_files > 0 && state.f_ffree == 0 => "out of inodes",

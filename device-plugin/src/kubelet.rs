@@ -32,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How long a registration may take: the kubelet takes up to 10 s to call us back.
 const REGISTER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a kubelet with which we are registered may be without a stream of ours.
-const STREAM_PATIENCE: Duration = Duration::from_secs(10);
+const STREAM_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause after a failure, doubled up to the longest. A new kubelet ends it.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);

@@ -67,7 +67,7 @@ mod tests {
         let mut available = candidates(SIX);
         for device in &mut available {
             device.node = None;
-            device.last_use = if device.id < "d".to_owned() { 9 } else { 3 };
+            device.last_use = if device.id.as_str() < "d" { 9 } else { 3 };
         }
         assert_eq!(choose(available, &[], 4), ["d1", "e0", "f0", "a0"]);
     }

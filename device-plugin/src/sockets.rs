@@ -115,7 +115,7 @@ impl Sockets {
         }
     }
 
-    /// Takes a list of the devices that pods have. Those that have been out of use for [`AGREEING_LISTS`] lists and the
+    /// Takes a list of the devices that pods have. Those that have been out of use for two lists and the
     /// grace period are cleared of what was left in them. Those in use get back a device-info file that is missing, as
     /// all are when the node has started anew. `now` is the time of the list.
     pub fn reconcile(&self, used: &BTreeSet<String>, now: Instant) {
@@ -142,32 +142,35 @@ impl Sockets {
     }
 
     fn reclaim(&self, id: &str, slot: &mut Slot) {
+        let had_info = self.device_info.exists(id);
         if let Err(error) = self.device_info.remove(id) {
             tracing::warn!(device = id, "cannot remove its device-info file: {error}");
             return;
         }
-        let removed = self.empty(id, slot);
-        if let Ok(removed) = removed {
+        let result = self.empty(id, slot);
+        slot.note(id, result.as_ref().err());
+        if let Ok(removed) = result {
             slot.clean = true;
-            self.metrics.reclaimed.inc();
-            tracing::debug!(device = id, removed, "reclaimed");
+            if had_info || removed > 0 {
+                self.metrics.reclaimed.inc();
+                tracing::info!(device = id, removed, "reclaimed");
+            }
         }
     }
 
-    /// Empties a folder, and remembers whether that worked.
+    /// Empties a folder, and remembers if that has yet to be done.
     fn empty(&self, id: &str, slot: &mut Slot) -> Result<u64, FolderError> {
         let result = self.root.purge(id);
         slot.dirty = result.is_err();
-        note(id, slot, result.as_ref().err());
-        if let Ok(removed) = &result {
-            self.metrics.purged.inc_by(*removed);
-        }
+        self.metrics.purged.inc_by(*result.as_ref().unwrap_or(&0));
         result
     }
 
     /// Makes a device ready for a container that starts: an empty folder, and a device-info file.
     fn prepare(&self, id: &str, slot: &mut Slot) -> Result<(), Status> {
-        self.empty(id, slot).map_err(|error| Status::unavailable(error.to_string()))?;
+        let result = self.empty(id, slot);
+        slot.note(id, result.as_ref().err());
+        result.map_err(unavailable)?;
         self.write_device_info(id)
     }
 
@@ -191,6 +194,8 @@ impl Sockets {
         if let Some(id) = ids.iter().find(|id| !state.slots.contains_key(*id)) {
             return Err(Status::not_found(format!("{} has no device {id}", self.name)));
         }
+        // It may have been lost since the last check.
+        self.root.ensure().map_err(unavailable)?;
         if allocate {
             state.allocations += 1;
         }
@@ -263,15 +268,22 @@ impl Sockets {
     }
 }
 
-/// Remembers what is wrong with a device, and logs it when that changes.
-fn note(id: &str, slot: &mut Slot, problem: Option<&FolderError>) {
-    let problem = problem.map(ToString::to_string);
-    if problem != slot.problem {
+fn unavailable(error: FolderError) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+impl Slot {
+    /// Remembers what is wrong with the device, and logs it when that changes.
+    fn note(&mut self, id: &str, problem: Option<&FolderError>) {
+        let problem = problem.map(ToString::to_string);
+        if problem == self.problem {
+            return;
+        }
         match &problem {
             Some(problem) => tracing::warn!(device = id, "unhealthy: {problem}"),
             None => tracing::info!(device = id, "healthy again"),
         }
-        slot.problem = problem;
+        self.problem = problem;
     }
 }
 
@@ -311,14 +323,11 @@ impl Resource for Sockets {
 
     fn check(&self) {
         let mut state = self.lock();
-        let root = self.root.ensure();
+        let root = self.root.ensure().and_then(|()| self.root.check_file_system());
         for (id, slot) in &mut state.slots {
-            match &root {
-                Err(error) => note(id, slot, Some(error)),
-                // A part of what is in the way goes each time.
-                Ok(()) if slot.dirty => drop(self.empty(id, slot)),
-                Ok(()) => note(id, slot, self.root.ensure_folder(id).err().as_ref()),
-            }
+            // Of what is in the way, a part goes each time; all the more if the file system is full.
+            let folder = if slot.dirty { self.empty(id, slot).map(drop) } else { self.root.ensure_folder(id) };
+            slot.note(id, root.as_ref().err().or(folder.as_ref().err()));
         }
         self.publish(&state);
     }

@@ -26,7 +26,8 @@ impl Place {
     }
 
     fn with_label(label: Option<String>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        // On a tmpfs, as /var/run is, where there is one.
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         fs::create_dir(dir.path().join("outside")).unwrap();
         fs::write(dir.path().join("outside/precious"), "precious").unwrap();
         let (user, group) = if is_root() {
@@ -183,7 +184,7 @@ fn unreadable_folders_go() {
     let place = Place::new();
     fs::create_dir_all(place.folder().join("a/b/c")).unwrap();
     for path in ["a/b/c", "a/b", "a", ""] {
-        fs::set_permissions(place.folder().join(path), Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(place.folder().join(path), Permissions::from_mode(0o0)).unwrap();
     }
     if is_root() {
         place.purge();
@@ -195,7 +196,7 @@ fn odd_names_go() {
     let place = Place::new();
     for name in [b"\xff\xfe".as_slice(), b"...", b"-rf", b"new\nline", b" ", &[b'x'; 255]] {
         let name = CString::new(name).unwrap();
-        mknodat(&place.root.folder(ID).unwrap(), &name, FileType::RegularFile, Mode::empty(), 0).unwrap();
+        mknodat(place.root.folder(ID).unwrap(), &name, FileType::RegularFile, Mode::empty(), 0).unwrap();
     }
     assert_eq!(place.purge(), 6);
 }
