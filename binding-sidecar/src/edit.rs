@@ -6,8 +6,8 @@ use roxmltree::{Document, Node, ParsingOptions};
 
 /// Largest document, in bytes. KubeVirt's are some ten KiB; a message of the hook protocol is 4 MiB at most.
 pub const MAX_SIZE: usize = 1 << 20;
-/// Most nodes of a document: elements, text and attributes. It bounds the memory that a document takes.
-pub const MAX_NODES: u32 = 50_000;
+/// Most nodes of a document: elements, text, comments. It bounds the memory that a document takes.
+pub const MAX_NODES: u32 = 30_000;
 /// Most attributes of one element. The parser compares each with all others.
 pub const MAX_ATTRIBUTES: usize = 512;
 /// Deepest nesting of elements. libvirt's own documents stay under ten.

@@ -276,7 +276,7 @@ async fn memory_stays_small() {
     }
     let usual = pod.memory("VmRSS:");
     // Hostile documents that are as large as the limits let them be.
-    let many = format!("<domain><devices/>{}</domain>", "<a b=''/>".repeat(49_000));
+    let many = format!("<domain><devices/>{}</domain>", "<a b=''/>".repeat(29_000));
     let deep = format!("<domain><devices/>{}", "<a>".repeat(200_000));
     for xml in [many, deep] {
         let _ = pod.define(xml.as_bytes(), &data("numa-hugepages.vmi.json")).await;
