@@ -98,20 +98,18 @@ impl Resource for Dataplane {
     }
 
     fn check(&self) {
-        let health = match self.root.ensure().and_then(|()| self.root.check_file_system()) {
-            Ok(()) => proto::HEALTHY,
-            Err(error) => {
-                tracing::warn!("the switch cannot be given the folders: {error}");
-                proto::UNHEALTHY
-            }
-        };
-        let healthy = usize::from(health == proto::HEALTHY);
+        let result = self.root.ensure().and_then(|()| self.root.check_file_system());
+        let health = if result.is_ok() { proto::HEALTHY } else { proto::UNHEALTHY };
+        let healthy = usize::from(result.is_ok());
         self.metrics.set_devices(&self.name, healthy, 1 - healthy);
         let now = vec![proto::Device { id: DEVICE.into(), health: health.into(), topology: None }];
-        self.list.send_if_modified(|list| {
+        let has_changed = self.list.send_if_modified(|list| {
             let changed = *list != now;
             *list = now;
             changed
         });
+        if let (true, Err(error)) = (has_changed, result) {
+            tracing::warn!("the switch cannot be given the folders: {error}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::preference::{self, Candidate};
 use crate::service::Resource;
 
 /// Environment variable with the ids of a container's devices, sorted, with commas.
-pub const IDS_VARIABLE: &str = "SLUICE_SOCKETS";
+pub const IDS_VARIABLE: &str = "SLUICE_SOCKET_IDS";
 /// Environment variable with their folders in the container, in the same order.
 pub const FOLDERS_VARIABLE: &str = "SLUICE_SOCKET_DIRS";
 
