@@ -36,6 +36,11 @@ pub(crate) fn choose(mut available: Vec<Candidate>, required: &[String], size: u
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn candidates(of: &[(&str, u32)]) -> Vec<Candidate> {
@@ -76,5 +81,31 @@ mod tests {
     fn no_more_than_there_are() {
         assert_eq!(choose(candidates(SIX), &[], 9).len(), 6);
         assert_eq!(choose(Vec::new(), &["x".into()], 1), Vec::<String>::new());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_free_a_choice_is_right(
+            devices in vec((0..3_u32, 0..3_u64, any::<bool>()), 0..40),
+            size in 0..12_usize,
+        ) {
+            let available: Vec<_> = devices.iter().enumerate().map(|(number, (node, last_use, _))| {
+                Candidate { id: format!("sock-{number:04}"), node: Some(*node), last_use: *last_use }
+            }).collect();
+            let wanted = available.iter().zip(&devices).filter(|(_, (_, _, wanted))| *wanted);
+            let required: Vec<_> = wanted.map(|(device, _)| device.id.clone()).take(size).collect();
+            let chosen = choose(available.clone(), &required, size);
+
+            let distinct: BTreeSet<_> = chosen.iter().collect();
+            prop_assert_eq!(distinct.len(), size.min(available.len()));
+            prop_assert_eq!(distinct.len(), chosen.len());
+            prop_assert!(required.iter().all(|id| distinct.contains(id)));
+            let nodes: BTreeSet<_> =
+                available.iter().filter(|device| distinct.contains(&device.id)).map(|device| device.node).collect();
+            let room = |node| available.iter().filter(|device| device.node == Some(node)).count();
+            if required.is_empty() && (0..3).any(|node| room(node) >= size) {
+                prop_assert!(nodes.len() <= 1, "{:?}", chosen);
+            }
+        }
     }
 }

@@ -22,22 +22,15 @@ pub const IDS_VARIABLE: &str = "SLUICE_SOCKET_IDS";
 /// Environment variable with their folders in the container, in the same order.
 pub const FOLDERS_VARIABLE: &str = "SLUICE_SOCKET_DIRS";
 
-/// Lists of pods that must agree before something left behind is removed.
-const AGREEING_LISTS: u32 = 2;
-
 /// What is known about one device.
 #[derive(Debug, Default)]
 struct Slot {
     node: Option<u32>,
     /// Number of its last allocation; 0 for never.
     last_use: u64,
-    /// When that was.
-    allocated: Option<Instant>,
-    /// Lists of pods, one after the other, that did not have it.
-    unused_lists: u32,
-    /// When the first of those lists was.
+    /// When a list of pods did not have it, and neither did any since; none since it was prepared for a container.
     unused_since: Option<Instant>,
-    /// Nothing has been left in it since its last allocation.
+    /// It was cleared, and no pod has had it since.
     clean: bool,
     /// Its folder could not be emptied; it must be before it is given out.
     dirty: bool,
@@ -110,19 +103,19 @@ impl Sockets {
     /// Forgets what lists of pods have said: the next ones may be incomplete.
     pub fn forget_lists(&self) {
         for slot in self.lock().slots.values_mut() {
-            slot.unused_lists = 0;
             slot.unused_since = None;
         }
     }
 
-    /// Takes a list of the devices that pods have. Those that have been out of use for two lists and the
-    /// grace period are cleared of what was left in them. Those in use get back a device-info file that is missing, as
-    /// all are when the node has started anew. `now` is the time of the list.
+    /// Takes a list of the devices that pods have, made at `now`. A device that is not in it, and was not in an earlier one
+    /// at least the grace period ago, nor in any between, is cleared of what was left in it: so two lists must agree, and
+    /// a pod that is admitted meanwhile has the grace period to get onto the list. Devices in use get back a device-info
+    /// file that is missing, as all are when the node has started anew.
     pub fn reconcile(&self, used: &BTreeSet<String>, now: Instant) {
         let mut state = self.lock();
         for (id, slot) in &mut state.slots {
             if used.contains(id) {
-                (slot.unused_lists, slot.unused_since) = (0, None);
+                (slot.unused_since, slot.clean) = (None, false);
                 if !self.device_info.exists(id)
                     && let Err(error) = self.write_device_info(id)
                 {
@@ -130,12 +123,10 @@ impl Sockets {
                 }
                 continue;
             }
-            slot.unused_lists = slot.unused_lists.saturating_add(1);
-            let since = *slot.unused_since.get_or_insert(now);
-            // A pod that was admitted a moment ago need not be in the list yet.
-            let since = slot.allocated.map_or(since, |allocated| allocated.max(since));
-            if !slot.clean && slot.unused_lists >= AGREEING_LISTS && now.duration_since(since) >= self.grace {
-                self.reclaim(id, slot);
+            match slot.unused_since {
+                None => slot.unused_since = Some(now),
+                Some(since) if !slot.clean && now.duration_since(since) >= self.grace => self.reclaim(id, slot),
+                Some(_) => {}
             }
         }
         self.publish(&state);
@@ -204,9 +195,9 @@ impl Sockets {
         for id in ids {
             let Some(slot) = state.slots.get_mut(id) else { continue };
             if allocate {
-                (slot.last_use, slot.allocated) = (number, Some(Instant::now()));
+                slot.last_use = number;
             }
-            (slot.unused_lists, slot.unused_since, slot.clean) = (0, None, false);
+            (slot.unused_since, slot.clean) = (None, false);
             result = result.and(self.prepare(id, slot));
         }
         self.publish(&state);

@@ -104,6 +104,22 @@ async fn a_restarted_kubelet_gets_all_devices_back() {
     assert_eq!(plugin.page("/readyz").await.0, 200);
 }
 
+/// It may miss a socket that is made while it deletes them.
+#[tokio::test]
+async fn a_restarted_kubelet_is_noticed_by_its_own_socket() {
+    let node = Node::new();
+    let mut kubelet = node.kubelet();
+    let _plugin = node.plugin(&["--sockets", "5"]).await;
+    kubelet.wait_for_capacity(SOCKETS, 5).await;
+    kubelet.wait_for_capacity(DATAPLANE, 1).await;
+    kubelet.stop().await;
+    kubelet.serve_beside();
+    let start = Instant::now();
+    kubelet.wait_for_capacity(SOCKETS, 5).await;
+    kubelet.wait_for_capacity(DATAPLANE, 1).await;
+    assert!(start.elapsed() < BACK, "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn a_kubelet_that_stays_away_is_waited_for() {
     let node = Node::new();

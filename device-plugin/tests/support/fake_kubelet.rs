@@ -79,14 +79,20 @@ impl FakeKubelet {
     /// As the real one starts: deletes all sockets in its folder, then makes its own.
     pub fn serve(&mut self) {
         fs::create_dir_all(&self.dir).unwrap();
-        fs::create_dir_all(self.pod_resources.parent().unwrap()).unwrap();
         for entry in fs::read_dir(&self.dir).unwrap() {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_socket() {
                 fs::remove_file(entry.path()).unwrap();
             }
         }
+        self.serve_beside();
+    }
+
+    /// Starts, but leaves plugins' sockets alone, as if they had been made after it looked.
+    pub fn serve_beside(&mut self) {
+        fs::create_dir_all(self.pod_resources.parent().unwrap()).unwrap();
         let _ = fs::remove_file(&self.pod_resources);
+        let _ = fs::remove_file(self.dir.join("kubelet.sock"));
         let listener = UnixListener::bind(self.dir.join("kubelet.sock")).unwrap();
         let service = RegistrationServer::new(Service { dir: self.dir.clone(), state: self.state.clone() });
         let server = Server::builder().serve_with_incoming(service, authority::incoming(listener));
