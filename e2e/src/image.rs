@@ -27,12 +27,13 @@ const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/usr/bin:/sbin:/usr/sbin HOME=/ TERM=vt100
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev; mount -t tmpfs none /tmp
-for module in $(cat /modules/order); do insmod /modules/$module.ko; done
-# Quiet links: no frames but those that a test asks for.
+# Before there is a link: no frames but those that a test asks for, and addresses that can be used at once
+# (while an address is still checked for duplicates, the kernel connects from ::1 instead, in vain).
 for kind in all default; do
     echo 0 >/proc/sys/net/ipv6/conf/$kind/accept_ra
     echo 0 >/proc/sys/net/ipv6/conf/$kind/accept_dad
 done
+for module in $(cat /modules/order); do insmod /modules/$module.ko; done
 ip link set lo up
 (while true; do setsid cttyhack sh </dev/ttyS0 >/dev/ttyS0 2>&1; done) &
 while true; do guest-agent; sleep 1; done

@@ -139,10 +139,20 @@ fn summary(lab: &Lab, ping: &str, flows: &[Flow]) -> Result<()> {
             flow.name, flow.mbits
         );
     }
-    let drops: u64 = ports(switch)?.iter().map(Port::dropped).sum();
-    println!("    drops         {drops}");
+    let drops: Vec<String> = ports(switch)?.iter().flat_map(named_drops).collect();
+    println!("    drops         {}", if drops.is_empty() { "none".to_owned() } else { drops.join(", ") });
     println!("    memory        {:.1} MiB resident, no hugepages", usage.resident_kib as f64 / 1024.0);
     Ok(())
+}
+
+/// A port's drops in words, such as `3 link_down at vm1` (a guest that has not started its driver yet).
+fn named_drops(port: &Port) -> Vec<String> {
+    let name = port.0["name"].as_str().unwrap_or_default();
+    let reasons = port.0["drops"].as_object().into_iter().flatten();
+    reasons
+        .filter(|(_, count)| count.as_u64() != Some(0))
+        .map(|(reason, count)| format!("{count} {reason} at {name}"))
+        .collect()
 }
 
 /// Waits for Ctrl-C; whatever runs ends with us.

@@ -92,10 +92,6 @@ fn install_packages(missing: &[(&str, &str)]) -> Result<()> {
         })
         .collect();
     let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
-    if needs_backports {
-        // What QEMU depends on may have to come from there too.
-        arguments.extend(["-t", BACKPORTS]);
-    }
     arguments.extend(names.iter().map(String::as_str));
     apt_get(&arguments)
 }
