@@ -17,9 +17,12 @@ A port is written NAME=KIND:TARGET[,key=value]..., for example
   vm1=vhost-user:/run/vm1.sock                     connects to the socket QEMU listens on, as soon as it is there
   vm2=vhost-user:/run/vm2.sock,mode=server,mtu=9000
   host=tap:sluice0,network=blue,trunk=10,20-29
+  up=afxdp:eth1                                    takes the interface over as an uplink
 
 Keys:
   mode=client|server   who listens on the vhost-user socket: the VM (client, the default) or the switch
+  mode=auto|zerocopy|copy|skb
+                       how an afxdp port gets at frames; auto takes the fastest that works
   network=NAME         bridge domain, 'default' unless given
   vlan=1..4094         access VLAN; with trunk, the VLAN of untagged frames
   trunk=10,20-29       tagged VLANs that pass
@@ -27,6 +30,8 @@ Keys:
   queues=1..256        queue pairs at most
   mac=ADDRESS          the station's address
   spoofcheck=on|off    drop frames from other addresses than mac
+  replace=on|off       afxdp: take the place of an XDP program that the interface has
+  busy-poll=on|off     afxdp: let the workers poll the driver
 
 A relative path is taken from the current folder.";
 

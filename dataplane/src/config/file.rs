@@ -167,6 +167,9 @@ struct PortSection {
     queues: Option<Spanned<Word>>,
     mac: Option<Spanned<Word>>,
     spoofcheck: Option<Spanned<Word>>,
+    replace: Option<Spanned<Word>>,
+    #[serde(rename = "busy-poll")]
+    busy_poll: Option<Spanned<Word>>,
 }
 
 impl Sections {
@@ -229,6 +232,8 @@ impl PortSection {
             "queues" => self.queues.as_ref(),
             "mac" => self.mac.as_ref(),
             "spoofcheck" => self.spoofcheck.as_ref(),
+            "replace" => self.replace.as_ref(),
+            "busy-poll" => self.busy_poll.as_ref(),
             _ => None,
         }
     }
@@ -369,6 +374,13 @@ mod tests {
             kind = "tap"
             target = "sluice0"
             trunk = "10,20"
+            [[port]]
+            name = "up"
+            kind = "afxdp"
+            target = "eth1"
+            mode = "copy"
+            replace = true
+            busy-poll = true
             "#,
         )
         .unwrap();
@@ -386,6 +398,7 @@ mod tests {
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
                  mac=52:54:00:12:34:56,spoofcheck=on",
                 "host=tap:sluice0,trunk=10,20",
+                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on",
             ]
         );
     }

@@ -3,7 +3,7 @@
 use sluice_proto::sluice::v1 as proto;
 
 use super::ControlError;
-use crate::config::{DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode};
+use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode};
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
 use crate::switch::PortError;
 
@@ -20,6 +20,20 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         }
         PortTarget::Tap { interface } => {
             proto::port_config::Target::Tap(proto::TapTarget { interface: interface.clone() })
+        }
+        PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+            let mode = match mode {
+                AfxdpMode::Auto => proto::AfxdpMode::Auto,
+                AfxdpMode::ZeroCopy => proto::AfxdpMode::Zerocopy,
+                AfxdpMode::Copy => proto::AfxdpMode::Copy,
+                AfxdpMode::Skb => proto::AfxdpMode::Skb,
+            };
+            proto::port_config::Target::Afxdp(proto::AfxdpTarget {
+                interface: interface.clone(),
+                mode: mode.into(),
+                replace: *replace,
+                busy_poll: *busy_poll,
+            })
         }
     };
     let (vlan, trunk) = match &port.vlan {
@@ -51,6 +65,17 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
             path: target.path.into(),
         },
         Some(proto::port_config::Target::Tap(target)) => PortTarget::Tap { interface: target.interface },
+        Some(proto::port_config::Target::Afxdp(target)) => PortTarget::Afxdp {
+            mode: match target.mode() {
+                proto::AfxdpMode::Zerocopy => AfxdpMode::ZeroCopy,
+                proto::AfxdpMode::Copy => AfxdpMode::Copy,
+                proto::AfxdpMode::Skb => AfxdpMode::Skb,
+                proto::AfxdpMode::Auto | proto::AfxdpMode::Unspecified => AfxdpMode::Auto,
+            },
+            interface: target.interface,
+            replace: target.replace,
+            busy_poll: target.busy_poll,
+        },
         None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
     };
     let vlan = port.vlan.map(|vlan| small("vlan", vlan)).transpose()?;
@@ -287,6 +312,10 @@ mod tests {
              mac=52:54:00:12:34:56,spoofcheck=on",
             "host=tap:sluice0,trunk=5",
             "host=tap:sluice0,vlan=5",
+            "up=afxdp:eth1",
+            "up=afxdp:eth1,mode=zerocopy,replace=on,trunk=5",
+            "up=afxdp:eth1,mode=copy,busy-poll=on",
+            "up=afxdp:eth1,mode=skb",
         ] {
             let port: PortConfig = spec.parse().unwrap();
             assert_eq!(port_from_proto(port_to_proto(&port)), Ok(port));

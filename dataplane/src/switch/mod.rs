@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
+use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
 use crate::port::vhost::VhostPort;
@@ -115,6 +116,7 @@ struct Entry {
 enum Driver {
     Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
     Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
+    Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -270,6 +272,11 @@ impl Inner {
                     .map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
+            PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+                let (mode, queues, replace, busy_poll) = (*mode, config.queues, *replace, *busy_poll);
+                let options = afxdp::Options { mode, queues, replace, busy_poll };
+                AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
+            }
         }
     }
 
