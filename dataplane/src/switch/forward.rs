@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::frame::{Burst, ETHERNET_HEADER};
 use crate::limits::{BURST, MAX_PORTS};
-use crate::port::PortId;
+use crate::port::{PortId, afxdp::gro};
 use crate::switch::DropReason;
-use crate::switch::convert::Scratch;
+use crate::switch::convert::{Accepts, Scratch};
 use crate::switch::fdb::{Fdb, Station};
 use crate::switch::snapshot::{PortView, Snapshot};
 use crate::wire::flow::flow_hash;
@@ -31,6 +31,16 @@ impl Places {
         }
     }
 
+    /// Merges segments of the wire, for a receiver that prefers super-packets.
+    fn coalesce(&mut self, burst: &mut Burst<'_>, shared: u64, prefers: Accepts) {
+        if !(prefers.tso4 || prefers.tso6) {
+            return;
+        }
+        if let Some(items) = self.items.get_mut(..usize::from(self.count)) {
+            self.count = gro::coalesce(burst, items, shared, prefers) as u8;
+        }
+    }
+
     #[inline]
     fn as_slice(&self) -> &[u8] {
         self.items.get(..usize::from(self.count)).unwrap_or_default()
@@ -45,6 +55,8 @@ pub struct Forwarder {
     lists: Box<[Places]>,
     /// Ports that have any.
     touched: Vec<PortId>,
+    /// Bits of the frames of a burst that go to more than one port.
+    shared: u64,
     scratch: Scratch,
 }
 
@@ -55,12 +67,14 @@ impl Forwarder {
             fdb,
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
+            shared: 0,
             scratch: Scratch::default(),
         }
     }
 
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        self.shared = 0;
         for place in 0..burst.count() as u8 {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
                 ingress.stats.drop_frames(reason, 1);
@@ -70,7 +84,7 @@ impl Forwarder {
             let id = self.touched[index];
             let list = std::mem::replace(&mut self.lists[usize::from(id.0) % MAX_PORTS], Places::EMPTY);
             if let Some(egress) = snapshot.port(id) {
-                self.deliver(egress, burst, list);
+                self.deliver(ingress, egress, burst, list);
             }
         }
         self.touched.clear();
@@ -114,15 +128,18 @@ impl Forwarder {
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
         let members = snapshot.networks.get(usize::from(ingress.network)).ok_or(DropReason::NoDestination)?;
-        let mut any = false;
+        let mut count = 0;
         for &id in members {
             let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
             if egress.vlan.egress(vid).is_some() {
                 self.note(id, place);
-                any = true;
+                count += 1;
             }
         }
-        if any { Ok(()) } else { Err(DropReason::NoDestination) }
+        if count > 1 {
+            self.shared |= 1 << (u32::from(place) % u64::BITS);
+        }
+        if count > 0 { Ok(()) } else { Err(DropReason::NoDestination) }
     }
 
     #[inline]
@@ -135,7 +152,7 @@ impl Forwarder {
     }
 
     /// Brings frames into the form that a port takes and hands them to its queues.
-    fn deliver(&mut self, egress: &PortView, burst: &mut Burst<'_>, list: Places) {
+    fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
@@ -153,6 +170,9 @@ impl Forwarder {
                 continue;
             }
             ready.push(place);
+        }
+        if ingress.link.coalesce && ready.count > 1 {
+            ready.coalesce(burst, self.shared, first.prefers());
         }
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);

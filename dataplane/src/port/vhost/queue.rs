@@ -322,4 +322,9 @@ impl TxQueue for GuestRx {
         }
         fault.map_or(Ok(()), Err)
     }
+
+    fn prefers(&self) -> Accepts {
+        // Without mergeable buffers a super-packet takes a chain of 64 KiB, which drivers have few of.
+        if self.mergeable { self.accepts } else { Accepts::default() }
+    }
 }
