@@ -67,3 +67,165 @@ fn talks_in_jumbo_frames() {
     far.ip("link set far0 mtu 9000");
     talk(&host, &far, 9000, 20);
 }
+
+#[test]
+fn carries_networks_as_vlans() {
+    let _alone = alone();
+    // Two switches, each with two networks' taps, joined by a trunk; and an ear for the tags.
+    let (near, far) = (Host::new(&[]), Host::new(&[]));
+    near.namespace.wire("up0", &far.namespace, "far0");
+    for (host, number, interface) in [(&near, 1, "up0"), (&far, 2, "far0")] {
+        host.add(&format!("up=afxdp:{interface},trunk=10,20")).unwrap();
+        for vlan in [10, 20] {
+            host.add(&format!("tap{vlan}=tap:tap{vlan},vlan={vlan}")).unwrap();
+        }
+        host.namespace.address("tap10", number);
+        host.wait_for("up", PortState::Up);
+    }
+    within("ping", || near.namespace.ping(2, 56));
+    let rate = stream(&near.namespace, &far.namespace, "10.9.0.2:7000", 4 << 20);
+    eprintln!("switch to switch, VLAN 10: {rate:.2} Gbit/s");
+    let drops = [near.port("up").drops, far.port("up").drops];
+    // The same address in the other VLAN is out of reach.
+    far.namespace.ip("link set tap10 down");
+    far.namespace.ip("addr flush dev tap10");
+    far.namespace.address("tap20", 2);
+    assert!(!near.namespace.ping(2, 56), "a frame changed its VLAN: {drops:?}");
+
+    // On the wire, with the far switch gone: tagged, and with the tag of its network.
+    far.switch.remove_port("up").unwrap();
+    let ear = Ear::new(&far.namespace, "far0");
+    near.namespace.ip("neigh flush all");
+    let _ = near.namespace.ping(2, 56);
+    near.namespace.ip("link set tap10 down");
+    near.namespace.ip("addr flush dev tap10");
+    near.namespace.address("tap20", 1);
+    let _ = near.namespace.ping(2, 56);
+    let heard = ear.finish();
+    let tags: std::collections::BTreeSet<_> = heard.iter().map(|frame| frame.vlan.map(|tci| tci & 0xfff)).collect();
+    assert_eq!(tags, [Some(10), Some(20)].into(), "{} frames", heard.len());
+}
+
+#[test]
+fn the_interface_vanishes_and_returns() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    within("ping", || host.namespace.ping(2, 56));
+    for round in 0..3 {
+        host.namespace.ip("link del up0");
+        host.wait_for("up", PortState::Connecting);
+        within("the reason", || host.port("up").reason.as_deref() == Some("there is no interface up0"));
+        host.namespace.wire("up0", &far, "far0");
+        far.address("far0", 2);
+        host.wait_for("up", PortState::Up);
+        // The new interface has a new address.
+        host.namespace.ip("neigh flush all");
+        within(&format!("ping in round {round}"), || host.namespace.ping(2, 56));
+    }
+    assert_eq!(host.port("up").connects, 4);
+    let rate = stream(&far, &host.namespace, "10.9.0.1:7000", 4 << 20);
+    eprintln!("after its return: {rate:.2} Gbit/s");
+}
+
+#[test]
+fn the_link_flaps_and_the_mtu_changes() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    within("ping", || host.namespace.ping(2, 56));
+    for _ in 0..3 {
+        far.ip("link set far0 down");
+        host.wait_for("up", PortState::Down);
+        assert_eq!(host.port("up").reason.as_deref(), Some("the interface has no carrier"));
+        far.ip("link set far0 up");
+        host.wait_for("up", PortState::Up);
+        host.namespace.ip("link set up0 down");
+        host.wait_for("up", PortState::Down);
+        assert_eq!(host.port("up").reason.as_deref(), Some("the interface is down"));
+        host.namespace.ip("link set up0 up");
+        host.wait_for("up", PortState::Up);
+    }
+    far.ip("addr replace fd09::2/64 dev far0 nodad");
+    within("ping after the flaps", || host.namespace.ping(2, 56));
+    assert_eq!(host.port("up").connects, 1, "the queues stay open");
+
+    host.namespace.ip("link set tap0 mtu 4000");
+    far.ip("link set far0 mtu 4000");
+    assert!(!host.namespace.ping(2, 2000), "larger than the uplink's MTU");
+    assert!(host.port("up").drops["mtu_egress"] > 0);
+    host.namespace.ip("link set up0 mtu 4000");
+    within("ping with the new MTU", || host.namespace.ping(2, 2000));
+}
+
+/// The id of the XDP program on an interface, by another way than the switch's own.
+fn program_on(namespace: &Namespace, interface: &str) -> Option<String> {
+    let text = namespace.ip(&format!("-o link show {interface}"));
+    text.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next()).map(String::from)
+}
+
+#[test]
+fn a_killed_switch_leaves_the_interface_as_it_was() {
+    let _alone = alone();
+    let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+    namespace.wire("up0", &far, "far0");
+    let mut switch = namespace.run(|| {
+        let (control, state) = (folder.path().join("control.sock"), folder.path().join("state"));
+        std::process::Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["run", "--port", "up=afxdp:up0"])
+            .args([std::path::Path::new("--control"), &control, std::path::Path::new("--state"), &state])
+            .spawn()
+            .unwrap()
+    });
+    within("the program", || program_on(&namespace, "up0").is_some());
+    switch.kill().unwrap();
+    switch.wait().unwrap();
+    within("the program gone", || program_on(&namespace, "up0").is_none());
+    assert!(!namespace.ip("-d link show up0").contains("promiscuity 1"));
+    // The kernel has the wire back.
+    namespace.address("up0", 1);
+    far.address("far0", 2);
+    within("ping", || namespace.ping(2, 56));
+}
+
+#[test]
+fn a_program_of_somebody_else_is_respected() {
+    let _alone = alone();
+    let (host, other) = (pair(""), Host::new(&[]));
+    let (host, far) = host;
+    let theirs = program_on(&host.namespace, "up0").unwrap();
+    // Another switch in the same namespace.
+    let other_switch = host.namespace.run(|| other.switch.add_port("up=afxdp:up0".parse().unwrap()));
+    let problem = other_switch.unwrap_err().to_string();
+    assert!(problem.contains(&format!("has an XDP program already (id {theirs})")), "{problem}");
+    assert!(problem.contains("replace=on") && !problem.contains('\n'), "{problem}");
+    assert_eq!(program_on(&host.namespace, "up0"), Some(theirs.clone()));
+    assert!(host.namespace.ping(2, 56), "the first goes on undisturbed");
+
+    host.namespace.run(|| other.switch.add_port("up=afxdp:up0,replace=on".parse().unwrap())).unwrap();
+    assert_ne!(program_on(&host.namespace, "up0"), Some(theirs));
+    // The first one notices, and does not take it back.
+    within("the first gives up", || host.port("up").state != PortState::Up);
+    within("the second is up", || other.port("up").state == PortState::Up);
+    other.switch.remove_port("up").unwrap();
+    host.wait_for("up", PortState::Up);
+    within("ping", || far.ping(1, 56));
+}
+
+#[test]
+fn what_cannot_be_is_said() {
+    let _alone = alone();
+    let host = Host::new(&[]);
+    let far = Namespace::new();
+    host.namespace.wire("up0", &far, "far0");
+    let problem = host.add("up=afxdp:up0,queues=3").unwrap_err();
+    assert_eq!(problem, "interface up0 has 2 queues, fewer than queues=3");
+    // A wire made of memory has no hardware to share frames with.
+    host.add("up=afxdp:up0,mode=zerocopy").unwrap();
+    let reason = host.port("up").reason.unwrap_or_default();
+    assert!(reason.contains("zerocopy: Operation not supported"), "{reason}");
+    // It goes on trying, but not all the time.
+    within("no program", || program_on(&host.namespace, "up0").is_none());
+    host.switch.remove_port("up").unwrap();
+    // One that comes later.
+    host.add("later=afxdp:later0").unwrap();
+    assert_eq!(host.port("later").reason.as_deref(), Some("there is no interface later0"));
+}

@@ -159,12 +159,13 @@ struct Watcher {
 
 impl Watcher {
     fn run(mut self, stop: &AtomicBool, wake: &EventFd) {
+        let mut failed = false;
         while !stop.load(Ordering::Acquire) {
-            wait(&self.news, wake);
+            // An attempt to open makes news of its own; one that fails is not repeated for that.
+            wait((!failed).then_some(&self.news), wake);
             self.news.drain();
             if !stop.load(Ordering::Acquire) {
-                // Already told.
-                let _ = self.look();
+                failed = self.look().is_err();
             }
         }
         self.close(PortState::Down, "");
@@ -292,10 +293,11 @@ impl Watcher {
     }
 }
 
-/// Waits for news, for the end, or for a while.
-fn wait(news: &Netlink, wake: &EventFd) {
+/// Waits for news, if any is wanted, for the end, or for a while.
+fn wait(news: Option<&Netlink>, wake: &EventFd) {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let mut fds = [poll(news.as_raw_fd()), poll(wake.as_raw_fd())];
+    // The kernel passes over negative descriptors.
+    let mut fds = [poll(news.map_or(-1, Netlink::as_raw_fd)), poll(wake.as_raw_fd())];
     // SAFETY: the kernel writes to the local array of the length given.
     unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, LOOK.as_millis() as libc::c_int) };
 }

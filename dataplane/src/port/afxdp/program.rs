@@ -74,7 +74,7 @@ fn redirect(map: RawFd) -> [Instruction; 6] {
 #[derive(Debug)]
 pub(super) struct Program {
     sockets: OwnedFd,
-    _link: OwnedFd,
+    link: OwnedFd,
 }
 
 impl Program {
@@ -84,7 +84,7 @@ impl Program {
         let program = load(sockets.as_raw_fd())?;
         let mut attributes = [program.as_raw_fd() as u32, ifindex, ATTACH_TYPE_XDP, hook as u32];
         let link = bpf_fd(LINK_CREATE, &mut attributes)?;
-        Ok(Self { sockets, _link: link })
+        Ok(Self { sockets, link })
     }
 
     /// Hands the frames of a queue to a socket.
@@ -106,6 +106,13 @@ impl Program {
             flags: 0,
         };
         bpf(MAP_UPDATE_ELEM, &mut update).map(drop)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // The last descriptor does it too, but a child that is about to start a program may have another for a moment.
+        let _ = bpf(LINK_DETACH, &mut [self.link.as_raw_fd() as u32]);
     }
 }
 
