@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::frame::{Burst, ETHERNET_HEADER};
+use crate::capture::Direction;
+use crate::frame::{Burst, ETHERNET_HEADER, Frame};
 use crate::limits::{BURST, MAX_PORTS};
 use crate::port::{PortId, afxdp::gro};
 use crate::switch::DropReason;
@@ -75,9 +76,14 @@ impl Forwarder {
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.shared = 0;
+        let captured = ingress.stats.capture.is_on();
         for place in 0..burst.count() as u8 {
-            if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
+            let outcome = self.classify(snapshot, ingress, burst, place);
+            if let Err(reason) = outcome {
                 ingress.stats.drop_frames(reason, 1);
+            }
+            if captured {
+                ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
             }
         }
         for index in 0..self.touched.len() {
@@ -157,22 +163,26 @@ impl Forwarder {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
         };
+        let captured = egress.stats.capture.is_on();
         let mut ready = Places::EMPTY;
         for &place in list.as_slice() {
             let frame = burst.frame_mut(place);
-            let Some(tagged) = egress.vlan.egress(frame.vid) else {
-                egress.stats.drop_frames(DropReason::VlanDenied, 1);
+            let Err(reason) = prepare(egress, frame) else {
+                ready.push(place);
                 continue;
             };
-            frame.set_tagged(tagged);
-            if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
-                egress.stats.drop_frames(DropReason::MtuEgress, 1);
-                continue;
+            egress.stats.drop_frames(reason, 1);
+            if captured {
+                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
             }
-            ready.push(place);
         }
         if ingress.link.coalesce && ready.count > 1 {
             ready.coalesce(burst, self.shared, first.prefers());
+        }
+        if captured {
+            for &place in ready.as_slice() {
+                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, None);
+            }
         }
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);
@@ -215,4 +225,15 @@ impl Forwarder {
             (left, chosen) = (others, others_chosen);
         }
     }
+}
+
+/// Gives a frame the form that it has behind a port.
+#[inline]
+fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
+    let tagged = egress.vlan.egress(frame.vid).ok_or(DropReason::VlanDenied)?;
+    frame.set_tagged(tagged);
+    if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
+        return Err(DropReason::MtuEgress);
+    }
+    Ok(())
 }

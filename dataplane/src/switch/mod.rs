@@ -43,6 +43,9 @@ pub enum PortError {
     /// There is no such port.
     #[error("no port is named {0}")]
     NotFound(String),
+    /// Somebody captures its frames already.
+    #[error("the frames of port {0} are being captured already")]
+    Captured(String),
     /// Another port uses that socket or interface.
     #[error("{target} is used by port {port} already")]
     TargetInUse {

@@ -286,3 +286,29 @@ fn an_interface_that_vanishes_takes_no_frames_with_it() {
         deliver(a, b, &frames);
     });
 }
+
+/// Not a test: frames per second of 64 bytes over the wire, one way.
+#[test]
+#[ignore = "a measurement"]
+fn rate() {
+    on_a_wire(1500, |a, b| {
+        let frames: Vec<_> = (0..BURST).map(|_| plain(64)).collect();
+        let (began, time, mut received) = (Instant::now(), Duration::from_secs(3), 0);
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                while began.elapsed() < time {
+                    a.send(&frames);
+                }
+            });
+            let link = b.queues.link();
+            while !sender.is_finished() {
+                received += link.rx[0].queue.poll(&mut b.storage, &mut |_| {}).unwrap();
+            }
+        });
+        let per_second = |count: u64| count as f64 / time.as_secs_f64() / 1e6;
+        let (sent, full) = (a.stats.tx(0).read().0, a.stats.drops(DropReason::Full));
+        eprintln!("sent {:.2} Mpps, received {:.2}", per_second(sent), per_second(received as u64));
+        eprintln!("no room for {:.2} Mpps", per_second(full));
+        b.receive(usize::MAX);
+    });
+}
