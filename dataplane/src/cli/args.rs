@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Show the switch and its workers
     Status,
+    /// Write a port's frames to a file while they pass, until interrupted
+    Capture(CaptureArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }
@@ -146,6 +148,30 @@ pub(crate) struct StatsArgs {
     /// Seconds between two of them, 0.1 to 3600
     #[arg(long, value_name = "S", default_value = "1", requires = "watch", value_parser = parse_interval)]
     pub(crate) interval: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CaptureArgs {
+    /// The port
+    pub(crate) name: String,
+    /// File to write (pcapng); '-' for standard output
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write: PathBuf,
+    /// Bytes to keep of each frame; 0 for all
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub(crate) snap_length: u32,
+    /// Only frames from the port (rx), or to it (tx)
+    #[arg(long, value_enum)]
+    pub(crate) direction: Option<CaptureDirection>,
+    /// End after so many frames
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CaptureDirection {
+    Rx,
+    Tx,
 }
 
 /// A SPEC, with its path made absolute from the current folder.

@@ -3,6 +3,7 @@
 use sluice_proto::sluice::v1 as proto;
 
 use super::ControlError;
+use crate::capture::{CaptureOptions, Captured, Direction};
 use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode};
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
 use crate::switch::PortError;
@@ -122,7 +123,7 @@ impl From<ControlError> for tonic::Status {
             }
             ControlError::Port { source: PortError::NotFound(_) } => tonic::Code::NotFound,
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
-            ControlError::Folder(_) | ControlError::Port { source: PortError::Setup(_) } => {
+            ControlError::Folder(_) | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) } => {
                 tonic::Code::FailedPrecondition
             }
             ControlError::State(_) => tonic::Code::Internal,
@@ -193,6 +194,32 @@ pub(super) fn port_stats(port: PortStatus) -> proto::PortStats {
         rx_bytes: port.rx_bytes,
         tx_frames: port.tx_frames,
         tx_bytes: port.tx_bytes,
+    }
+}
+
+pub(super) fn captured(frame: Captured) -> proto::CapturedFrame {
+    proto::CapturedFrame {
+        time_ns: frame.time_ns,
+        direction: match frame.direction {
+            Direction::Rx => proto::Direction::Rx,
+            Direction::Tx => proto::Direction::Tx,
+        }
+        .into(),
+        drop_reason: frame.drop_reason.map(|reason| reason.name().into()),
+        length: frame.length as u32,
+        data: frame.bytes,
+    }
+}
+
+pub(super) fn capture_options(request: &proto::CaptureRequest) -> CaptureOptions {
+    let default = CaptureOptions::default();
+    CaptureOptions {
+        snap_length: if request.snap_length == 0 { default.snap_length } else { request.snap_length as usize },
+        direction: match request.direction() {
+            proto::Direction::Unspecified => None,
+            proto::Direction::Rx => Some(Direction::Rx),
+            proto::Direction::Tx => Some(Direction::Tx),
+        },
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod support;
 
+use std::process::{Command, Stdio};
+
 use sluice::status::PortState;
 use support::{Ear, Host, Namespace, alone, check_frame, stream, within};
 
@@ -167,17 +169,17 @@ fn a_killed_switch_leaves_the_interface_as_it_was() {
     let _alone = alone();
     let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
     namespace.wire("up0", &far, "far0");
-    let mut switch = namespace.run(|| {
+    let mut switch = Killed(namespace.run(|| {
         let (control, state) = (folder.path().join("control.sock"), folder.path().join("state"));
-        std::process::Command::new(env!("CARGO_BIN_EXE_sluice"))
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
             .args(["run", "--port", "up=afxdp:up0"])
             .args([std::path::Path::new("--control"), &control, std::path::Path::new("--state"), &state])
             .spawn()
             .unwrap()
-    });
+    }));
     within("the program", || program_on(&namespace, "up0").is_some());
-    switch.kill().unwrap();
-    switch.wait().unwrap();
+    switch.0.kill().unwrap();
+    switch.0.wait().unwrap();
     within("the program gone", || program_on(&namespace, "up0").is_none());
     assert!(!namespace.ip("-d link show up0").contains("promiscuity 1"));
     // The kernel has the wire back.
@@ -228,4 +230,121 @@ fn what_cannot_be_is_said() {
     // One that comes later.
     host.add("later=afxdp:later0").unwrap();
     assert_eq!(host.port("later").reason.as_deref(), Some("there is no interface later0"));
+}
+
+/// The bodies of a capture file's blocks, by their type.
+fn blocks(file: &[u8], wanted: u32) -> Vec<&[u8]> {
+    let (mut rest, mut bodies) = (file, Vec::new());
+    while let Some((kind, length)) = rest.first_chunk::<8>().map(|head| head.split_at(4)) {
+        let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().unwrap());
+        let length = word(length) as usize;
+        if word(kind) == wanted {
+            bodies.push(&rest[8..length - 4]);
+        }
+        rest = &rest[length..];
+    }
+    bodies
+}
+
+#[test]
+fn what_passes_can_be_captured() {
+    let _alone = alone();
+    let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+    namespace.wire("up0", &far, "far0");
+    let control = folder.path().join("control.sock");
+    let sluice = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.arg("--socket").arg(&control).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let mut switch = Killed(namespace.run(|| {
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["run", "--port", "up=afxdp:up0", "--port", "host=tap:tap0,mtu=1300"])
+            .args([
+                std::path::Path::new("--control"),
+                &control,
+                std::path::Path::new("--state"),
+                &folder.path().join("s"),
+            ])
+            .spawn()
+            .unwrap()
+    }));
+    within("the switch", || sluice(&["status"]).output().unwrap().status.success());
+    namespace.address("tap0", 1);
+    far.address("far0", 2);
+    within("ping", || namespace.ping(2, 56));
+
+    let file = folder.path().join("x.pcapng");
+    let path = file.to_str().unwrap();
+    let capture = sluice(&["capture", "host", "--write", path, "--count", "40"]).spawn().unwrap();
+    within("the file", || std::fs::metadata(&file).is_ok_and(|file| file.len() > 0));
+    let second = sluice(&["capture", "host", "--write", "/dev/null"]).output().unwrap();
+    let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(complaint.contains("are being captured already"), "{complaint}");
+    within("pings", || {
+        // Too large for the tap's port, in one direction.
+        let _ = far.ping(1, 1300);
+        namespace.ping(2, 56);
+        std::fs::metadata(&file).is_ok_and(|file| file.len() > 12_000)
+    });
+    while !namespace.ping(2, 56) {}
+    let output = capture.wait_with_output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("40 frames captured, 0 lost"));
+    let bytes = std::fs::read(&file).unwrap();
+    let packets = blocks(&bytes, 6);
+    assert_eq!(packets.len(), 40);
+    let contains = |what: &[u8]| packets.iter().any(|packet| packet.windows(what.len()).any(|part| part == what));
+    assert!(contains(b"dropped: mtu_egress"));
+    for packet in &packets {
+        let length = u32::from_ne_bytes(packet[12..16].try_into().unwrap()) as usize;
+        etherparse::SlicedPacket::from_ethernet(&packet[20..20 + length]).unwrap();
+    }
+    assert_eq!(blocks(&bytes, 5).len(), 1, "what was lost is noted at the end");
+    switch.0.kill().unwrap();
+}
+
+/// A process that does not outlive its test.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Not a test: TCP rates, from a tap to a plain host and back. `cargo test --release -- --ignored --nocapture rates`
+#[test]
+#[ignore = "a measurement"]
+fn rates() {
+    let _alone = alone();
+    for mtu in [1500, 9000] {
+        let (host, far) = pair("");
+        for interface in ["up0", "tap0"] {
+            host.namespace.ip(&format!("link set {interface} mtu {mtu}"));
+        }
+        far.ip(&format!("link set far0 mtu {mtu}"));
+        within("ping", || host.namespace.ping(2, 56));
+        for (what, options) in [("to the wire", ""), ("from the wire", "-R")] {
+            // One client, then it ends.
+            let mut server =
+                far.run(|| Command::new("iperf3").args(["-s", "-1"]).stdout(Stdio::null()).spawn().unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            let before = (host.port("host"), host.port("up"));
+            let report = host.namespace.command("iperf3", &format!("-c 10.9.0.2 -t 5 -J {options}"));
+            server.wait().unwrap();
+            let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+            let rate = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9;
+            let (tap, up) = (host.port("host"), host.port("up"));
+            eprintln!(
+                "MTU {mtu}, {what}: {rate:.2} Gbit/s; up received {} and sent {} frames, tap was given {} and gave {}",
+                up.rx_frames - before.1.rx_frames,
+                up.tx_frames - before.1.tx_frames,
+                tap.tx_frames - before.0.tx_frames,
+                tap.rx_frames - before.0.rx_frames,
+            );
+        }
+    }
 }
