@@ -30,6 +30,7 @@ fn talk(host: &Host, far: &Namespace, mtu: usize, megabytes: usize) {
     within("ping", || tap.ping(2, 56));
     assert!(tap.ping(2, ping) && far.ping(1, ping), "{host:?}");
     let ear = Ear::new(far, "far0");
+    let before = (host.port("host").tx_frames, host.port("up").rx_frames);
     let count = megabytes << 20;
     for (to_far, to_tap) in [("10.9.0.2:7000", "10.9.0.1:7000"), ("[fd09::2]:7000", "[fd09::1]:7000")] {
         let out = stream(tap, far, to_far, count);
@@ -39,6 +40,8 @@ fn talk(host: &Host, far: &Namespace, mtu: usize, megabytes: usize) {
     let heard = ear.finish();
     assert!(heard.len() > count / mtu, "the ear heard {} frames only", heard.len());
     heard.iter().for_each(|frame| check_frame(frame, mtu));
+    let (merged, received) = (host.port("host").tx_frames - before.0, host.port("up").rx_frames - before.1);
+    assert!(merged < received, "the tap got all of {received} frames one by one");
     for namespace in [tap.as_ref(), far] {
         assert_eq!(namespace.counter("Tcp:", "InCsumErrors") + namespace.counter("Tcp:", "InErrs"), 0);
     }
@@ -58,6 +61,37 @@ fn talks_in_the_generic_hook() {
     let (host, far) = pair(",mode=skb");
     assert!(host.port("up").features.contains(&"skb"));
     talk(&host, &far, 1500, 4);
+}
+
+#[test]
+fn talks_while_workers_poll_the_driver() {
+    let _alone = alone();
+    let (host, far) = pair(",busy-poll=on,queues=2");
+    assert!(host.port("up").features.contains(&"busy-poll"));
+    talk(&host, &far, 1500, 4);
+}
+
+#[test]
+fn talks_through_a_bridge() {
+    let _alone = alone();
+    // Two switches, each with a host on a tap, and a bridge of the kernel's between their uplinks.
+    let (near, far, between) = (Host::new(&[]), Host::new(&[]), Namespace::new());
+    between.ip("link add br0 type bridge");
+    between.ip("link set br0 addrgenmode none up");
+    for (host, number) in [(&near, 1), (&far, 2)] {
+        host.namespace.wire("up0", &between, &format!("port{number}"));
+        between.ip(&format!("link set port{number} master br0"));
+        host.add("host=tap:tap0").unwrap();
+        host.add("up=afxdp:up0").unwrap();
+        host.wait_for("up", PortState::Up);
+        host.namespace.address("tap0", number);
+    }
+    within("ping", || near.namespace.ping(2, 1452) && far.namespace.ping(1, 1452));
+    for address in ["10.9.0.2:7000", "[fd09::2]:7000"] {
+        let rate = stream(&near.namespace, &far.namespace, address, 8 << 20);
+        eprintln!("switch to switch over a bridge: {rate:.2} Gbit/s");
+    }
+    assert_eq!(far.namespace.counter("Tcp:", "InCsumErrors"), 0);
 }
 
 #[test]

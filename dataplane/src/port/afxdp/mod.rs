@@ -7,6 +7,9 @@
 //!
 //! A thread for each port watches the interface. It may vanish and return, lose its carrier or change its MTU at any
 //! time; workers only ever see the port's link go down and come up.
+//!
+//! What arrives is taken to be as it was on a wire. The other end of a veth pair has to be told so (`ethtool -K IFACE
+//! tx off txvlan off`): its kernel leaves checksums open and tags aside otherwise, and XDP does not say where.
 
 mod device;
 pub mod gro;
@@ -41,6 +44,13 @@ use queue::Queues;
 const TAG: usize = 4;
 /// Time until the interface is looked at again, whether or not there is news of it.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// What one queue's halves tell each other.
+#[derive(Debug, Default)]
+struct Pair {
+    /// The kernel did not take all that was to be sent: whoever receives asks it again.
+    unsent: AtomicBool,
+}
 
 /// What an operator can choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

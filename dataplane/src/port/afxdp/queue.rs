@@ -9,7 +9,7 @@ use super::rx::Receiver;
 use super::socket::{Access, RING, Socket};
 use super::tx::Transmitter;
 use super::umem::{Audit, Umem};
-use super::{Options, Shared};
+use super::{Options, Pair, Shared};
 use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
 use crate::port::{Link, RxEntry, TxQueue};
@@ -83,12 +83,13 @@ impl Queues {
             let (umem, pair) = (Arc::new(umem), queue as usize);
             let (socket, rings) = Socket::open(&umem, shared.busy_poll)?;
             let socket = Arc::new(socket);
+            let both = Arc::new(Pair::default());
             let (rx, tx) = ((rings.fill, rings.rx), (rings.tx, rings.completion));
-            let receiver =
-                Receiver::new(pair, umem.clone(), socket.clone(), shared.clone(), stats.clone(), rx, rx_frames);
+            let of_port = (shared.clone(), stats.clone());
+            let receiver = Receiver::new(pair, umem.clone(), socket.clone(), of_port, both.clone(), rx, rx_frames);
             socket.bind(ifindex, queue, access, shared.multi_buffer)?;
             program.set_socket(queue, socket.as_raw_fd())?;
-            let transmitter = Transmitter::new(pair, umem, socket, shared.clone(), tx, tx_frames);
+            let transmitter = Transmitter::new(pair, umem, socket, shared.clone(), both, tx, tx_frames);
             queues.push((Arc::new(receiver), Arc::new(transmitter)));
         }
         Ok(Self { shared: shared.clone(), mode, queues, _program: program })

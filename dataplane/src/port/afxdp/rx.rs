@@ -2,12 +2,13 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::Shared;
 use super::gro::header_len;
 use super::ring::{Consumer, Producer};
 use super::socket::{RING, Socket};
 use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
+use super::{Pair, Shared};
 use crate::frame::{Burst, BurstStorage};
 use crate::limits::{BURST, SNAPSHOT};
 use crate::mem::SourceSegment;
@@ -28,6 +29,7 @@ pub(super) struct Receiver {
     umem: Arc<Umem>,
     socket: Arc<Socket>,
     shared: Arc<Shared>,
+    both: Arc<Pair>,
     stats: Arc<PortStats>,
     state: SpinLock<State>,
 }
@@ -56,8 +58,8 @@ impl Receiver {
         pair: usize,
         umem: Arc<Umem>,
         socket: Arc<Socket>,
-        shared: Arc<Shared>,
-        stats: Arc<PortStats>,
+        (shared, stats): (Arc<Shared>, Arc<PortStats>),
+        both: Arc<Pair>,
         rings: (Producer<u64>, Consumer<libc::xdp_desc>),
         ledger: Ledger,
     ) -> Self {
@@ -68,7 +70,7 @@ impl Receiver {
             state.fill.push(address);
         }
         state.fill.publish();
-        Self { pair, umem, socket, shared, stats, state: SpinLock::new(state) }
+        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
     }
 
     /// Where the frames are. Not for a queue in use: it would miss a turn.
@@ -111,6 +113,9 @@ impl Receiver {
 impl RxQueue for Receiver {
     fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
+        if self.both.unsent.load(Ordering::Relaxed) {
+            self.both.unsent.store(self.socket.kick_tx(), Ordering::Relaxed);
+        }
         let taken = state.take();
         if taken == 0 {
             if self.shared.busy_poll {
@@ -135,8 +140,9 @@ impl RxQueue for Receiver {
     }
 
     fn arm(&self) -> bool {
-        // The descriptor is readable while there is something in the ring: nothing can be missed.
-        false
+        // The descriptor is readable while there is something in the ring: nothing can be missed. What waits to be sent
+        // has to be looked after.
+        self.both.unsent.load(Ordering::Relaxed)
     }
 
     fn disarm(&self) {}

@@ -13,6 +13,9 @@ pub(super) const RING: u32 = 2048;
 
 /// `XDP_MAX_TX_SKB_BUDGET`: frames sent by one system call where the kernel makes socket buffers of them.
 const MAX_TX_SKB_BUDGET: libc::c_int = 9;
+/// Bytes that the kernel may have in socket buffers for one queue: a ring full of frames with what it keeps about each.
+/// With its usual bound of some hundred, frames would wait in the ring for a call that may never come.
+const SEND_BUFFER: libc::c_int = RING as libc::c_int * 2 * CHUNK as libc::c_int;
 /// Microseconds that one system call polls the driver with `busy-poll=on`.
 const BUSY_POLL_US: libc::c_int = 20;
 /// Frames that it takes at most.
@@ -60,6 +63,7 @@ impl Socket {
         }
         // Older kernels do not know it: then it takes more calls, of 32 frames each.
         let _ = socket.set(libc::SOL_XDP, MAX_TX_SKB_BUDGET, &RING);
+        let _ = socket.set(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER);
         if busy_poll {
             socket.set(libc::SOL_SOCKET, libc::SO_PREFER_BUSY_POLL, &1)?;
             socket.set(libc::SOL_SOCKET, libc::SO_BUSY_POLL, &BUSY_POLL_US)?;
@@ -149,13 +153,14 @@ impl Socket {
         check(unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), len) })
     }
 
-    /// Makes the kernel look at the tx ring. Returns whether it wants to be asked again, having sent only some.
+    /// Makes the kernel look at the tx ring. Returns whether it wants to be asked again, having sent only some: it does
+    /// so many at a time, or something was busy or short for the moment.
     #[inline]
     pub(super) fn kick_tx(&self) -> bool {
         // SAFETY: nothing is sent from memory of ours but what the tx ring names.
         let sent =
             unsafe { libc::sendto(self.fd.as_raw_fd(), std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
-        sent < 0 && Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
+        sent < 0 && matches!(Error::last_os_error().raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOBUFS))
     }
 
     /// Makes the driver look at the fill ring, and with busy polling for frames.

@@ -214,6 +214,53 @@ fn jumbo_frames_span_frames_of_the_pool() {
 }
 
 #[test]
+fn any_super_packet_is_cut_as_the_oracle_says() {
+    use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
+    on_a_wire(9000, |a, b| {
+        let shapes = (any::<[bool; 3]>(), 0..60_000usize, 500..8800u16);
+        let mut runner = TestRunner::new(ProptestConfig { cases: 100, ..ProptestConfig::default() });
+        let ends = std::cell::RefCell::new((a, b));
+        let result = runner.run(&shapes, |([v6, udp, tagged], len, size)| {
+            let (a, b) = &mut *ends.borrow_mut();
+            deliver(a, b, &[super_packet(v6, udp, tagged, len, size), plain(100)]);
+            Ok(())
+        });
+        result.unwrap();
+    });
+}
+
+/// A super-packet of TCP or UDP, with a tag or without.
+fn super_packet(v6: bool, udp: bool, tagged: bool, len: usize, size: u16) -> (Offload, Vec<u8>) {
+    let (mut offload, mut bytes) = tcp(v6, len, Some(size));
+    let (Csum::Partial { start, .. }, Some(mut gso)) = (offload.csum, offload.gso) else { unreachable!() };
+    let l4 = usize::from(start);
+    if udp {
+        let data = bytes.split_off(l4 + 20);
+        bytes.truncate(l4);
+        bytes[if v6 { 20 } else { 23 }] = 17;
+        let udp_len = (8 + data.len()) as u16;
+        let pseudo = if v6 {
+            crate::wire::Sum::pseudo_v6([0xfd; 16], [0xfe; 16], 17, udp_len.into())
+        } else {
+            crate::wire::Sum::pseudo_v4([10; 4], [11; 4], 17, udp_len)
+        };
+        for field in [7, 9, udp_len, pseudo.fold()] {
+            bytes.extend(field.to_be_bytes());
+        }
+        bytes.extend(data);
+        gso.kind = if v6 { GsoKind::Udp6 } else { GsoKind::Udp4 };
+        gso.header_len = start + 8;
+        offload = Offload { csum: Csum::Partial { start, offset: 6 }, gso: Some(gso) };
+    }
+    if tagged {
+        bytes.splice(12..12, [0x81, 0, 0, 7]);
+        offload = offload.shift(4).unwrap();
+    }
+    (offload, bytes)
+}
+
+#[test]
 fn what_the_interface_cannot_take_is_dropped() {
     on_a_wire(1500, |a, b| {
         a.send(&[plain(1515), tcp(false, 60_000, Some(1461))]);

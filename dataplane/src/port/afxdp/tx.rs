@@ -5,11 +5,12 @@
 //! change any more.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::ring::{Consumer, Producer};
 use super::socket::Socket;
 use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
-use super::{Shared, TAG};
+use super::{Pair, Shared, TAG};
 use crate::frame::{Burst, ETHERNET_HEADER, Frame};
 use crate::mem::SourceSegment;
 use crate::port::TxQueue;
@@ -33,6 +34,7 @@ pub(super) struct Transmitter {
     umem: Arc<Umem>,
     socket: Arc<Socket>,
     shared: Arc<Shared>,
+    both: Arc<Pair>,
     state: SpinLock<State>,
 }
 
@@ -59,13 +61,14 @@ impl Transmitter {
         umem: Arc<Umem>,
         socket: Arc<Socket>,
         shared: Arc<Shared>,
+        both: Arc<Pair>,
         rings: (Producer<libc::xdp_desc>, Consumer<u64>),
         ledger: Ledger,
     ) -> Self {
         let (ring, completion) = rings;
         let pieces = Vec::with_capacity(MAX_PIECES);
         let state = State { ring, completion, ledger, pieces, sent: Sent::default() };
-        Self { pair, umem, socket, shared, state: SpinLock::new(state) }
+        Self { pair, umem, socket, shared, both, state: SpinLock::new(state) }
     }
 
     /// Where the frames are. Not for a queue in use: workers would wait.
@@ -195,8 +198,12 @@ impl Transmitter {
         // Where the kernel copies, the call sends: other workers can fill the ring meanwhile.
         drop(state);
         let mut calls = 1 + sent.frames / SENT_PER_KICK;
-        while wakeup && calls > 0 && self.socket.kick_tx() {
+        while wakeup && self.socket.kick_tx() {
             calls -= 1;
+            if calls == 0 {
+                self.both.unsent.store(true, Ordering::Relaxed);
+                break;
+            }
         }
     }
 }
