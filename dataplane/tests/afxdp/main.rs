@@ -225,8 +225,7 @@ fn a_killed_switch_leaves_the_interface_as_it_was() {
 #[test]
 fn a_program_of_somebody_else_is_respected() {
     let _alone = alone();
-    let (host, other) = (pair(""), Host::new(&[]));
-    let (host, far) = host;
+    let ((host, far), other) = (pair(",replace=on"), Host::new(&[]));
     let theirs = program_on(&host.namespace, "up0").unwrap();
     // Another switch in the same namespace.
     let other_switch = host.namespace.run(|| other.switch.add_port("up=afxdp:up0".parse().unwrap()));
@@ -241,6 +240,8 @@ fn a_program_of_somebody_else_is_respected() {
     // The first one notices, and does not take it back.
     within("the first gives up", || host.port("up").state != PortState::Up);
     within("the second is up", || other.port("up").state == PortState::Up);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!((other.port("up").connects, host.port("up").connects), (1, 1));
     other.switch.remove_port("up").unwrap();
     host.wait_for("up", PortState::Up);
     within("ping", || far.ping(1, 56));

@@ -119,6 +119,7 @@ impl AfxdpPort {
             news: Netlink::subscribe()?,
             requests: Netlink::open()?,
             uplink: None,
+            yielded: false,
             shown: None,
         };
         if let Err(e) = watcher.look()
@@ -163,6 +164,9 @@ struct Watcher {
     news: Netlink,
     requests: Netlink,
     uplink: Option<Uplink>,
+    /// Somebody has put a program in the place of ours. It is theirs until they take it away: two that replace each
+    /// other would never end.
+    yielded: bool,
     /// What the workers and the log were told last.
     shown: Option<(PortState, String)>,
 }
@@ -195,7 +199,8 @@ impl Watcher {
             self.close(PortState::Connecting, &format!("there is no interface {}", self.interface));
             return Ok(());
         };
-        if self.uplink.as_ref().is_some_and(|uplink| !self.is_ours(uplink, &state)) {
+        if let Some(uplink) = self.uplink.as_ref().filter(|uplink| !self.is_ours(uplink, &state)) {
+            self.yielded = uplink.index == state.index;
             self.close(PortState::Connecting, "the interface was replaced, or its XDP program removed");
         }
         if self.uplink.is_none() {
@@ -219,9 +224,9 @@ impl Watcher {
         uplink.index == state.index && program.is_some_and(|program| program.id == uplink.program)
     }
 
-    fn open(&self, state: &State) -> std::io::Result<Uplink> {
-        let interface = &self.interface;
+    fn open(&mut self, state: &State) -> std::io::Result<Uplink> {
         self.make_way(state)?;
+        let interface = &self.interface;
         self.device.prepare().map_err(|e| explain(&format!("cannot bring up interface {interface}"), &e))?;
         let has = self.device.queues();
         let count = self.options.queues.map_or(has, u32::from);
@@ -254,10 +259,13 @@ impl Watcher {
     }
 
     /// Sees to it that the interface has no XDP program.
-    fn make_way(&self, state: &State) -> std::io::Result<()> {
-        let Some(attached) = self.requests.xdp(state.index)? else { return Ok(()) };
+    fn make_way(&mut self, state: &State) -> std::io::Result<()> {
+        let Some(attached) = self.requests.xdp(state.index)? else {
+            self.yielded = false;
+            return Ok(());
+        };
         let interface = &self.interface;
-        if !self.options.replace {
+        if !self.options.replace || self.yielded {
             let problem = format!(
                 "interface {interface} has an XDP program already (id {}); remove it with \
                  'ip link set dev {interface} xdp off', or add the port with replace=on",
