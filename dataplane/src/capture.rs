@@ -56,7 +56,7 @@ pub struct Captured {
     /// Which way it went.
     pub direction: Direction,
     /// Why it was dropped, if that was decided when it was looked at. A frame for a port that has no buffers left
-    /// counts as delivered here.
+    /// counts as delivered here; one beyond a rate limit is not seen at all.
     pub drop_reason: Option<DropReason>,
     /// Length of the whole frame, in bytes.
     pub length: usize,

@@ -5,12 +5,15 @@
 //! it goes.
 
 use crate::limits::{BURST, MAX_BURST_SEGMENTS, MAX_CHAIN, MAX_FRAME, SNAPSHOT};
-use crate::mem::{SegmentArena, Segments, SourceSegment};
+use crate::mem::{SLACK, SegmentArena, Segments, SourceSegment, Wide};
 use crate::switch::DropReason;
 use crate::wire::offload::{Offload, VirtioNetHdr};
 
-/// Bytes before the snapshot: the virtio-net header as it was received, later room for a VLAN tag.
+/// Bytes before the snapshot: room for a VLAN tag, and for the virtio-net header: at first the one that came, then the
+/// one that goes out.
 const HEADROOM: usize = 16;
+/// Length of the virtio-net header that frames go out with.
+const HEADER: usize = VirtioNetHdr::LEN;
 /// Length of the Ethernet header without a tag.
 pub const ETHERNET_HEADER: usize = 14;
 /// Length of an 802.1Q tag.
@@ -25,7 +28,7 @@ const NEEDS_CSUM: u8 = 1;
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub struct Frame {
-    buffer: [u8; HEADROOM + SNAPSHOT],
+    buffer: [u8; HEADROOM + SNAPSHOT + SLACK + 1],
     start: u16,
     end: u16,
     tail_first: u16,
@@ -41,7 +44,7 @@ pub struct Frame {
 impl Frame {
     const fn empty() -> Self {
         Self {
-            buffer: [0; HEADROOM + SNAPSHOT],
+            buffer: [0; HEADROOM + SNAPSHOT + SLACK + 1],
             start: HEADROOM as u16,
             end: HEADROOM as u16,
             tail_first: 0,
@@ -57,6 +60,20 @@ impl Frame {
     #[inline]
     pub fn head(&self) -> &[u8] {
         self.buffer.get(usize::from(self.start)..usize::from(self.end)).unwrap_or_default()
+    }
+
+    /// The virtio-net header for a receiver that takes the frame as it is, over one buffer, followed by the frame's
+    /// head and bytes of no meaning, so that copies of a fixed size can be made.
+    #[inline]
+    pub fn wire(&self) -> (&[u8], usize) {
+        let first = usize::from(self.start).wrapping_sub(HEADER);
+        (self.buffer.get(first..).unwrap_or_default(), usize::from(self.end - self.start) + HEADER)
+    }
+
+    /// Whether all of the frame is in its head.
+    #[inline]
+    pub fn is_whole(&self) -> bool {
+        self.tail_len == 0
     }
 
     /// Length of the whole frame, without checksum, in bytes.
@@ -87,25 +104,38 @@ impl Frame {
     #[inline]
     pub fn set_offload(&mut self, offload: Offload) {
         self.offload = offload;
+        self.write_header();
+    }
+
+    /// The first bytes, of which the first 14 are always the frame's.
+    #[inline]
+    fn ethernet(&self) -> &[u8; 16] {
+        const { assert!(HEADROOM + 16 <= HEADROOM + SNAPSHOT) };
+        static NOTHING: [u8; 16] = [0; 16];
+        self.buffer.get(usize::from(self.start)..).and_then(|bytes| bytes.first_chunk()).unwrap_or(&NOTHING)
     }
 
     /// Destination address as a number.
     #[inline]
     pub fn destination(&self) -> u64 {
-        mac_at(self.head(), 0)
+        let [a, b, c, d, e, f, g, h, ..] = *self.ethernet();
+        u64::from_be_bytes([a, b, c, d, e, f, g, h]) >> 16
     }
 
     /// Source address as a number.
     #[inline]
     pub fn source(&self) -> u64 {
-        mac_at(self.head(), 6)
+        let [.., a, b, c, d, e, f, g, h, _, _] = *self.ethernet();
+        u64::from_be_bytes([a, b, c, d, e, f, g, h]) >> 16
     }
 
     /// The 802.1Q tag control information, if the frame carries a tag at the moment.
     #[inline]
     pub fn tag(&self) -> Option<u16> {
-        match *self.head() {
-            [_, _, _, _, _, _, _, _, _, _, _, _, 0x81, 0x00, high, low, ..] => Some(u16::from_be_bytes([high, low])),
+        // A frame that ends within its tag has none.
+        let room = self.end - self.start >= (ETHERNET_HEADER + 2) as u16;
+        match *self.ethernet() {
+            [.., 0x81, 0x00, high, low] if room => Some(u16::from_be_bytes([high, low])),
             _ => None,
         }
     }
@@ -139,6 +169,17 @@ impl Frame {
                 self.shift_offload(TAG as i16);
             }
             _ => self.write_tag(start),
+        }
+        self.write_header();
+    }
+
+    /// Puts the outgoing header in front of the frame.
+    #[inline]
+    fn write_header(&mut self) {
+        let header = self.offload.to_virtio(1).to_bytes();
+        let start = usize::from(self.start);
+        if let Some(place) = self.buffer.get_mut(start - HEADER..start) {
+            place.copy_from_slice(&header);
         }
     }
 
@@ -176,15 +217,6 @@ impl Frame {
         };
         (usize::from(start) + transport).max(ETHERNET_HEADER + TAG)
     }
-}
-
-#[inline]
-fn mac_at(head: &[u8], offset: usize) -> u64 {
-    let mut bytes = [0u8; 8];
-    if let Some(mac) = head.get(offset..offset + 6) {
-        bytes[2..].copy_from_slice(mac);
-    }
-    u64::from_be_bytes(bytes)
 }
 
 /// Storage of one burst, reused. A worker has one.
@@ -281,8 +313,8 @@ impl<'m> Burst<'m> {
     #[inline]
     pub fn start(&mut self, header_len: usize) -> FrameBuilder<'_, 'm> {
         let first = self.segments.used();
-        let start = HEADROOM - header_len.min(HEADROOM);
-        FrameBuilder { burst: self, header_len, position: start, first, tail_len: 0 }
+        let header_len = header_len.min(HEADER);
+        FrameBuilder { burst: self, header_len, position: HEADROOM - header_len, first, tail_len: 0 }
     }
 }
 
@@ -301,12 +333,17 @@ impl<'m> FrameBuilder<'_, 'm> {
     #[inline]
     pub fn push(&mut self, piece: SourceSegment<'m>) -> bool {
         let frame = &mut self.burst.frames[self.burst.count];
-        let taken = piece.read(&mut frame.buffer[self.position..]);
+        let taken = piece.read(frame.buffer.get_mut(self.position..HEADROOM + SNAPSHOT).unwrap_or_default());
         self.position += taken;
-        if taken == piece.len() {
+        self.keep(piece.skip(taken))
+    }
+
+    /// Notes what did not go into the snapshot.
+    #[inline]
+    fn keep(&mut self, rest: SourceSegment<'m>) -> bool {
+        if rest.is_empty() {
             return true;
         }
-        let rest = piece.skip(taken);
         self.tail_len += rest.len() as u64;
         self.burst.segments.push(rest)
     }
@@ -315,59 +352,87 @@ impl<'m> FrameBuilder<'_, 'm> {
     /// follows has to be added in the same way. `false` if the burst has no room for it.
     #[inline]
     pub fn push_tail(&mut self, piece: SourceSegment<'m>) -> bool {
-        if piece.is_empty() {
-            return true;
-        }
-        self.tail_len += piece.len() as u64;
-        self.burst.segments.push(piece)
+        self.keep(piece)
     }
 
-    /// Checks the frame and adds it to the burst.
+    /// Checks the frame, adds it to the burst, and returns its length.
+    ///
+    /// # Errors
+    /// Why the frame has to be dropped. The burst is as it was before then.
+    pub fn finish(self) -> Result<usize, DropReason> {
+        self.burst.admit(self.header_len, self.position, self.first, self.tail_len)
+    }
+}
+
+impl<'m> Burst<'m> {
+    /// Adds a frame that lies in one piece, with its header, and returns its length.
     ///
     /// # Errors
     /// Why the frame has to be dropped. The burst is as it was before then.
     #[inline]
-    pub fn finish(self) -> Result<(), DropReason> {
-        let result = self.check();
-        match result {
-            Ok(offload) => {
-                let frame = &mut self.burst.frames[self.burst.count];
-                frame.start = HEADROOM as u16;
-                frame.end = self.position as u16;
-                frame.tail_first = self.first as u16;
-                frame.tail_count = (self.burst.segments.used() - self.first) as u16;
-                frame.tail_len = self.tail_len as u32;
-                frame.offload = offload;
-                frame.vid = 0;
-                frame.priority = 0;
-                self.burst.count += 1;
-                Ok(())
-            }
-            Err(reason) => {
-                self.burst.segments.truncate(self.first);
-                Err(reason)
-            }
-        }
-    }
-
-    #[inline]
-    fn check(&self) -> Result<Offload, DropReason> {
-        if self.position < HEADROOM + ETHERNET_HEADER {
-            return Err(DropReason::Runt);
-        }
-        let head = self.position - HEADROOM;
-        let len = head as u64 + self.tail_len;
-        if len > MAX_FRAME as u64 {
+    pub fn load(&mut self, header_len: usize, piece: Wide<'m>) -> Result<usize, DropReason> {
+        let first = self.segments.used();
+        let begin = HEADROOM - header_len.min(HEADER);
+        let frame = &mut self.frames[self.count];
+        let taken = piece.read(&mut frame.buffer[begin..], header_len.min(HEADER) + SNAPSHOT);
+        let rest = piece.segment().source().skip(taken);
+        if !rest.is_empty() && !self.segments.push(rest) {
             return Err(DropReason::Oversize);
         }
-        let frame = &self.burst.frames[self.burst.count];
-        let mut header = [0u8; 12];
-        header[..self.header_len].copy_from_slice(&frame.buffer[HEADROOM - self.header_len..HEADROOM]);
-        // Nothing is left to do, as most frames say. That its checksum was verified is not for a sender to say.
-        if header[0] & NEEDS_CSUM == 0 && header[1] == 0 {
-            return Ok(Offload::NONE);
+        self.admit(header_len, begin + taken, first, rest.len() as u64)
+    }
+
+    /// Checks what was put at the next frame's place: its header and its first bytes, up to `end` in its buffer, and
+    /// `tail_len` bytes in the segments from `first`.
+    #[inline]
+    fn admit(&mut self, header_len: usize, end: usize, first: usize, tail_len: u64) -> Result<usize, DropReason> {
+        let used = self.segments.used();
+        let frame = &mut self.frames[self.count];
+        let head = end.wrapping_sub(HEADROOM);
+        let len = (head as u64).wrapping_add(tail_len);
+        let checked = if end < HEADROOM + ETHERNET_HEADER {
+            Err(DropReason::Runt)
+        } else if len > MAX_FRAME as u64 {
+            Err(DropReason::Oversize)
+        } else {
+            let begin = HEADROOM - header_len.min(HEADER);
+            let (flags, gso) = (frame.buffer[begin], frame.buffer[begin + 1]);
+            frame.start = HEADROOM as u16;
+            frame.end = end as u16;
+            frame.tail_first = first as u16;
+            frame.tail_count = (used - first) as u16;
+            frame.tail_len = tail_len as u32;
+            frame.vid = 0;
+            frame.priority = 0;
+            // Nothing is left to do, as most frames say. That its checksum was verified is not for a sender to say.
+            if flags & NEEDS_CSUM == 0 && gso == 0 {
+                // `write_header` for what nearly every frame is.
+                const PLAIN: [u8; HEADER] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+                frame.buffer[HEADROOM - HEADER..HEADROOM].copy_from_slice(&PLAIN);
+                frame.offload = Offload::NONE;
+                Ok(())
+            } else {
+                frame.take_offload(header_len, len as usize)
+            }
+        };
+        if let Err(reason) = checked {
+            self.segments.truncate(first);
+            return Err(reason);
         }
-        Offload::from_virtio(&VirtioNetHdr::from_bytes(&header), &frame.buffer[HEADROOM..self.position], len as usize)
-            .map_err(|_| DropReason::BadOffload)
+        self.count += 1;
+        Ok(len as usize)
+    }
+}
+
+impl Frame {
+    /// Takes over what the header that came with the frame asks for.
+    fn take_offload(&mut self, header_len: usize, len: usize) -> Result<(), DropReason> {
+        let mut header = [0u8; HEADER];
+        let header_len = header_len.min(HEADER);
+        header[..header_len].copy_from_slice(&self.buffer[HEADROOM - header_len..HEADROOM]);
+        self.offload = Offload::from_virtio(&VirtioNetHdr::from_bytes(&header), self.head(), len)
+            .map_err(|_| DropReason::BadOffload)?;
+        self.write_header();
+        Ok(())
     }
 }

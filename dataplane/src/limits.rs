@@ -63,6 +63,15 @@ pub const MAX_INTERFACE_NAME: usize = 15;
 /// Largest VLAN id; 4095 is reserved (IEEE 802.1Q).
 pub const MAX_VLAN: u16 = 4094;
 
+/// Smallest rate limit, in bits per second, and smallest burst, in bits.
+pub const MIN_RATE: u64 = 1000;
+
+/// Largest rate limit, in bits per second, and largest burst, in bits.
+pub const MAX_RATE: u64 = 1_000_000_000_000;
+
+/// Longest owner of a port, in bytes.
+pub const MAX_OWNER: usize = 256;
+
 /// Smallest MTU, what IPv4 needs (RFC 791).
 pub const MIN_MTU: u16 = 68;
 

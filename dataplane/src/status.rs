@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::config::RateLimit;
+
 /// State of a port's link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -40,6 +42,12 @@ pub struct PortStatus {
     pub mac: Option<String>,
     /// Whether other source addresses are dropped.
     pub spoofcheck: bool,
+    /// Limit of what is received from the port.
+    pub rate_rx: Option<RateLimit>,
+    /// Limit of what is sent to the port.
+    pub rate_tx: Option<RateLimit>,
+    /// Whose port it is.
+    pub owner: Option<String>,
     /// Link state.
     pub state: PortState,
     /// Why it is not up, or the last fault.

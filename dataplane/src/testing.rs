@@ -8,8 +8,7 @@ use crate::mem::tests::memfd;
 use crate::mem::{GuestMemory, Region};
 use crate::port::stats::PortStats;
 use crate::port::vhost::queue::QueueSetup;
-use crate::virtq::RingConfig;
-use crate::virtq::split::Vring;
+use crate::virtq::{RingConfig, Vring};
 
 /// Bytes of memory of a test guest.
 pub(crate) const MEMORY: u64 = 8 << 20;
@@ -104,18 +103,16 @@ impl TestGuest {
             used: UVA + self.used_at(),
             event_idx: self.features & EVENT_IDX != 0,
             indirect: self.features & INDIRECT_DESC != 0,
+            packed: false,
         }
     }
 
     pub(crate) fn setup(&self) -> QueueSetup {
-        QueueSetup {
-            pair: 0,
-            vring: Arc::new(Vring::new(&self.config(), self.memory.clone(), 0).unwrap()),
-            features: self.features,
-            kick: None,
-            call: None,
-            stats: Arc::new(PortStats::default()),
-        }
+        QueueSetup { pair: 0, features: self.features, kick: None, call: None, stats: Arc::new(PortStats::default()) }
+    }
+
+    pub(crate) fn ring(&self) -> Vring {
+        Vring::new(&self.config(), self.memory.clone(), 0).unwrap()
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {

@@ -1,2 +1,47 @@
 //! `cargo xtask …`: the only entry point people need.
-fn main() {}
+
+mod demo;
+mod setup;
+mod stage;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Set up, demonstrate and test Sluice.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what demo and tests need, and make the guests' image.
+    Setup {
+        /// Only tell what is missing.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Boot two guests, let them talk through the switch, and show it.
+    Demo(demo::Options),
+    /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Setup { check: true } => setup::check(),
+        Task::Setup { check: false } => setup::ensure(),
+        Task::Demo(options) => demo::run(&options),
+        Task::Test(options) => test::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -32,6 +32,9 @@ Keys:
   spoofcheck=on|off    drop frames from other addresses than mac
   replace=on|off       afxdp: take the place of an XDP program that the interface has
   busy-poll=on|off     afxdp: let the workers poll the driver
+  rate-rx=500M         bits per second taken from the port at most, with K, M or G (burst-rx=10M: at once, in bits)
+  rate-tx=500M         bits per second sent to the port at most (burst-tx=10M)
+  owner=TEXT           whose port it is, for who manages ports by program
 
 A relative path is taken from the current folder.";
 
@@ -117,7 +120,12 @@ pub(crate) enum PortCommand {
         spec: PortConfig,
     },
     /// Remove a port
-    Del { name: String },
+    Del {
+        name: String,
+        /// Only if it belongs to this owner
+        #[arg(long)]
+        owner: Option<String>,
+    },
     /// List all ports
     List,
     /// Show all about one port

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches};
 
@@ -58,7 +59,7 @@ pub(crate) fn main() -> Result<(), Failure> {
     // Lossy is good enough for what this is for: the name of the command in a complaint.
     let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
     let cli = match parse() {
-        Ok(cli) => cli?,
+        Ok(cli) => cli,
         Err(error) if !error.use_stderr() => return output::emit(&error.to_string()),
         Err(error) => return Err(Failure::Usage(explain(&error, words))),
     };
@@ -78,21 +79,19 @@ pub(crate) fn main() -> Result<(), Failure> {
     }
 }
 
-fn parse() -> Result<Result<Cli, Failure>, clap::Error> {
+fn parse() -> Result<Cli, clap::Error> {
     let matches = Cli::command().try_get_matches()?;
     // The switch makes its socket where `--control` says; a silently ignored `--socket` would be a trap.
     let misled = |run: &clap::ArgMatches| run.value_source("socket") == Some(ValueSource::CommandLine);
     if matches.subcommand_matches("run").is_some_and(misled) {
         let problem = "'--socket' is for the other commands; 'sluice run' takes '--control'";
-        return Ok(Err(Failure::Usage(problem.into())));
+        return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
     }
-    Ok(Ok(Cli::from_arg_matches(&matches)?))
+    Cli::from_arg_matches(&matches)
 }
 
 /// What the parser has to say, in one line, with the help to look at.
 fn explain(error: &clap::Error, arguments: impl Iterator<Item = String>) -> String {
-    use clap::error::{ContextKind, ContextValue, ErrorKind};
-
     let rendered = error.to_string();
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sluice::config::vlan_list;
+use sluice::config::{bits, vlan_list};
 use sluice::control::port_to_proto;
 use sluice::switch::DropReason;
 use sluice_proto::sluice::v1 as proto;
@@ -15,13 +15,13 @@ use super::output::{emit, emit_json, fields, or_dash, size, table};
 pub(crate) fn run(command: PortCommand, socket: &Path, json: bool) -> Result<(), Failure> {
     match command {
         PortCommand::Add { spec } => {
-            let request = proto::AddPortRequest { config: Some(port_to_proto(&spec)) };
+            let request = proto::AddPortRequest { config: Some(port_to_proto(&spec)), replace_owner: false };
             let call = async |mut client: Client| client.add_port(request).await.map_err(refused);
             let port = with_client(socket, call)?.into_inner().port;
             if json { emit_json(&port) } else { Ok(()) }
         }
-        PortCommand::Del { name } => {
-            let request = proto::RemovePortRequest { name: name.clone() };
+        PortCommand::Del { name, owner } => {
+            let request = proto::RemovePortRequest { name: name.clone(), owner };
             let call = async |mut client: Client| client.remove_port(request).await.map_err(refused);
             with_client(socket, call)?;
             if json { emit_json(&serde_json::json!({ "removed": name })) } else { Ok(()) }
@@ -32,7 +32,7 @@ pub(crate) fn run(command: PortCommand, socket: &Path, json: bool) -> Result<(),
 }
 
 fn list(socket: &Path, json: bool) -> Result<(), Failure> {
-    let request = proto::ListPortsRequest {};
+    let request = proto::ListPortsRequest::default();
     let call = async |mut client: Client| client.list_ports(request).await.map_err(refused);
     let ports = with_client(socket, call)?.into_inner().ports;
     if json {
@@ -92,6 +92,9 @@ fn describe(port: &proto::PortStatus) -> String {
         ("mtu", or_dash(port.mtu)),
         ("mac", or_dash(port.mac.as_ref())),
         ("spoofcheck", if port.spoofcheck { "on" } else { "off" }.into()),
+        ("rate-rx", rate(port.rate_rx)),
+        ("rate-tx", rate(port.rate_tx)),
+        ("owner", or_dash(port.owner.as_ref())),
         ("features", features),
         ("memory", size(port.memory_bytes)),
         ("connects", port.connects.to_string()),
@@ -109,6 +112,14 @@ fn describe(port: &proto::PortStatus) -> String {
         text.push_str(&queues(port));
     }
     text
+}
+
+/// A rate limit in the units of SPEC.
+fn rate(limit: Option<proto::RateLimit>) -> String {
+    or_dash(limit.map(|limit| match limit.burst_bits {
+        Some(burst) => format!("{}bit/s, burst {}bit", bits(limit.bits_per_second), bits(burst)),
+        None => format!("{}bit/s", bits(limit.bits_per_second)),
+    }))
 }
 
 fn drops(port: &proto::PortStatus) -> String {
@@ -150,6 +161,8 @@ mod tests {
             reason: Some("bad descriptor".into()),
             vlan: Some(5),
             trunk: Some(proto::VlanSet { vlans: vec![10, 20, 21] }),
+            rate_tx: Some(proto::RateLimit { bits_per_second: 500_000_000, burst_bits: Some(1_000_000) }),
+            owner: Some("me".into()),
             drops: [("full".to_owned(), 3), ("runt".into(), 0)].into(),
             queues: vec![proto::QueueStatus { index: 7, worker: Some(1), ..Default::default() }],
             ..Default::default()
@@ -158,6 +171,9 @@ mod tests {
         for expected in [
             "state       failed (bad descriptor)",
             "vlan        5,trunk=10,20-21",
+            "rate-rx     -",
+            "rate-tx     500Mbit/s, burst 1Mbit",
+            "owner       me",
             "dropped     3 frames",
             "full        3  To the port: the receiver has no buffers left.",
             "    7       1",

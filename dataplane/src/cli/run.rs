@@ -65,7 +65,7 @@ struct Setup {
 impl Setup {
     fn new(args: RunArgs) -> Result<Self, Failure> {
         let file = read_file(args.config)?;
-        check_names(&file.ports, &args.ports)?;
+        check_together(&file.ports, &args.ports)?;
         let workers = if args.cpus.is_empty() { file.workers } else { args.cpus.into_iter().map(Some).collect() };
         check_workers(&workers).map_err(Failure::Usage)?;
         let mode = args.mode.or(file.mode).unwrap_or_default();
@@ -95,15 +95,10 @@ fn read_file(path: Option<PathBuf>) -> Result<FileConfig, Failure> {
     })
 }
 
-fn check_names(file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), Failure> {
+/// Checks that the ports of the command line can be beside each other and beside those of the file.
+fn check_together(file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), Failure> {
     for (place, port) in arguments.iter().enumerate() {
-        let same = |other: &PortConfig| other.name == port.name;
-        let where_else = match () {
-            () if arguments[..place].iter().any(same) => "twice with --port",
-            () if file.iter().any(same) => "with --port and in the file",
-            () => continue,
-        };
-        return Err(Failure::Usage(format!("port {} is given {where_else}; names must be unique", port.name)));
+        port.check_beside(file.iter().chain(&arguments[..place])).map_err(|error| Failure::Usage(error.problem))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use toml::Spanned;
 
-use super::{FdbConfig, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
+use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
 use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
@@ -170,6 +170,15 @@ struct PortSection {
     replace: Option<Spanned<Word>>,
     #[serde(rename = "busy-poll")]
     busy_poll: Option<Spanned<Word>>,
+    #[serde(rename = "rate-rx")]
+    rate_rx: Option<Spanned<Word>>,
+    #[serde(rename = "burst-rx")]
+    burst_rx: Option<Spanned<Word>>,
+    #[serde(rename = "rate-tx")]
+    rate_tx: Option<Spanned<Word>>,
+    #[serde(rename = "burst-tx")]
+    burst_tx: Option<Spanned<Word>>,
+    owner: Option<Spanned<Word>>,
 }
 
 impl Sections {
@@ -234,6 +243,11 @@ impl PortSection {
             "spoofcheck" => self.spoofcheck.as_ref(),
             "replace" => self.replace.as_ref(),
             "busy-poll" => self.busy_poll.as_ref(),
+            "rate-rx" => self.rate_rx.as_ref(),
+            "burst-rx" => self.burst_rx.as_ref(),
+            "rate-tx" => self.rate_tx.as_ref(),
+            "burst-tx" => self.burst_tx.as_ref(),
+            "owner" => self.owner.as_ref(),
             _ => None,
         }
     }
@@ -263,14 +277,9 @@ fn check_worker_sections(sections: &[WorkerSection]) -> Result<Vec<Option<usize>
 fn check_port_sections(sections: &[PortSection]) -> Result<Vec<PortConfig>, Wrong> {
     let mut ports: Vec<PortConfig> = Vec::new();
     for section in sections {
-        let port = section
-            .text()
-            .parse()
-            .map_err(|error| Wrong { span: section.place(error.key).span(), problem: error.problem })?;
-        if ports.iter().any(|other| other.name == port.name) {
-            let problem = format!("port {} is given twice; names must be unique", port.name);
-            return Err(Wrong { problem, span: section.name.span() });
-        }
+        let wrong = |error: InvalidPort| Wrong { span: section.place(error.key).span(), problem: error.problem };
+        let port = section.text().parse().map_err(wrong)?;
+        port.check_beside(&ports).map_err(wrong)?;
         ports.push(port);
     }
     Ok(ports)
@@ -369,6 +378,11 @@ mod tests {
             queues = 4
             mac = "52:54:00:12:34:56"
             spoofcheck = true
+            rate-rx = "1G"
+            burst-rx = 2000000
+            rate-tx = "500M"
+            burst-tx = "1M"
+            owner = "me"
             [[port]]
             name = "host"
             kind = "tap"
@@ -396,7 +410,7 @@ mod tests {
             specs,
             [
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
-                 mac=52:54:00:12:34:56,spoofcheck=on",
+                 mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,burst-rx=2M,rate-tx=500M,burst-tx=1M,owner=me",
                 "host=tap:sluice0,trunk=10,20",
                 "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on",
             ]
@@ -428,6 +442,7 @@ mod tests {
             (format!("{port}vlan = 1.5\n"), "s.toml:5:8: invalid type: floating point `1.5`, expected a string"),
             (format!("{port}colour = 1\n"), "s.toml:5:1: unknown key `colour`, expected one of `name`"),
             (format!("{port}{port}"), "s.toml:6:8: port a is given twice"),
+            (format!("{port}{}", port.replace("\"a\"", "\"b\"")), "s.toml:8:10: ports a and b have the same target"),
             (format!("{port}vlan = \n"), "s.toml:5:"),
             ("x".into(), "s.toml:1:"),
         ];

@@ -6,6 +6,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::Serialize;
+
 use crate::limits::{MAX_CPUS, MAX_WORKERS};
 use crate::wire::MacAddr;
 
@@ -15,7 +17,7 @@ mod spec;
 
 pub use file::{FileConfig, FileError};
 pub use rules::MissingFolder;
-pub use spec::{PortText, vlan_list};
+pub use spec::{PortText, bits, vlan_list};
 
 /// The network of ports that name none.
 pub const DEFAULT_NETWORK: &str = "default";
@@ -55,6 +57,29 @@ pub struct PortConfig {
     pub mac: Option<MacAddr>,
     /// Drop frames whose source address is not `mac`.
     pub spoofcheck: bool,
+    /// Limit of what is received from the port.
+    pub rate_rx: Option<RateLimit>,
+    /// Limit of what is sent to the port.
+    pub rate_tx: Option<RateLimit>,
+    /// Whose port it is, in the owner's own terms; `None` for the operator's.
+    pub owner: Option<String>,
+}
+
+/// How much may pass in one direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RateLimit {
+    /// Bits per second, [`MIN_RATE`](crate::limits::MIN_RATE) to [`MAX_RATE`](crate::limits::MAX_RATE).
+    pub bits_per_second: u64,
+    /// Bits that may pass at once after a pause, within the same bounds; `None` for
+    /// [`RateLimit::default_burst_bits`].
+    pub burst_bits: Option<u64>,
+}
+
+impl RateLimit {
+    /// What the rate gives in 50 ms: enough for TCP to reach the rate. A super-packet always fits.
+    pub fn default_burst_bits(self) -> u64 {
+        (self.bits_per_second / 20).max(1_000_000)
+    }
 }
 
 /// The kinds of port.

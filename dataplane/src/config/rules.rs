@@ -4,10 +4,30 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::{InvalidPort, PortConfig, PortTarget, VlanMode};
-use crate::limits::{MAX_INTERFACE_NAME, MAX_NAME, MAX_QUEUE_PAIRS, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU};
+use super::{InvalidPort, PortConfig, PortTarget, RateLimit, VlanMode};
+use crate::limits::{
+    MAX_INTERFACE_NAME, MAX_NAME, MAX_OWNER, MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU, MIN_RATE,
+};
 
 impl PortConfig {
+    /// Checks that a port can be beside others, which are given together with it.
+    ///
+    /// # Errors
+    /// If it has the name or the target of one of them.
+    pub fn check_beside<'a>(&self, others: impl IntoIterator<Item = &'a Self>) -> Result<(), InvalidPort> {
+        for other in others {
+            if self.name == other.name {
+                let problem = format!("port {} is given twice; names must be unique", self.name);
+                return Err(InvalidPort::new("name", problem));
+            }
+            if self.target.collides(&other.target) {
+                let problem = format!("ports {} and {} have the same target; give each its own", other.name, self.name);
+                return Err(InvalidPort::new("target", problem));
+            }
+        }
+        Ok(())
+    }
+
     /// Checks every rule that does not depend on the state of the host.
     ///
     /// # Errors
@@ -26,7 +46,10 @@ impl PortConfig {
         if let Some(queues) = self.queues {
             check_range("queues", queues, 1, MAX_QUEUE_PAIRS as u16)?;
         }
-        self.check_mac()
+        self.check_mac()?;
+        check_rate(["rate-rx", "burst-rx"], self.rate_rx)?;
+        check_rate(["rate-tx", "burst-tx"], self.rate_tx)?;
+        self.owner.as_deref().map_or(Ok(()), check_owner)
     }
 
     fn check_vlans(&self) -> Result<(), InvalidPort> {
@@ -108,6 +131,25 @@ fn check_range(key: &'static str, value: u16, low: u16, high: u16) -> Result<(),
         return Ok(());
     }
     Err(InvalidPort::new(key, format!("{key} must be a number from {low} to {high}, not '{value}'")))
+}
+
+fn check_rate(keys: [&'static str; 2], limit: Option<RateLimit>) -> Result<(), InvalidPort> {
+    let Some(limit) = limit else { return Ok(()) };
+    for (key, bits) in keys.into_iter().zip([Some(limit.bits_per_second), limit.burst_bits]) {
+        if bits.is_some_and(|bits| !(MIN_RATE..=MAX_RATE).contains(&bits)) {
+            return Err(InvalidPort::new(key, format!("{key} must be 1K to 1000G, like 500M; the unit is bits")));
+        }
+    }
+    Ok(())
+}
+
+fn check_owner(owner: &str) -> Result<(), InvalidPort> {
+    let fits = (1..=MAX_OWNER).contains(&owner.len());
+    if fits && owner.bytes().all(|b| b.is_ascii_graphic() && b != b',') {
+        return Ok(());
+    }
+    let rule = format!("owner must be 1 to {MAX_OWNER} visible characters without ',', not '{owner}'");
+    Err(InvalidPort::new("owner", rule))
 }
 
 fn check_name(key: &'static str, name: &str) -> Result<(), InvalidPort> {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode, number};
+use super::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number};
 use crate::limits::{MAX_QUEUE_PAIRS, MAX_VLAN, MIN_MTU};
 
 /// A port's configuration as words, before any of them is understood. SPEC and the file both fill this, so that they
@@ -23,8 +23,23 @@ pub struct PortText {
 
 impl PortText {
     /// The optional keys.
-    pub const KEYS: &'static [&'static str] =
-        &["mode", "network", "vlan", "trunk", "mtu", "queues", "mac", "spoofcheck", "replace", "busy-poll"];
+    pub const KEYS: &'static [&'static str] = &[
+        "mode",
+        "network",
+        "vlan",
+        "trunk",
+        "mtu",
+        "queues",
+        "mac",
+        "spoofcheck",
+        "rate-rx",
+        "burst-rx",
+        "rate-tx",
+        "burst-tx",
+        "owner",
+        "replace",
+        "busy-poll",
+    ];
 
     /// Splits a SPEC into its words.
     ///
@@ -99,6 +114,9 @@ impl PortText {
             queues: self.parse_number("queues", 1, MAX_QUEUE_PAIRS as u16)?,
             mac: self.get("mac").map(parse_mac).transpose()?,
             spoofcheck: self.parse_switch("spoofcheck")?,
+            rate_rx: self.parse_rate("rate-rx", "burst-rx")?,
+            rate_tx: self.parse_rate("rate-tx", "burst-tx")?,
+            owner: self.get("owner").map(Into::into),
         };
         config.validate()?;
         Ok(config)
@@ -150,6 +168,15 @@ impl PortText {
         }
     }
 
+    fn parse_rate(&self, rate: &'static str, burst: &'static str) -> Result<Option<RateLimit>, InvalidPort> {
+        let parse = |key| self.get(key).map(|text| parse_bits(key, text)).transpose();
+        match (parse(rate)?, parse(burst)?) {
+            (Some(bits_per_second), burst_bits) => Ok(Some(RateLimit { bits_per_second, burst_bits })),
+            (None, Some(_)) => Err(InvalidPort::new(burst, format!("{burst} needs a rate; add {rate}=…"))),
+            (None, None) => Ok(None),
+        }
+    }
+
     fn parse_number(&self, key: &'static str, low: u16, high: u16) -> Result<Option<u16>, InvalidPort> {
         let parse = |text| number(key, text, low..=high).map_err(|problem| InvalidPort::new(key, problem));
         self.get(key).map(parse).transpose()
@@ -167,6 +194,30 @@ fn parse_mode(text: &str) -> Result<SocketMode, InvalidPort> {
 fn parse_afxdp_mode(text: &str) -> Result<AfxdpMode, InvalidPort> {
     let problem = || format!("mode must be auto, zerocopy, copy or skb, not '{text}'");
     AfxdpMode::from_name(text).ok_or_else(|| InvalidPort::new("mode", problem()))
+}
+
+/// A number of bits like `1500`, `10K`, `500M` or `2G`.
+fn parse_bits(key: &'static str, text: &str) -> Result<u64, InvalidPort> {
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'k' | b'K') => (&text[..text.len() - 1], 1000),
+        Some(b'M') => (&text[..text.len() - 1], 1_000_000),
+        Some(b'G') => (&text[..text.len() - 1], 1_000_000_000),
+        _ => (text, 1),
+    };
+    let wrong = || InvalidPort::new(key, format!("{key} must be a number of bits like 500M or 10G, not '{text}'"));
+    let number: u64 = number(key, digits, 0..=u64::MAX).map_err(|_| wrong())?;
+    number.checked_mul(unit).ok_or_else(wrong)
+}
+
+/// A number of bits in the shortest exact form, like `500M`.
+pub fn bits(number: u64) -> String {
+    match number {
+        0 => "0".into(),
+        _ if number.is_multiple_of(1_000_000_000) => format!("{}G", number / 1_000_000_000),
+        _ if number.is_multiple_of(1_000_000) => format!("{}M", number / 1_000_000),
+        _ if number.is_multiple_of(1000) => format!("{}K", number / 1000),
+        _ => number.to_string(),
+    }
 }
 
 fn parse_mac<M: FromStr>(text: &str) -> Result<M, InvalidPort> {
@@ -255,7 +306,11 @@ impl fmt::Display for PortConfig {
         if self.spoofcheck {
             out.write_str(",spoofcheck=on")?;
         }
-        Ok(())
+        for (rate, burst, limit) in [("rate-rx", "burst-rx", self.rate_rx), ("rate-tx", "burst-tx", self.rate_tx)] {
+            write_option(out, rate, limit.map(|limit| bits(limit.bits_per_second)))?;
+            write_option(out, burst, limit.and_then(|limit| limit.burst_bits).map(bits))?;
+        }
+        write_option(out, "owner", self.owner.as_ref())
     }
 }
 
@@ -268,6 +323,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::MAX_RATE;
     use crate::wire::MacAddr;
 
     fn problem(spec: &str) -> String {
@@ -346,11 +402,31 @@ mod tests {
             ("vm=tap:t0,mac=00:00:00:00:00:00", "mac must be the address of one station"),
             ("vm=tap:t0,spoofcheck=on", "spoofcheck needs the port's address"),
             ("vm=tap:t0,spoofcheck=yes", "spoofcheck must be on or off"),
+            ("vm=tap:t0,rate-rx=fast", "rate-rx must be a number of bits like 500M or 10G, not 'fast'"),
+            ("vm=tap:t0,rate-rx=1.5G", "rate-rx must be a number of bits"),
+            ("vm=tap:t0,rate-rx=G", "rate-rx must be a number of bits"),
+            ("vm=tap:t0,rate-rx=-1", "rate-rx must be a number of bits"),
+            ("vm=tap:t0,rate-tx=99999999999999G", "rate-tx must be a number of bits"),
+            ("vm=tap:t0,rate-tx=999", "rate-tx must be 1K to 1000G"),
+            ("vm=tap:t0,rate-tx=1001G", "rate-tx must be 1K to 1000G"),
+            ("vm=tap:t0,rate-tx=1G,burst-tx=0", "burst-tx must be 1K to 1000G"),
+            ("vm=tap:t0,burst-tx=1M", "burst-tx needs a rate; add rate-tx"),
+            ("vm=tap:t0,owner=", "owner must be 1 to 256"),
+            ("vm=tap:t0,owner=a b", "owner must be 1 to 256"),
         ];
         for (spec, expected) in cases {
             let found = problem(spec);
             assert!(found.contains(expected), "{spec:?}: {found:?} does not say {expected:?}");
         }
+    }
+
+    #[test]
+    fn rates_have_units() {
+        let port: PortConfig = "t=tap:t0,rate-rx=1500K,burst-rx=2000000,rate-tx=10G,owner=cni/a=b".parse().unwrap();
+        assert_eq!(port.rate_rx, Some(RateLimit { bits_per_second: 1_500_000, burst_bits: Some(2_000_000) }));
+        assert_eq!(port.rate_tx, Some(RateLimit { bits_per_second: 10_000_000_000, burst_bits: None }));
+        assert_eq!(port.to_string(), "t=tap:t0,rate-rx=1500K,burst-rx=2M,rate-tx=10G,owner=cni/a=b");
+        assert_eq!([1, 1000, 1001, 5_000_000].map(bits), ["1", "1K", "1001", "5M"]);
     }
 
     #[test]
@@ -398,12 +474,20 @@ mod tests {
         ]
     }
 
+    fn any_rate() -> impl Strategy<Value = Option<RateLimit>> {
+        let bits = || (0..=12u32, 1u64..1000).prop_map(|(zeroes, n)| (n * 10u64.pow(zeroes)).clamp(1000, MAX_RATE));
+        let limit = (bits(), proptest::option::of(bits()));
+        proptest::option::of(limit.prop_map(|(bits_per_second, burst_bits)| RateLimit { bits_per_second, burst_bits }))
+    }
+
     prop_compose! {
         fn any_port()(name in "[A-Za-z0-9._-]{1,64}", target in any_target(), network in "[A-Za-z0-9._-]{1,64}",
             vlan in any_vlan_mode(), mtu in proptest::option::of(MIN_MTU..), queues in proptest::option::of(1..=256u16),
-            mac in proptest::option::of(any::<[u8; 5]>()), spoofcheck: bool) -> PortConfig {
+            mac in proptest::option::of(any::<[u8; 5]>()), spoofcheck: bool, rate_rx in any_rate(),
+            rate_tx in any_rate(), owner in proptest::option::of("[!-+.-~]{1,256}")) -> PortConfig {
             let mac = mac.map(|[b, c, d, e, f]| MacAddr([0x52, b, c, d, e, f]));
-            PortConfig { name, target, network, vlan, mtu, queues, mac, spoofcheck: spoofcheck && mac.is_some() }
+            let spoofcheck = spoofcheck && mac.is_some();
+            PortConfig { name, target, network, vlan, mtu, queues, mac, spoofcheck, rate_rx, rate_tx, owner }
         }
     }
 

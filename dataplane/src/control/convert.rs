@@ -4,7 +4,7 @@ use sluice_proto::sluice::v1 as proto;
 
 use super::ControlError;
 use crate::capture::{CaptureOptions, Captured, Direction};
-use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, SocketMode, VlanMode};
+use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode};
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
 use crate::switch::PortError;
 
@@ -52,6 +52,9 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         queues: port.queues.map(u32::from),
         mac: port.mac.map(|mac| mac.to_string()),
         spoofcheck: port.spoofcheck,
+        rate_rx: port.rate_rx.map(rate_limit),
+        rate_tx: port.rate_tx.map(rate_limit),
+        owner: port.owner.clone(),
     }
 }
 
@@ -103,7 +106,18 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
         queues: port.queues.map(|queues| small("queues", queues)).transpose()?,
         mac: port.mac.map(parse_mac).transpose()?,
         spoofcheck: port.spoofcheck,
+        rate_rx: port.rate_rx.map(rate_from_proto),
+        rate_tx: port.rate_tx.map(rate_from_proto),
+        owner: port.owner,
     })
+}
+
+fn rate_limit(limit: RateLimit) -> proto::RateLimit {
+    proto::RateLimit { bits_per_second: limit.bits_per_second, burst_bits: limit.burst_bits }
+}
+
+fn rate_from_proto(limit: proto::RateLimit) -> RateLimit {
+    RateLimit { bits_per_second: limit.bits_per_second, burst_bits: limit.burst_bits }
 }
 
 fn small(key: &'static str, value: u32) -> Result<u16, InvalidPort> {
@@ -123,7 +137,9 @@ impl From<ControlError> for tonic::Status {
             }
             ControlError::Port { source: PortError::NotFound(_) } => tonic::Code::NotFound,
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
-            ControlError::Folder(_) | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) } => {
+            ControlError::Folder(_)
+            | ControlError::OtherOwner { .. }
+            | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) } => {
                 tonic::Code::FailedPrecondition
             }
             ControlError::State(_) => tonic::Code::Internal,
@@ -159,6 +175,9 @@ pub(super) fn port_status(port: PortStatus) -> proto::PortStatus {
         mtu: port.mtu.map(u32::from),
         mac: port.mac,
         spoofcheck: port.spoofcheck,
+        rate_rx: port.rate_rx.map(rate_limit),
+        rate_tx: port.rate_tx.map(rate_limit),
+        owner: port.owner,
         state: proto::PortState::from(port.state).into(),
         reason: port.reason,
         features: port.features.into_iter().map(String::from).collect(),
@@ -264,6 +283,9 @@ mod tests {
             mtu: Some(9000),
             mac: Some("52:54:00:00:00:01".into()),
             spoofcheck: true,
+            rate_rx: Some(RateLimit { bits_per_second: 19, burst_bits: Some(20) }),
+            rate_tx: Some(RateLimit { bits_per_second: 21, burst_bits: None }),
+            owner: Some("me".into()),
             state: PortState::Failed,
             reason: Some("why".into()),
             features: vec!["VIRTIO_F_VERSION_1"],
@@ -336,7 +358,7 @@ mod tests {
         for spec in [
             "vm1=vhost-user:/run/a.sock",
             "vm1=vhost-user:/run/a.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
-             mac=52:54:00:12:34:56,spoofcheck=on",
+             mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,rate-tx=2G,burst-tx=3M,owner=me",
             "host=tap:sluice0,trunk=5",
             "host=tap:sluice0,vlan=5",
             "up=afxdp:eth1",

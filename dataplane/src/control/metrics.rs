@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 
 use super::Controller;
 use crate::status::{PortState, PortStatus, QueueStatus, WorkerStatus};
+use crate::switch::DropReason;
 
 /// The format's content type.
 pub(super) const CONTENT_TYPE_OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -108,10 +109,13 @@ impl Snapshot {
         for (name, help, value) in PORT_COUNTERS {
             counters(out, name, help, self.ports.iter().map(|port| (labels(port), value(port))))?;
         }
-        let drops = self
-            .ports
-            .iter()
-            .flat_map(|port| port.drops.iter().map(move |(reason, count)| (with(port, "reason", reason), *count)));
+        // Those that never happened too, since a rate needs a zero to start from.
+        let drops = self.ports.iter().flat_map(|port| {
+            DropReason::ALL.iter().map(move |reason| {
+                let count = port.drops.get(reason.name()).copied().unwrap_or(0);
+                (with(port, "reason", reason.name()), count)
+            })
+        });
         counters(out, "sluice_port_drops", "Frames dropped, by reason", drops)?;
         let memory = self.ports.iter().map(|port| (labels(port), port.memory_bytes));
         gauges(out, "sluice_port_memory_bytes", "Guest memory mapped", memory)?;

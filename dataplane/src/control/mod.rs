@@ -42,6 +42,16 @@ pub enum ControlError {
         #[from]
         source: PortError,
     },
+    /// The port is somebody else's.
+    #[error("port {name} belongs to {}, not to {wanted}; nothing was removed", owner.as_deref().unwrap_or("nobody"))]
+    OtherOwner {
+        /// The port.
+        name: String,
+        /// Whose it is.
+        owner: Option<String>,
+        /// Whose it was said to be.
+        wanted: String,
+    },
     /// The change could not be written down.
     #[error(transparent)]
     State(#[from] StateError),
@@ -148,35 +158,67 @@ impl Controller {
         Ok(())
     }
 
-    /// Adds a port and writes it down: both or neither.
+    /// Adds a port and writes it down: both or neither. An owner that repeats itself changes nothing, and with
+    /// `replace_owner` the port takes the place of one that has another owner.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn add_port(&self, port: PortConfig) -> Result<Option<PortStatus>, ControlError> {
+    pub fn add_port(&self, port: PortConfig, replace_owner: bool) -> Result<Option<PortStatus>, ControlError> {
         port.validate().map_err(|source| ControlError::Invalid { name: port.name.clone(), source })?;
         port.check_folder()?;
         let name = port.name.clone();
         let mut store = self.lock();
-        self.switch.add_port(port.clone())?;
-        let mut ports = store.without(&name);
-        ports.push(port);
+        let mut replaced = self.switch.port_config(&name).filter(|old| old.owner.is_some());
+        if replaced.as_ref() == Some(&port) {
+            return Ok(self.switch.port(&name));
+        }
+        if replaced.as_ref().is_some_and(|old| !replace_owner || old.owner == port.owner) {
+            replaced = None;
+        }
+        if replaced.is_some() {
+            self.switch.remove_port(&name)?;
+        }
+        if let Err(error) = self.add_and_keep(&mut store, port) {
+            if let Some(old) = replaced {
+                let _ = self.switch.add_port(old);
+            }
+            return Err(error);
+        }
+        match replaced.and_then(|old| old.owner) {
+            Some(old) => tracing::info!(port = name, "added in place of that of {old}"),
+            None => tracing::info!(port = name, "added"),
+        }
+        Ok(self.switch.port(&name))
+    }
+
+    fn add_and_keep(&self, store: &mut StateStore, port: PortConfig) -> Result<(), ControlError> {
+        let mut ports = store.without(&port.name);
+        ports.push(port.clone());
+        let name = port.name.clone();
+        self.switch.add_port(port)?;
         if let Err(error) = store.replace(ports) {
             // Nobody else removes it meanwhile, since the store is locked.
             let _ = self.switch.remove_port(&name);
             return Err(error.into());
         }
-        tracing::info!(port = name, "added");
-        Ok(self.switch.port(&name))
+        Ok(())
     }
 
-    /// Removes a port, first from what is written down: if that fails, nothing has changed.
+    /// Removes a port, if it is that of `owner` where one is given; first from what is written down: if that fails,
+    /// nothing has changed.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn remove_port(&self, name: &str) -> Result<(), ControlError> {
+    pub fn remove_port(&self, name: &str, owner: Option<&str>) -> Result<(), ControlError> {
         let mut store = self.lock();
         // One that could not be restored is only in the store.
-        let kept = store.ports().iter().any(|port| port.name == name);
+        let stored = store.ports().iter().find(|port| port.name == name).cloned();
+        let kept = stored.is_some();
+        if let (Some(wanted), Some(port)) = (owner, self.switch.port_config(name).or(stored))
+            && port.owner.as_deref() != Some(wanted)
+        {
+            return Err(ControlError::OtherOwner { name: name.into(), owner: port.owner, wanted: wanted.into() });
+        }
         if kept {
             let ports = store.without(name);
             store.replace(ports)?;

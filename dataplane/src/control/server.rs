@@ -180,15 +180,20 @@ impl Control for Service {
             uptime_seconds: controller.uptime().as_secs(),
             mode: about.mode.to_string(),
             workers: self.workers(),
-            ports: controller.switch().ports().len() as u32,
-            fdb_entries: controller.switch().fdb().len() as u64,
+            ports: controller.switch().port_configs().len() as u32,
+            fdb_entries: controller.switch().fdb_len() as u64,
             control: about.control.display().to_string(),
             state_dir: about.state_dir.display().to_string(),
         }))
     }
 
-    async fn list_ports(&self, _request: Request<proto::ListPortsRequest>) -> Reply<proto::ListPortsResponse> {
-        let ports = self.controller.switch().ports().into_iter().map(convert::port_status).collect();
+    async fn list_ports(&self, request: Request<proto::ListPortsRequest>) -> Reply<proto::ListPortsResponse> {
+        let wanted = request.into_inner();
+        let ports = self.controller.switch().ports_where(|port| {
+            port.owner.as_deref().unwrap_or_default().starts_with(&wanted.owner_prefix)
+                && port.target.to_string().starts_with(&wanted.target_prefix)
+        });
+        let ports = ports.into_iter().map(convert::port_status).collect();
         Ok(Response::new(proto::ListPortsResponse { ports }))
     }
 
@@ -200,15 +205,17 @@ impl Control for Service {
     }
 
     async fn add_port(&self, request: Request<proto::AddPortRequest>) -> Reply<proto::AddPortResponse> {
-        let config = request.into_inner().config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+        let request = request.into_inner();
+        let replace_owner = request.replace_owner;
+        let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
         let config = convert::port_from_proto(config).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let port = self.change(move |controller| Ok(controller.add_port(config)?)).await?;
+        let port = self.change(move |controller| Ok(controller.add_port(config, replace_owner)?)).await?;
         Ok(Response::new(proto::AddPortResponse { port: port.map(convert::port_status) }))
     }
 
     async fn remove_port(&self, request: Request<proto::RemovePortRequest>) -> Reply<proto::RemovePortResponse> {
-        let name = request.into_inner().name;
-        self.change(move |controller| Ok(controller.remove_port(&name)?)).await?;
+        let proto::RemovePortRequest { name, owner } = request.into_inner();
+        self.change(move |controller| Ok(controller.remove_port(&name, owner.as_deref())?)).await?;
         Ok(Response::new(proto::RemovePortResponse {}))
     }
 

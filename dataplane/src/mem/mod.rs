@@ -7,7 +7,7 @@
 
 mod segment;
 
-pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
+pub use segment::{SLACK, Segment, SegmentArena, Segments, SourceSegment, Wide};
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -153,7 +153,29 @@ fn check_file(file: &File, offset: u64, len: u64) -> Result<u64, MemError> {
 pub struct GuestMemory {
     /// Sorted by guest physical address, without overlap.
     regions: Vec<Arc<Region>>,
+    /// Where they are, in the same order: all that translation needs, close together.
+    spans: Vec<Span>,
 }
+
+/// A region's place.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    gpa: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+impl Span {
+    #[inline]
+    fn has(&self, gpa: u64) -> bool {
+        gpa.wrapping_sub(self.gpa) < self.len
+    }
+}
+
+// SAFETY: a span is a number that leads into its region's mapping.
+unsafe impl Send for Span {}
+// SAFETY: as above.
+unsafe impl Sync for Span {}
 
 // SAFETY: regions are immutable but for the guest's bytes, which are only touched through raw copies and volatile
 // accesses; the raw pointer inside the mapping is what hides these traits.
@@ -196,7 +218,7 @@ impl GuestMemory {
         let mut regions = self.regions.clone();
         let place = regions.partition_point(|other| other.gpa < region.gpa);
         regions.insert(place, Arc::new(region));
-        Ok(Self { regions })
+        Ok(Self::of(regions))
     }
 
     /// This table without the region that has exactly these bounds.
@@ -207,7 +229,12 @@ impl GuestMemory {
         let place = self.regions.iter().position(|r| (r.gpa, r.len, r.uva) == (gpa, len, uva));
         let mut regions = self.regions.clone();
         regions.remove(place.ok_or(MemError::NotFound(gpa))?);
-        Ok(Self { regions })
+        Ok(Self::of(regions))
+    }
+
+    fn of(regions: Vec<Arc<Region>>) -> Self {
+        let spans = regions.iter().map(|region| Span { gpa: region.gpa, len: region.len, host: region.host(0) });
+        Self { spans: spans.collect(), regions }
     }
 
     /// Bytes mapped.
@@ -226,21 +253,27 @@ impl GuestMemory {
     /// `None` if `len` is zero or the first byte belongs to no region.
     #[inline]
     pub fn translate(&self, gpa: u64, len: usize, hint: &mut usize) -> Option<HostRange> {
-        let region = match self.regions.get(*hint) {
-            Some(region) if gpa.wrapping_sub(region.gpa) < region.len => region,
-            _ => self.find(gpa, hint)?,
-        };
-        let offset = gpa - region.gpa;
-        let len = len.min(usize::try_from(region.len - offset).unwrap_or(usize::MAX));
-        (len > 0).then(|| HostRange { ptr: region.host(offset), len })
+        let range = self.locate(gpa, hint)?;
+        (len > 0).then(|| HostRange { ptr: range.ptr, len: len.min(range.len) })
     }
 
     #[cold]
-    fn find(&self, gpa: u64, hint: &mut usize) -> Option<&Arc<Region>> {
-        let place = self.regions.partition_point(|r| r.gpa <= gpa).checked_sub(1)?;
-        let region = self.regions.get(place).filter(|r| gpa - r.gpa < r.len)?;
+    fn find(&self, gpa: u64, hint: &mut usize) -> Option<&Span> {
+        let place = self.spans.partition_point(|span| span.gpa <= gpa).checked_sub(1)?;
+        let span = self.spans.get(place).filter(|span| span.has(gpa))?;
         *hint = place;
-        Some(region)
+        Some(span)
+    }
+
+    /// Translates a guest physical address: where it is, and how many bytes are contiguous from there, at least 1.
+    #[inline]
+    pub fn locate(&self, gpa: u64, hint: &mut usize) -> Option<HostRange> {
+        let span = match self.spans.get(*hint) {
+            Some(span) if span.has(gpa) => span,
+            _ => self.find(gpa, hint)?,
+        };
+        let offset = gpa - span.gpa;
+        Some(HostRange { ptr: span.host.wrapping_add(offset as usize), len: (span.len - offset) as usize })
     }
 
     /// Translates a whole guest physical range that must lie in one region, such as an indirect table.

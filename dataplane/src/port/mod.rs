@@ -53,7 +53,7 @@ pub trait TxQueue: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// The [`Fault`] of the other side that ends this port's service until it resets.
-    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault>;
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault>;
 
     /// Super-packets that it would rather have than many segments, of whatever size they come. None unless said.
     fn prefers(&self) -> Accepts {

@@ -3,7 +3,8 @@
 //! The receiver decides: what its driver accepted at its last reset is what it gets. Most frames pass as they are.
 
 use crate::frame::{Burst, Frame};
-use crate::limits::MAX_FRAME;
+use crate::limits::{MAX_CHAIN, MAX_FRAME};
+use crate::port::vhost::queue::Filled;
 use crate::wire::checksum;
 use crate::wire::offload::{Csum, GsoKind, Offload};
 use crate::wire::segment::{ChecksumMode, MAX_SEGMENT_HEADER, Segmenter};
@@ -42,19 +43,34 @@ impl Accepts {
     }
 }
 
-/// Private memory of a worker in which frames are rebuilt.
+/// Private memory of a worker for frames that are not simple.
 #[derive(Debug)]
 pub struct Scratch {
-    frame: Box<[u8]>,
+    /// Where frames are rebuilt.
+    pub rebuilt: Rebuilt,
+    /// Chains that one frame fills.
+    pub filled: Filled,
 }
 
 impl Default for Scratch {
+    fn default() -> Self {
+        Self { rebuilt: Rebuilt::default(), filled: Filled::with_capacity(MAX_CHAIN) }
+    }
+}
+
+/// Private memory in which frames are rebuilt.
+#[derive(Debug)]
+pub struct Rebuilt {
+    frame: Box<[u8]>,
+}
+
+impl Default for Rebuilt {
     fn default() -> Self {
         Self { frame: vec![0; MAX_FRAME].into_boxed_slice() }
     }
 }
 
-impl Scratch {
+impl Rebuilt {
     /// Hands to `emit` what the frame has to become: its offload, its first bytes and the rest. `emit` returns whether
     /// it wants more. `false` if the frame's headers are not what its offload claims.
     pub fn convert(

@@ -32,6 +32,8 @@ reasons! {
     Oversize = "oversize";
     /// From the port: offload metadata that contradicts the frame.
     BadOffload = "bad_offload";
+    /// From the port: more than its rate limit (rate-rx) lets in.
+    RateRx = "rate_rx";
     /// From the port: a VLAN tag that the port may not use, or none where one is needed.
     VlanDenied = "vlan_denied";
     /// From the port: a source address that is not the port's own, with spoofcheck on, or is multicast.
@@ -44,6 +46,8 @@ reasons! {
     NoDestination = "no_destination";
     /// To the port: larger than the port's MTU.
     MtuEgress = "mtu_egress";
+    /// To the port: more than its rate limit (rate-tx) lets out.
+    RateTx = "rate_tx";
     /// To the port: its link is down or its driver has not started.
     LinkDown = "link_down";
     /// To the port: the receiver has no buffers left.

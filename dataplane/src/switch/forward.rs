@@ -59,6 +59,21 @@ pub struct Forwarder {
     /// Bits of the frames of a burst that go to more than one port.
     shared: u64,
     scratch: Scratch,
+    recent: Recent,
+}
+
+/// The last pair of stations: frames of a burst mostly belong to one. Good for one burst only.
+#[derive(Debug, Clone, Copy)]
+struct Recent {
+    source: u64,
+    destination: u64,
+    vid: u16,
+    to: Option<PortId>,
+}
+
+impl Recent {
+    /// Matches no frame: not an address of 48 bits.
+    const NONE: Self = Self { source: u64::MAX, destination: u64::MAX, vid: 0, to: None };
 }
 
 impl Forwarder {
@@ -70,14 +85,24 @@ impl Forwarder {
             touched: Vec::with_capacity(MAX_PORTS),
             shared: 0,
             scratch: Scratch::default(),
+            recent: Recent::NONE,
         }
     }
 
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        self.recent = Recent::NONE;
         self.shared = 0;
         let captured = ingress.stats.capture.is_on();
-        for place in 0..burst.count() as u8 {
+        let mut count = burst.count() as u8;
+        if let Some(policer) = &ingress.policers.rx {
+            let admitted = policer.admit((0..count).map(|place| burst.frame(place).len()));
+            if admitted < count {
+                ingress.stats.drop_frames(DropReason::RateRx, u64::from(count - admitted));
+                count = admitted;
+            }
+        }
+        for place in 0..count {
             let outcome = self.classify(snapshot, ingress, burst, place);
             if let Err(reason) = outcome {
                 ingress.stats.drop_frames(reason, 1);
@@ -86,11 +111,14 @@ impl Forwarder {
                 ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
             }
         }
+        let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
             let id = self.touched[index];
             let list = std::mem::replace(&mut self.lists[usize::from(id.0) % MAX_PORTS], Places::EMPTY);
             if let Some(egress) = snapshot.port(id) {
-                self.deliver(ingress, egress, burst, list);
+                // The shortcut is over once a frame has been changed for somebody.
+                unchanged &= egress.is_plain();
+                self.deliver(ingress, egress, burst, list, unchanged);
             }
         }
         self.touched.clear();
@@ -115,21 +143,42 @@ impl Forwarder {
         if source & MULTICAST != 0 || ingress.only_source.is_some_and(|only| only != source) {
             return Err(DropReason::Spoofed);
         }
+        let recent = self.recent;
+        let to = if (recent.source, recent.destination, recent.vid) == (source, destination, vid) {
+            recent.to
+        } else {
+            self.find(snapshot, ingress, source, destination, vid)
+        };
+        match to {
+            Some(id) if id == ingress.id => Err(DropReason::SamePort),
+            Some(id) => {
+                self.note(id, place);
+                Ok(())
+            }
+            None => self.flood(snapshot, ingress, vid, place),
+        }
+    }
+
+    /// Learns where the source is and looks up where the destination is; `None` for all.
+    fn find(
+        &mut self,
+        snapshot: &Snapshot,
+        ingress: &PortView,
+        source: u64,
+        destination: u64,
+        vid: u16,
+    ) -> Option<PortId> {
         let network = ingress.network;
         self.fdb.learn(Station { mac: source, vid, network }, ingress.id);
-        if destination & MULTICAST == 0
-            && let Some(id) = self.fdb.lookup(Station { mac: destination, vid, network })
-        {
-            if id == ingress.id {
-                return Err(DropReason::SamePort);
-            }
-            // An entry can outlive a change by a moment; membership is what counts.
-            if snapshot.port(id).is_some_and(|egress| egress.network == network) {
-                self.note(id, place);
-                return Ok(());
-            }
-        }
-        self.flood(snapshot, ingress, vid, place)
+        let known = if destination & MULTICAST == 0 {
+            self.fdb.lookup(Station { mac: destination, vid, network })
+        } else {
+            None
+        };
+        // An entry can outlive a change by a moment; membership is what counts.
+        let to = known.filter(|id| snapshot.port(*id).is_some_and(|egress| egress.network == network));
+        self.recent = Recent { source, destination, vid, to };
+        to
     }
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
@@ -157,29 +206,24 @@ impl Forwarder {
         list.push(place);
     }
 
-    /// Brings frames into the form that a port takes and hands them to its queues.
-    fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places) {
+    /// Hands frames to a port's queues, in the form that it takes.
+    fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
         };
-        let captured = egress.stats.capture.is_on();
-        let mut ready = Places::EMPTY;
-        for &place in list.as_slice() {
-            let frame = burst.frame_mut(place);
-            let Err(reason) = prepare(egress, frame) else {
-                ready.push(place);
-                continue;
-            };
-            egress.stats.drop_frames(reason, 1);
-            if captured {
-                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
+        let mut ready = if unchanged { list } else { adapt(egress, burst, &list) };
+        if let Some(policer) = &egress.policers.tx {
+            let admitted = policer.admit(ready.as_slice().iter().map(|place| burst.frame(*place).len()));
+            if admitted < ready.count {
+                egress.stats.drop_frames(DropReason::RateTx, u64::from(ready.count - admitted));
+                ready.count = admitted;
             }
         }
         if ingress.link.coalesce && ready.count > 1 {
             ready.coalesce(burst, self.shared, first.prefers());
         }
-        if captured {
+        if egress.stats.capture.is_on() {
             for &place in ready.as_slice() {
                 egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, None);
             }
@@ -195,7 +239,7 @@ impl Forwarder {
         if list.count == 0 {
             return;
         }
-        if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch, &egress.stats) {
+        if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch) {
             egress.stats.set_fault(fault);
         }
     }
@@ -225,6 +269,22 @@ impl Forwarder {
             (left, chosen) = (others, others_chosen);
         }
     }
+}
+
+/// Brings frames into the form that a port takes; returns those that may pass.
+fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
+    let mut ready = Places::EMPTY;
+    for &place in list.as_slice() {
+        let Err(reason) = prepare(egress, burst.frame_mut(place)) else {
+            ready.push(place);
+            continue;
+        };
+        egress.stats.drop_frames(reason, 1);
+        if egress.stats.capture.is_on() {
+            egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
+        }
+    }
+    ready
 }
 
 /// Gives a frame the form that it has behind a port.

@@ -7,6 +7,7 @@ pub mod convert;
 mod drops;
 pub mod fdb;
 pub mod forward;
+pub mod policer;
 mod report;
 pub mod snapshot;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
+use policer::Policers;
 use snapshot::{Plan, PortView, Served, Snapshot};
 use vlan::VlanPolicy;
 
@@ -110,6 +112,7 @@ struct Entry {
     config: PortConfig,
     id: PortId,
     stats: Arc<PortStats>,
+    policers: Policers,
     /// The thread that looks after the other side. `None` while the port is added or removed.
     driver: Option<Driver>,
 }
@@ -243,7 +246,8 @@ impl Inner {
         }
         tables.slots[free] = Slot::Reserved;
         let (id, stats) = (PortId(free as u16), Arc::new(PortStats::default()));
-        let entry = Entry { config: config.clone(), id, stats: stats.clone(), driver: None };
+        let entry =
+            Entry { config: config.clone(), id, stats: stats.clone(), policers: Policers::from(config), driver: None };
         tables.order.push(config.name.clone());
         tables.ports.insert(config.name.clone(), entry);
         self.add_static(&tables, config, id);
@@ -396,7 +400,9 @@ impl Publisher for PortPublisher {
     fn publish(&self, link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
         let mut tables = lock(&inner.tables);
-        let Some(config) = tables.ports.values().find(|entry| entry.id == self.id).map(|entry| entry.config.clone())
+        let of_port = |entry: &&Entry| entry.id == self.id;
+        let Some((config, policers)) =
+            tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
         else {
             return;
         };
@@ -407,6 +413,7 @@ impl Publisher for PortPublisher {
             vlan: VlanPolicy::from(&config.vlan),
             mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
             only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),
+            policers,
             stats: self.stats.clone(),
             link: Arc::new(link),
         };

@@ -77,8 +77,19 @@ impl Switch {
 
     /// All ports, sorted by name.
     pub fn ports(&self) -> Vec<PortStatus> {
+        self.ports_where(|_| true)
+    }
+
+    /// Ports whose configuration is as wanted, sorted by name.
+    pub fn ports_where(&self, wanted: impl Fn(&PortConfig) -> bool) -> Vec<PortStatus> {
         let tables = lock(&self.inner.tables);
-        tables.ports.values().map(|entry| self.describe(&tables, entry)).collect()
+        let entries = tables.ports.values().filter(|entry| wanted(&entry.config));
+        entries.map(|entry| self.describe(&tables, entry)).collect()
+    }
+
+    /// The configuration of one port.
+    pub fn port_config(&self, name: &str) -> Option<PortConfig> {
+        lock(&self.inner.tables).ports.get(name).map(|entry| entry.config.clone())
     }
 
     /// Begins to capture a port's frames.
@@ -120,6 +131,9 @@ impl Switch {
             mtu: entry.config.mtu,
             mac: entry.config.mac.map(|mac| mac.to_string()),
             spoofcheck: entry.config.spoofcheck,
+            rate_rx: entry.config.rate_rx,
+            rate_tx: entry.config.rate_tx,
+            owner: entry.config.owner.clone(),
             state: if fault.is_some() { PortState::Failed } else { link.state },
             reason: fault.map(|fault| fault.to_string()).or_else(|| link.reason.clone()),
             features: link.features.clone(),

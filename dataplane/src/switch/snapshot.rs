@@ -4,8 +4,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use crate::limits::MAX_FRAME;
 use crate::port::stats::PortStats;
 use crate::port::{Link, PortId, RxQueue};
+use crate::switch::policer::Policers;
 use crate::switch::vlan::VlanPolicy;
 
 /// A port as workers see it.
@@ -21,10 +23,20 @@ pub struct PortView {
     pub mtu: usize,
     /// The only source address that is let in, with spoofcheck.
     pub only_source: Option<u64>,
+    /// Rate limits.
+    pub policers: Policers,
     /// Counters.
     pub stats: Arc<PortStats>,
     /// Its queues at the moment.
     pub link: Arc<Link>,
+}
+
+impl PortView {
+    /// Whether frames pass the port as they are: no VLANs to sort out, no limit on their size.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        self.vlan == VlanPolicy::All && self.mtu >= MAX_FRAME
+    }
 }
 
 /// A queue that a worker serves.

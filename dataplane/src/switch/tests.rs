@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{FdbConfig, VlanMode};
 use crate::frame::BurstStorage;
-use crate::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
-use crate::port::{RxEntry, RxQueue, TxQueue};
+use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
+use crate::port::{RxEntry, RxQueue};
 use crate::switch::forward::Forwarder;
 use crate::testing::*;
 
@@ -17,7 +17,7 @@ use crate::testing::*;
 struct Station_ {
     out: TestGuest,
     into: Vec<TestGuest>,
-    rx: Arc<GuestTx>,
+    rx: Arc<dyn RxQueue>,
     stats: Arc<PortStats>,
 }
 
@@ -25,6 +25,7 @@ struct Bench {
     stations: Vec<Station_>,
     snapshot: Snapshot,
     forwarder: Forwarder,
+    fdb: Arc<Fdb>,
     storage: BurstStorage,
 }
 
@@ -37,12 +38,22 @@ struct Port {
     features: u64,
     queues: usize,
     up: bool,
+    policers: Policers,
 }
 
 impl Default for Port {
     fn default() -> Self {
         let features = VERSION_1 | MRG_RXBUF | INDIRECT_DESC | GUEST_CSUM | GUEST_TSO4;
-        Self { network: 0, vlan: VlanMode::All, mtu: 65_535, only_source: None, features, queues: 1, up: true }
+        Self {
+            network: 0,
+            vlan: VlanMode::All,
+            mtu: 65_535,
+            only_source: None,
+            features,
+            queues: 1,
+            up: true,
+            policers: Policers::default(),
+        }
     }
 }
 
@@ -60,9 +71,9 @@ impl Bench {
             let out = TestGuest::new(64, port.features);
             let into: Vec<_> = (0..port.queues).map(|_| TestGuest::new(64, port.features)).collect();
             let stats = Arc::new(PortStats::default());
-            let rx = Arc::new(GuestTx::new(QueueSetup { stats: stats.clone(), ..out.setup() }));
+            let rx = guest_tx(QueueSetup { stats: stats.clone(), ..out.setup() }, &out.ring());
             let tx = into.iter().enumerate().map(|(pair, guest)| {
-                Arc::new(GuestRx::new(QueueSetup { pair, stats: stats.clone(), ..guest.setup() })) as Arc<dyn TxQueue>
+                guest_rx(QueueSetup { pair, stats: stats.clone(), ..guest.setup() }, &guest.ring())
             });
             let tx = if port.up { tx.collect() } else { Vec::new() };
             let rx_entry = RxEntry { pair: 0, queue: rx.clone() };
@@ -73,6 +84,7 @@ impl Bench {
                 vlan: VlanPolicy::from(&port.vlan),
                 mtu: port.mtu,
                 only_source: port.only_source,
+                policers: port.policers.clone(),
                 stats: stats.clone(),
                 link: Arc::new(link),
             })));
@@ -84,7 +96,7 @@ impl Bench {
         };
         let networks = (0..=ports.iter().map(|port| port.network).max().unwrap_or(0)).map(members).collect();
         let snapshot = Snapshot { epoch: 0, ports: views, networks, plans: Vec::new() };
-        Self { stations, snapshot, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() }
+        Self { stations, snapshot, forwarder: Forwarder::new(fdb.clone()), fdb, storage: BurstStorage::default() }
     }
 
     /// Lets a station send frames (header and frame each) and switches them.
@@ -222,6 +234,53 @@ fn mtus_are_kept_both_ways() {
     bench.send(0, &[frame(mac(1), mac(0), 1515), frame(mac(1), mac(0), 1415), frame(mac(1), mac(0), 1414)]);
     assert_eq!(bench.received(1).len(), 1);
     assert_eq!((bench.drops(0, DropReason::MtuIngress), bench.drops(1, DropReason::MtuEgress)), (1, 1));
+}
+
+/// A kilobyte a second, so that next to nothing flows back while the test runs.
+fn slow(burst_bytes: u64) -> Option<Arc<policer::Policer>> {
+    let limit = crate::config::RateLimit { bits_per_second: 8000, burst_bits: Some(8 * burst_bytes) };
+    Some(Arc::new(policer::Policer::new(limit)))
+}
+
+#[test]
+fn rates_are_limited_each_way() {
+    let limited = Port { policers: Policers { rx: slow(4500), tx: slow(2500) }, ..Port::default() };
+    let mut bench = Bench::new(&[limited, Port::default()]);
+    bench.post(0, 32, 2048);
+    bench.post(1, 32, 2048);
+    bench.send(0, &vec![frame(BROADCAST, mac(0), 1000); 8]);
+    assert_eq!((bench.received(1).len(), bench.drops(0, DropReason::RateRx)), (5, 3));
+    bench.send(1, &vec![frame(BROADCAST, mac(1), 1000); 8]);
+    assert_eq!((bench.received(0).len(), bench.drops(0, DropReason::RateTx)), (3, 5));
+    assert_eq!(bench.drops(1, DropReason::RateRx) + bench.drops(1, DropReason::RateTx), 0);
+    // What is dropped at the door teaches nothing.
+    bench.send(0, &[frame(BROADCAST, mac(9), 60)]);
+    assert_eq!(bench.fdb.len(), 2);
+}
+
+#[test]
+fn limits_are_those_of_the_configuration_and_outlive_links() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a,rate-rx=1M".parse().unwrap()).unwrap();
+    let policers = || lock(&switch.inner.tables).slots[0].view().unwrap().policers.clone();
+    let before = policers();
+    assert!(before.rx.is_some() && before.tx.is_none());
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(0), stats: Arc::default() };
+    publisher.publish(Link::down(PortState::Down, None));
+    assert!(Arc::ptr_eq(&before.rx.unwrap(), &policers().rx.unwrap()));
+    switch.stop();
+}
+
+#[test]
+fn super_packets_are_limited_by_their_bytes() {
+    let limited = Port { policers: Policers { rx: None, tx: slow(30_000) }, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), limited]);
+    bench.introduce();
+    bench.post(1, 60, 2048);
+    let whole = super_packet(20_000, 1448);
+    // The second one takes more than is left, the third finds nothing.
+    bench.send(0, &[whole.clone(), whole.clone(), whole]);
+    assert_eq!((bench.received(1).len(), bench.drops(1, DropReason::RateTx)), (2, 1));
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! The untrusted walk along a descriptor chain (virtio 1.2, 2.7.5 and 2.7.7).
 
 use crate::limits::MAX_CHAIN;
-use crate::mem::{GuestMemory, Segment};
+use crate::mem::{GuestMemory, Segment, Wide};
 use crate::virtq::Fault;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 /// Size of a descriptor, in bytes.
 pub(crate) const DESCRIPTOR: usize = 16;
 
@@ -71,7 +71,7 @@ impl Table {
 /// Indices of the memory regions hit last, for the tables and for the buffers of a ring.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Hints {
-    buffers: usize,
+    pub(crate) buffers: usize,
     tables: usize,
 }
 
@@ -92,65 +92,27 @@ impl<'m> Walk<'m> {
     /// [`Fault`] if the chain breaks a rule. The sink may have got some of it.
     #[inline]
     pub(crate) fn run(self, head: u16, hints: &mut Hints, sink: impl FnMut(Segment<'m>)) -> Result<u64, Fault> {
-        let descriptor = self.table.read(head)?;
-        let mut sink = Sink { walk: self, segments: 0, bytes: 0, put: sink };
-        if !descriptor.has(INDIRECT | NEXT) {
-            sink.buffer(descriptor, hints)?;
-            return Ok(sink.bytes);
-        }
-        sink.chain(descriptor, hints)?;
-        Ok(sink.bytes)
-    }
-
-    /// Enters the indirect table that a descriptor stands for.
-    fn enter(self, descriptor: Descriptor, hints: &mut Hints) -> Result<Table, Fault> {
-        // 2.7.5.3.1: not with a next one, and only where negotiated.
-        if !self.indirect || descriptor.has(NEXT) {
-            return Err(Fault::BadIndirect);
-        }
-        let bytes = descriptor.len as usize;
-        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR) || bytes / DESCRIPTOR > MAX_CHAIN {
-            return Err(Fault::IndirectLength);
-        }
-        let first = self.memory.translate_whole(descriptor.addr, bytes, &mut hints.tables);
-        let first = first.ok_or(Fault::UnmappedAddress)?;
-        if !first.addr().is_multiple_of(align_of::<u64>()) {
-            return Err(Fault::UnmappedAddress);
-        }
-        // SAFETY: translated over its whole length from memory held for `'m`, and aligned.
-        Ok(unsafe { Table::new(first, (bytes / DESCRIPTOR) as u32) })
-    }
-}
-
-/// A walk in progress.
-struct Sink<'m, F> {
-    walk: Walk<'m>,
-    segments: usize,
-    bytes: u64,
-    put: F,
-}
-
-impl<'m, F: FnMut(Segment<'m>)> Sink<'m, F> {
-    fn chain(&mut self, first: Descriptor, hints: &mut Hints) -> Result<(), Fault> {
-        let mut descriptor = first;
-        let mut table = self.walk.table;
+        let mut descriptor = self.table.read(head)?;
+        let mut buffers = Buffers::new(self.memory, self.direction, sink);
+        let mut table = self.table;
         let mut nested = false;
         let mut left = table.len;
         loop {
             if descriptor.has(INDIRECT) {
-                if nested {
+                // 2.7.5.3.1: not within a table, not with a next one, and only where negotiated.
+                if nested || !self.indirect || descriptor.has(NEXT) {
                     return Err(Fault::BadIndirect);
                 }
                 nested = true;
-                table = self.walk.enter(descriptor, hints)?;
+                table = enter(self.memory, descriptor.addr, descriptor.len, hints)?;
                 left = table.len;
                 descriptor = table.read(0)?;
                 continue;
             }
-            self.buffer(descriptor, hints)?;
+            buffers.buffer(descriptor.addr, descriptor.len, descriptor.flags, hints)?;
             left -= 1;
             if !descriptor.has(NEXT) {
-                return Ok(());
+                return Ok(buffers.bytes);
             }
             // As many descriptors as the table has, all different, would have ended by now.
             if left == 0 {
@@ -160,14 +122,76 @@ impl<'m, F: FnMut(Segment<'m>)> Sink<'m, F> {
         }
     }
 
+    /// The chain at `head` if it is what most chains are: one buffer in one piece. `None` for all else, faults
+    /// included, which [`Walk::run`] will tell apart.
     #[inline]
-    fn buffer(&mut self, descriptor: Descriptor, hints: &mut Hints) -> Result<(), Fault> {
-        if descriptor.has(WRITE) != (self.walk.direction == Direction::ToGuest) {
+    pub(crate) fn single(self, head: u16, hints: &mut Hints) -> Option<Wide<'m>> {
+        let descriptor = self.table.read(head).ok()?;
+        let wanted = if self.direction == Direction::ToGuest { WRITE } else { 0 };
+        if descriptor.flags & (INDIRECT | NEXT | WRITE) != wanted {
+            return None;
+        }
+        Wide::locate(self.memory, descriptor.addr, descriptor.len, &mut hints.buffers)
+    }
+}
+
+/// Enters the indirect table that a descriptor stands for.
+fn enter(memory: &GuestMemory, addr: u64, len: u32, hints: &mut Hints) -> Result<Table, Fault> {
+    let bytes = len as usize;
+    if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR) || bytes / DESCRIPTOR > MAX_CHAIN {
+        return Err(Fault::IndirectLength);
+    }
+    let first = memory.translate_whole(addr, bytes, &mut hints.tables).ok_or(Fault::UnmappedAddress)?;
+    if !first.addr().is_multiple_of(align_of::<u64>()) {
+        return Err(Fault::UnmappedAddress);
+    }
+    // SAFETY: translated over its whole length, and aligned; the caller holds the memory while it reads the table.
+    Ok(unsafe { Table::new(first, (bytes / DESCRIPTOR) as u32) })
+}
+
+/// Checks buffers one by one and hands them on.
+pub(crate) struct Buffers<'m, F> {
+    memory: &'m GuestMemory,
+    direction: Direction,
+    segments: usize,
+    bytes: u64,
+    put: F,
+}
+
+impl<'m, F: FnMut(Segment<'m>)> Buffers<'m, F> {
+    pub(crate) fn new(memory: &'m GuestMemory, direction: Direction, put: F) -> Self {
+        Self { memory, direction, segments: 0, bytes: 0, put }
+    }
+
+    /// Bytes handed on so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// All buffers of a packed ring's indirect table: every entry, in order, without next (2.8.7).
+    pub(crate) fn table(&mut self, addr: u64, len: u32, hints: &mut Hints) -> Result<(), Fault> {
+        let table = enter(self.memory, addr, len, hints)?;
+        for index in 0..table.len as u16 {
+            let entry = table.read(index)?;
+            // In this layout the flags come last, where a split ring's descriptor has its next index.
+            let flags = entry.next;
+            if flags & INDIRECT != 0 {
+                return Err(Fault::BadIndirect);
+            }
+            self.buffer(entry.addr, entry.len, flags, hints)?;
+        }
+        Ok(())
+    }
+
+    /// One buffer.
+    #[inline]
+    pub(crate) fn buffer(&mut self, addr: u64, len: u32, flags: u16, hints: &mut Hints) -> Result<(), Fault> {
+        if (flags & WRITE != 0) != (self.direction == Direction::ToGuest) {
             return Err(Fault::WrongDirection);
         }
-        let (mut addr, mut left) = (descriptor.addr, descriptor.len as usize);
+        let (mut addr, mut left) = (addr, len as usize);
         while left > 0 {
-            let range = self.walk.memory.translate(addr, left, &mut hints.buffers).ok_or(Fault::UnmappedAddress)?;
+            let range = self.memory.translate(addr, left, &mut hints.buffers).ok_or(Fault::UnmappedAddress)?;
             self.segments += 1;
             if self.segments > MAX_CHAIN {
                 return Err(Fault::ChainTooLong);

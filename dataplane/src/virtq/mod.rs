@@ -4,9 +4,17 @@
 
 pub mod chain;
 pub mod notify;
+pub mod packed;
+pub mod ring;
 pub mod split;
 
+use std::sync::Arc;
+
 use crate::limits::MAX_RING;
+use crate::mem::GuestMemory;
+use packed::PackedRing;
+use ring::Ring;
+use split::SplitRing;
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $text:literal;)*) => {
@@ -70,6 +78,9 @@ pub enum RingError {
     /// Size zero, above 32,768, or no power of two in a split ring.
     #[error("ring size {0} is not a power of two of at most {MAX_RING}")]
     Size(u32),
+    /// A packed ring's base beyond its size.
+    #[error("base {0:#x} lies beyond the ring")]
+    Base(u32),
     /// One of the ring's areas lies outside of guest memory.
     #[error("the {0} area of a ring lies outside of guest memory")]
     Unmapped(&'static str),
@@ -93,6 +104,51 @@ pub struct RingConfig {
     pub event_idx: bool,
     /// `VIRTIO_RING_F_INDIRECT_DESC` was negotiated.
     pub indirect: bool,
+    /// `VIRTIO_F_RING_PACKED` was negotiated. Then the areas are the descriptor ring, and the driver's and the device's
+    /// event suppression.
+    pub packed: bool,
+}
+
+/// A ring of either layout.
+#[derive(Debug, Clone)]
+pub enum Vring {
+    /// virtio 1.2, 2.7.
+    Split(Arc<SplitRing>),
+    /// virtio 1.2, 2.8.
+    Packed(Arc<PackedRing>),
+}
+
+impl Vring {
+    /// Sets a ring up. `base` is where the frontend remembers it to stand; a split ring knows better by itself.
+    ///
+    /// # Errors
+    /// [`RingError`] if its size or place is invalid.
+    pub fn new(config: &RingConfig, memory: Arc<GuestMemory>, base: u32) -> Result<Self, RingError> {
+        Ok(if config.packed {
+            Self::Packed(Arc::new(PackedRing::new(config, memory, base)?))
+        } else {
+            Self::Split(Arc::new(SplitRing::new(config, memory)?))
+        })
+    }
+
+    /// As [`Ring::moved_to`].
+    ///
+    /// # Errors
+    /// [`RingError`] if it is no longer within guest memory.
+    pub fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
+        Ok(match self {
+            Self::Split(ring) => Self::Split(Arc::new(ring.moved_to(memory)?)),
+            Self::Packed(ring) => Self::Packed(Arc::new(ring.moved_to(memory)?)),
+        })
+    }
+
+    /// As [`Ring::base`].
+    pub fn base(&self) -> u32 {
+        match self {
+            Self::Split(ring) => ring.base(),
+            Self::Packed(ring) => ring.base(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use crate::limits::MAX_RING;
-use crate::mem::{GuestMemory, Segment};
+use crate::limits::{BURST, MAX_RING};
+use crate::mem::{GuestMemory, Segment, Wide};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
+use crate::virtq::ring::{Ahead, Chain, Ring, Work};
 use crate::virtq::{Fault, RingConfig, RingError};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver polls.
@@ -22,7 +23,7 @@ const USED_ELEMENT: usize = 8;
 
 /// A split ring over host pointers.
 #[derive(Debug)]
-pub struct Vring {
+pub struct SplitRing {
     config: RingConfig,
     memory: Arc<GuestMemory>,
     table: Table,
@@ -46,38 +47,22 @@ struct Position {
 
 // SAFETY: the pointers lead into `memory`, which is held as long; what they point to is only touched by volatile and
 // atomic accesses, and by the holder of `position`.
-unsafe impl Send for Vring {}
+unsafe impl Send for SplitRing {}
 // SAFETY: as above.
-unsafe impl Sync for Vring {}
+unsafe impl Sync for SplitRing {}
 
-impl Vring {
+impl SplitRing {
     /// Sets a ring up to continue where the driver's used index says, which is also where a previous backend that
-    /// completed all that it took has left off. `base` is what the frontend remembers; after a crash of ours it may
-    /// lag, and frames would be sent twice.
+    /// completed all that it took has left off. What the frontend remembers may lag after a crash of ours, and frames
+    /// would be sent twice; hence no base is taken.
     ///
     /// # Errors
     /// [`RingError`] if its size or place is invalid.
-    pub fn new(config: &RingConfig, memory: Arc<GuestMemory>, base: u16) -> Result<Self, RingError> {
+    pub fn new(config: &RingConfig, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
         let ring = Self::map(config, memory, Position::default())?;
-        let _ = base;
         let next = ring.load(ring.used_index());
         *ring.position.lock() = Position { next, seen: next, decided: next, hints: Hints::default() };
         Ok(ring)
-    }
-
-    /// The same ring after a change of the memory table, continuing where it is. Not while it is published.
-    ///
-    /// # Errors
-    /// [`RingError`] if it is no longer within guest memory.
-    pub fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
-        let old = self.position.lock();
-        let position = Position { next: old.next, seen: old.seen, decided: old.decided, hints: Hints::default() };
-        Self::map(&self.config, memory, position)
-    }
-
-    /// Next available index to process: the answer to `GET_VRING_BASE`. Not while it is published.
-    pub fn base(&self) -> u16 {
-        self.position.lock().next
     }
 
     fn map(config: &RingConfig, memory: Arc<GuestMemory>, position: Position) -> Result<Self, RingError> {
@@ -103,53 +88,6 @@ impl Vring {
             position: SpinLock::new(position),
             memory,
         })
-    }
-
-    /// Takes the ring for one burst, if no other worker has it.
-    #[inline]
-    pub fn try_lock(&self, direction: Direction) -> Option<Work<'_>> {
-        Some(Work { ring: self, direction, position: self.position.try_lock()? })
-    }
-
-    /// Takes the ring for one burst, after another worker that has it.
-    #[inline]
-    pub fn lock(&self, direction: Direction) -> Work<'_> {
-        Work { ring: self, direction, position: self.position.lock() }
-    }
-
-    /// Whether the driver has made chains available that we have not taken. For the worker that serves the ring.
-    pub fn has_work(&self) -> bool {
-        self.position.try_lock().is_some_and(|position| self.load(self.avail_index()) != position.next)
-    }
-
-    /// Asks the driver to notify us of the next chain, and returns whether there is one already.
-    pub fn enable_notification(&self) -> bool {
-        let Some(position) = self.position.try_lock() else { return true };
-        if self.config.event_idx {
-            self.store(self.avail_event(), position.next);
-        } else {
-            self.store(self.used_flags(), 0);
-        }
-        // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
-        fence(Ordering::SeqCst);
-        self.load(self.avail_index()) != position.next
-    }
-
-    /// Asks the driver not to notify us, since we poll.
-    pub fn disable_notification(&self) {
-        // With event indices a request fires once and is then spent: nothing to take back.
-        if !self.config.event_idx {
-            self.store(self.used_flags(), NO_NOTIFY);
-        }
-    }
-
-    /// Asks the driver not to notify us for as long as that can be asked. Not while it is published.
-    pub fn silence(&self) {
-        self.store(self.used_flags(), NO_NOTIFY);
-        if self.config.event_idx {
-            // The index just passed, which is the farthest ahead.
-            self.store(self.avail_event(), self.base().wrapping_sub(1));
-        }
     }
 
     fn avail_flags(&self) -> *mut u16 {
@@ -197,24 +135,76 @@ impl Vring {
     }
 }
 
-/// A ring held for one burst.
-#[derive(Debug)]
-pub struct Work<'r> {
-    ring: &'r Vring,
-    direction: Direction,
-    position: SpinGuard<'r, Position>,
+impl Ring for SplitRing {
+    type Work<'r> = SplitWork<'r>;
+
+    #[inline]
+    fn try_lock(&self, direction: Direction) -> Option<SplitWork<'_>> {
+        Some(SplitWork { ring: self, direction, position: self.position.try_lock()?, taken: 0, completed: 0 })
+    }
+
+    #[inline]
+    fn lock(&self, direction: Direction) -> SplitWork<'_> {
+        SplitWork { ring: self, direction, position: self.position.lock(), taken: 0, completed: 0 }
+    }
+
+    fn enable_notification(&self) -> bool {
+        let Some(position) = self.position.try_lock() else { return true };
+        if self.config.event_idx {
+            self.store(self.avail_event(), position.next);
+        } else {
+            self.store(self.used_flags(), 0);
+        }
+        // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
+        fence(Ordering::SeqCst);
+        self.load(self.avail_index()) != position.next
+    }
+
+    fn disable_notification(&self) {
+        // With event indices a request fires once and is then spent: nothing to take back.
+        if !self.config.event_idx {
+            self.store(self.used_flags(), NO_NOTIFY);
+        }
+    }
+
+    fn silence(&self) {
+        self.store(self.used_flags(), NO_NOTIFY);
+        if self.config.event_idx {
+            // The index just passed, which is the farthest ahead.
+            self.store(self.avail_event(), self.position.lock().next.wrapping_sub(1));
+        }
+    }
+
+    fn base(&self) -> u32 {
+        self.position.lock().next.into()
+    }
+
+    fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
+        let old = self.position.lock();
+        let position = Position { next: old.next, seen: old.seen, decided: old.decided, hints: Hints::default() };
+        Self::map(&self.config, memory, position)
+    }
 }
 
-impl<'r> Work<'r> {
-    /// Chains available, looking anew only if fewer than `wanted` are known of.
-    ///
-    /// # Errors
-    /// [`Fault::AvailIndex`] if there are more than the ring can hold.
+/// A split ring held for one burst.
+#[derive(Debug)]
+pub struct SplitWork<'r> {
+    ring: &'r SplitRing,
+    direction: Direction,
+    position: SpinGuard<'r, Position>,
+    /// Chains taken since the last publication.
+    taken: u32,
+    /// Of those, chains completed.
+    completed: u32,
+}
+
+impl<'r> SplitWork<'r> {
+    /// Chains left to take, looking anew only if fewer than `wanted` are known of.
     #[inline]
-    pub fn available(&mut self, wanted: u16) -> Result<u16, Fault> {
-        let known = self.position.seen.wrapping_sub(self.position.next);
-        if known >= wanted {
-            return Ok(known);
+    fn left(&mut self, wanted: u32) -> Result<u32, Fault> {
+        let known = u32::from(self.position.seen.wrapping_sub(self.position.next));
+        if known >= wanted + self.taken {
+            return Ok(known - self.taken);
         }
         let seen = self.ring.load(self.ring.avail_index());
         let count = seen.wrapping_sub(self.position.next);
@@ -222,51 +212,97 @@ impl<'r> Work<'r> {
             return Err(Fault::AvailIndex);
         }
         self.position.seen = seen;
-        Ok(count)
+        Ok(u32::from(count).saturating_sub(self.taken))
     }
 
-    /// Index of the first descriptor of the `offset`th available chain.
     #[inline]
-    pub fn head(&self, offset: u16) -> u16 {
-        self.ring.load(self.ring.avail_element(self.position.next.wrapping_add(offset)))
+    fn head(&self, taken: u32) -> u16 {
+        self.ring.load(self.ring.avail_element(self.position.next.wrapping_add(taken as u16)))
     }
 
-    /// Hands the buffers of the chain at `head` to `sink` and returns their bytes in sum.
-    ///
-    /// # Errors
-    /// [`Fault`] if the chain breaks a rule.
     #[inline]
-    pub fn chain(&mut self, head: u16, sink: impl FnMut(Segment<'r>)) -> Result<u64, Fault> {
-        let walk = Walk {
+    fn walk(&self) -> Walk<'r> {
+        Walk {
             table: self.ring.table,
             memory: &self.ring.memory,
             indirect: self.ring.config.indirect,
             direction: self.direction,
-        };
-        walk.run(head, &mut self.position.hints, sink)
+        }
+    }
+}
+
+impl<'r> Work<'r> for SplitWork<'r> {
+    type Mark = u32;
+
+    #[inline]
+    fn available(&mut self) -> Result<bool, Fault> {
+        Ok(self.left(1)? > 0)
     }
 
-    /// Writes the used element of the `offset`th available chain: `len` bytes were written to it.
-    /// The driver does not see it before [`Work::publish`].
     #[inline]
-    pub fn set_used(&mut self, offset: u16, head: u16, len: u32) {
-        let place = self.ring.used_element(self.position.next.wrapping_add(offset));
-        let element = u64::from(head) | (u64::from(len) << 32);
+    fn look_ahead(&mut self, ahead: &mut Ahead<'r>, wanted: usize) -> Result<(), Fault> {
+        ahead.begin(self.taken);
+        let wanted = wanted.min(BURST) as u32;
+        let count = self.left(wanted)?.min(wanted);
+        let (walk, mut hints) = (self.walk(), self.position.hints);
+        for offset in 0..count {
+            let head = self.head(self.taken.wrapping_add(offset));
+            ahead.push(head, walk.single(head, &mut hints), self.direction);
+        }
+        self.position.hints = hints;
+        Ok(())
+    }
+
+    #[inline]
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)> {
+        let (id, buffer) = ahead.get(self.taken)?;
+        self.taken += 1;
+        Some((Chain { id, ..Chain::default() }, buffer))
+    }
+
+    #[inline]
+    fn take(&mut self, sink: impl FnMut(Segment<'r>)) -> Result<Option<(Chain, u64)>, Fault> {
+        if self.left(1)? == 0 {
+            return Ok(None);
+        }
+        let id = self.head(self.taken);
+        let bytes = self.walk().run(id, &mut self.position.hints, sink)?;
+        self.taken += 1;
+        Ok(Some((Chain { id, ..Chain::default() }, bytes)))
+    }
+
+    fn mark(&self) -> u32 {
+        self.taken
+    }
+
+    fn rewind(&mut self, mark: u32) {
+        self.taken = mark;
+    }
+
+    #[inline]
+    fn complete(&mut self, chain: Chain, len: u32) {
+        let place = self.ring.used_element(self.position.next.wrapping_add(self.completed as u16));
+        let element = u64::from(chain.id) | (u64::from(len) << 32);
         // SAFETY: inside the used ring by construction, which is aligned to 4; hence unaligned.
         unsafe { place.write_unaligned(element.to_le()) };
+        self.completed += 1;
     }
 
-    /// Gives `count` chains, whose used elements were written, back to the driver.
     #[inline]
-    pub fn publish(&mut self, count: u16) {
-        self.position.next = self.position.next.wrapping_add(count);
+    fn publish(&mut self) -> bool {
+        let count = std::mem::take(&mut self.completed);
+        self.taken -= count.min(self.taken);
+        if count == 0 {
+            return false;
+        }
+        self.position.next = self.position.next.wrapping_add(count as u16);
         // 2.7.8.2.1: elements before the index, which the Release store sees to.
         self.ring.store(self.ring.used_index(), self.position.next);
+        true
     }
 
-    /// Whether the driver wants to be notified of what was published since the last call (2.7.7.2).
     #[inline]
-    pub fn needs_notification(&mut self) -> bool {
+    fn needs_notification(&mut self) -> bool {
         let (old, new) = (self.position.decided, self.position.next);
         self.position.decided = new;
         // The used index must be visible before we look whether anyone waits for it.

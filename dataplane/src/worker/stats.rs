@@ -25,14 +25,26 @@ fn now() -> u64 {
     }
 }
 
+/// The same moment on the wall and in ticks. The closest of a few attempts, since a thread can be held up between the two
+/// readings, and rate limits rely on the length of a tick.
+fn moment() -> (Instant, u64) {
+    let attempt = || {
+        let (before, wall) = (now(), Instant::now());
+        (now().wrapping_sub(before), wall, before)
+    };
+    let closest = (0..4).map(|_| attempt()).fold(attempt(), |best, next| if next.0 < best.0 { next } else { best });
+    (closest.1, closest.2)
+}
+
 impl Clock {
     /// Starts, and measures the length of a tick once per process (takes 2 ms then).
     pub fn start() -> Self {
         static NS_PER_TICK: OnceLock<f64> = OnceLock::new();
         let ns_per_tick = *NS_PER_TICK.get_or_init(|| {
-            let (wall, first) = (Instant::now(), now());
+            let (began, first) = moment();
             std::thread::sleep(std::time::Duration::from_millis(2));
-            wall.elapsed().as_nanos() as f64 / (now().wrapping_sub(first)).max(1) as f64
+            let (ended, last) = moment();
+            ended.duration_since(began).as_nanos() as f64 / last.wrapping_sub(first).max(1) as f64
         });
         Self { started: Instant::now(), first: now(), ns_per_tick }
     }
@@ -41,6 +53,11 @@ impl Clock {
     #[inline]
     pub fn ticks(&self) -> u64 {
         now()
+    }
+
+    /// The number of ticks in a time.
+    pub fn ticks_in(&self, time: std::time::Duration) -> u64 {
+        (time.as_nanos() as f64 / self.ns_per_tick) as u64
     }
 
     /// Ticks as nanoseconds.

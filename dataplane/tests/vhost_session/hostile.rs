@@ -264,7 +264,7 @@ fn messages_that_are_none() {
         (Message::new(SET_MTU, number(67)), "an MTU of 67"),
         (Message::new(SET_MTU, number(65_536)), "an MTU of 65536"),
         (Message::new(SET_VRING_ENDIAN, words(&[0, 1])), "not supported"),
-        (Message::new(SET_FEATURES, number(DRIVER | 1 << 34)), "virtio features 0x400000000 were never offered"),
+        (Message::new(SET_FEATURES, number(DRIVER | 1 << 33)), "virtio features 0x200000000 were never offered"),
         (Message::new(SET_FEATURES, number(u64::MAX)), "were never offered"),
         (Message::new(SET_PROTOCOL_FEATURES, number(2)), "protocol features 0x2 were never offered"),
         (Message::new(SET_LOG_BASE, numbers(&[u64::MAX, 1])).with(&[memory]), "LOG_SHMFD"),
@@ -341,7 +341,7 @@ fn the_reason_outlives_the_reconnect() {
     let bench = Bench::new("reason", Client);
     let qemu = bench.listen();
     let guest = Guest::new(MIB);
-    qemu.accept().raw(SET_FEATURES, 0x1, &number(1 << 34), &[]);
+    qemu.accept().raw(SET_FEATURES, 0x1, &number(1 << 33), &[]);
     let mut peer = qemu.accept();
     bench.recorder.wait("the reason", |link| {
         link.state == PortState::Down && link.reason.contains("before that: SET_FEATURES: virtio features")

@@ -86,10 +86,11 @@ impl Queues {
             let both = Arc::new(Pair::default());
             let (rx, tx) = ((rings.fill, rings.rx), (rings.tx, rings.completion));
             let of_port = (shared.clone(), stats.clone());
-            let receiver = Receiver::new(pair, umem.clone(), socket.clone(), of_port, both.clone(), rx, rx_frames);
+            let receiver =
+                Receiver::new(pair, umem.clone(), socket.clone(), of_port.clone(), both.clone(), rx, rx_frames);
             socket.bind(ifindex, queue, access, shared.multi_buffer)?;
             program.set_socket(queue, socket.as_raw_fd())?;
-            let transmitter = Transmitter::new(pair, umem, socket, shared.clone(), both, tx, tx_frames);
+            let transmitter = Transmitter::new(pair, umem, socket, of_port, both, tx, tx_frames);
             queues.push((Arc::new(receiver), Arc::new(transmitter)));
         }
         Ok(Self { shared: shared.clone(), mode, queues, _program: program })

@@ -17,10 +17,14 @@ use crate::port::stats::PortStats;
 use crate::switch::DropReason;
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
+use crate::wire::VirtioNetHdr;
 
 /// Frames of the pool that are looked at for one burst: as many as it takes for jumbo frames, with room for the longest
 /// frame that the kernel can make.
 const TAKE: usize = 128;
+
+/// What a virtio-net header would say of a frame from a wire.
+const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 
 /// A queue to receive from.
 #[derive(Debug)]
@@ -97,12 +101,14 @@ impl Receiver {
         // Of a frame that can be merged with others, the head has the headers alone: then data is all in the pool.
         let head = header_len(first.get(..SNAPSHOT).unwrap_or(first)).unwrap_or(SNAPSHOT).min(first.len());
         let (head, tail) = first.split_at(head);
-        let mut frame = burst.start(0);
-        let mut fits = frame.push(SourceSegment::from_slice(head)) && frame.push_tail(SourceSegment::from_slice(tail));
+        let mut frame = burst.start(VirtioNetHdr::LEN);
+        let mut fits = frame.push(SourceSegment::from_slice(&NOTHING_TO_DO))
+            && frame.push(SourceSegment::from_slice(head))
+            && frame.push_tail(SourceSegment::from_slice(tail));
         for piece in rest {
             fits &= frame.push_tail(SourceSegment::from_slice(self.bytes(piece)));
         }
-        if fits { frame.finish() } else { Err(DropReason::Oversize) }
+        if fits { frame.finish().map(drop) } else { Err(DropReason::Oversize) }
     }
 
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {

@@ -77,7 +77,7 @@ impl End {
             frame.finish().unwrap();
         }
         let places: Vec<u8> = (0..burst.count() as u8).collect();
-        self.queues.link().tx[0].send(&burst, &places, &mut self.scratch, &self.stats).unwrap();
+        self.queues.link().tx[0].send(&burst, &places, &mut self.scratch).unwrap();
     }
 
     /// Receives until `count` frames have come, or no more come.

@@ -35,6 +35,7 @@ pub(super) struct Transmitter {
     socket: Arc<Socket>,
     shared: Arc<Shared>,
     both: Arc<Pair>,
+    stats: Arc<PortStats>,
     state: SpinLock<State>,
 }
 
@@ -60,7 +61,7 @@ impl Transmitter {
         pair: usize,
         umem: Arc<Umem>,
         socket: Arc<Socket>,
-        shared: Arc<Shared>,
+        (shared, stats): (Arc<Shared>, Arc<PortStats>),
         both: Arc<Pair>,
         rings: (Producer<libc::xdp_desc>, Consumer<u64>),
         ledger: Ledger,
@@ -68,7 +69,7 @@ impl Transmitter {
         let (ring, completion) = rings;
         let pieces = Vec::with_capacity(MAX_PIECES);
         let state = State { ring, completion, ledger, pieces, sent: Sent::default() };
-        Self { pair, umem, socket, shared, both, state: SpinLock::new(state) }
+        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
     }
 
     /// Where the frames are. Not for a queue in use: workers would wait.
@@ -183,12 +184,12 @@ impl Transmitter {
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
-    fn flush(&self, mut state: SpinGuard<'_, State>, stats: &PortStats) {
+    fn flush(&self, mut state: SpinGuard<'_, State>) {
         let sent = std::mem::take(&mut state.sent);
         if sent.frames == 0 {
             return;
         }
-        let counters = stats.tx(self.pair);
+        let counters = self.stats.tx(self.pair);
         counters.add(sent.frames, sent.bytes);
         state.ring.publish();
         let wakeup = state.ring.needs_wakeup();
@@ -209,15 +210,15 @@ impl Transmitter {
 }
 
 impl TxQueue for Transmitter {
-    fn send(&self, burst: &Burst<'_>, frames: &[u8], _: &mut Scratch, stats: &PortStats) -> Result<(), Fault> {
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], _: &mut Scratch) -> Result<(), Fault> {
         let mut state = self.state.lock();
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
-                stats.drop_frames(reason, 1);
+                self.stats.drop_frames(reason, 1);
             }
         }
-        self.flush(state, stats);
+        self.flush(state);
         Ok(())
     }
 }

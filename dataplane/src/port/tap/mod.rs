@@ -45,11 +45,11 @@ impl TapPort {
         let tap = Arc::new(Tap::open(interface, mtu)?);
         let stats = publisher.stats().clone();
         let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
-        let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats };
+        let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats: stats.clone() };
         publisher.publish(Link {
             state: PortState::Up,
             rx: vec![RxEntry { pair: 0, queue: Arc::new(rx) }],
-            tx: vec![Arc::new(TapTx { tap })],
+            tx: vec![Arc::new(TapTx { tap, stats })],
             ..Link::down(PortState::Up, None)
         });
         Ok(Self { publisher })
@@ -93,7 +93,7 @@ impl RxQueue for TapRx {
             let mut frame = burst.start(HEADER);
             let fits = frame.push(SourceSegment::from_slice(buffer.get(..*length).unwrap_or_default()));
             match if fits { frame.finish() } else { Err(DropReason::Oversize) } {
-                Ok(()) => bytes += length.saturating_sub(HEADER) as u64,
+                Ok(len) => bytes += len as u64,
                 Err(reason) => self.stats.drop_frames(reason, 1),
             }
         }
@@ -122,6 +122,7 @@ impl RxQueue for TapRx {
 #[derive(Debug)]
 struct TapTx {
     tap: Arc<Tap>,
+    stats: Arc<PortStats>,
 }
 
 /// What a tap takes, which is everything the kernel knows.
@@ -136,7 +137,8 @@ impl TapTx {
 }
 
 impl TxQueue for TapTx {
-    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault> {
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
+        let stats = &self.stats;
         let (mut count, mut bytes) = (0, 0);
         let mut account = |outcome: Result<u64, DropReason>| match outcome {
             Ok(len) => {
@@ -151,7 +153,7 @@ impl TxQueue for TapTx {
                 account(self.write(*frame.offload(), frame.head(), burst.tail(frame)));
                 continue;
             }
-            let converted = scratch.convert(burst, frame, HOST, |offload, head, payload| {
+            let converted = scratch.rebuilt.convert(burst, frame, HOST, |offload, head, payload| {
                 account(self.write(offload, head, &[SourceSegment::from_slice(payload)]));
                 true
             });

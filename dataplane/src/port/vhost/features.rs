@@ -8,8 +8,7 @@ macro_rules! features {
 
         /// Every feature that we offer.
         ///
-        /// `F_RING_PACKED` (34) belongs here once there is a packed ring, and `VHOST_F_LOG_ALL` (26) once there is a
-        /// dirty log. `NOTIFY_ON_EMPTY`, UFO, RSS and hash reports are left out on purpose: the first two are legacy,
+        /// `VHOST_F_LOG_ALL` (26) belongs here once there is a dirty log. `NOTIFY_ON_EMPTY`, UFO, RSS and hash reports are left out on purpose: the first two are legacy,
         /// and the key and table of the others never reach a vhost-user backend.
         pub const OFFERED: u64 = $($name)|*;
 
@@ -58,6 +57,8 @@ features! {
     PROTOCOL_FEATURES = 30;
     /// virtio 1.0 or later.
     VERSION_1 = 32;
+    /// Descriptors form a single ring.
+    RING_PACKED = 34;
     /// We use buffers in the order in which they were made available.
     IN_ORDER = 35;
     /// The driver takes UDP over IPv4 super-packets.
@@ -93,13 +94,13 @@ mod tests {
     #[test]
     fn names_follow_the_bits() {
         assert_eq!(names(0), Vec::<&str>::new());
-        assert_eq!(names(VERSION_1 | CSUM | 1 << 34), ["CSUM", "VERSION_1"]);
+        assert_eq!(names(VERSION_1 | CSUM | 1 << 33), ["CSUM", "VERSION_1"]);
         assert_eq!(names(u64::MAX).len(), OFFERED.count_ones() as usize);
     }
 
     #[test]
     fn leaves_out_what_we_cannot_do() {
-        for bit in [5, 10, 14, 24, 26, 33, 34, 57, 60] {
+        for bit in [5, 10, 14, 24, 26, 33, 57, 60] {
             assert_eq!(OFFERED & 1 << bit, 0, "bit {bit}");
         }
         assert!(!protocol().intersects(Protocol::LOG_SHMFD | Protocol::CONFIG | Protocol::BACKEND_REQ));

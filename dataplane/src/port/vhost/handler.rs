@@ -348,8 +348,9 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let index = self.focused(index)?;
-        // Packed rings may have any size, but they are not offered.
-        if !num.is_power_of_two() || num > u32::from(MAX_RING) {
+        // Packed rings may have any size.
+        let shape = num.is_power_of_two() || self.features & features::RING_PACKED != 0;
+        if num == 0 || num > u32::from(MAX_RING) || !shape {
             return Err(DeviceError::RingSize(RingError::Size(num)).into());
         }
         if num != self.rings[index].size {
@@ -377,7 +378,11 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let index = self.focused(index)?;
-        let base = u16::try_from(base).map_err(|_| DeviceError::Base(index, base))?;
+        // Split rings have 16 bits of it, packed ones also the used position.
+        let packed = self.features & features::RING_PACKED != 0;
+        if !packed && base > u32::from(u16::MAX) {
+            return Err(DeviceError::Base(index, base).into());
+        }
         self.rebuild(index, |ring| ring.base = base);
         Ok(())
     }
@@ -391,7 +396,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.rings[place].stop();
         self.publisher.stats().clear_fault();
         self.publish();
-        Ok(VhostUserVringState::new(index, u32::from(self.rings[place].base)))
+        Ok(VhostUserVringState::new(index, self.rings[place].base))
     }
 
     /// Starts the ring. Without a descriptor it is polled.

@@ -13,19 +13,17 @@ use crate::port::stats::PortStats;
 use crate::port::{RxQueue, TxQueue};
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
-use crate::virtq::Fault;
 use crate::virtq::chain::Direction;
 use crate::virtq::notify::EventFd;
-use crate::virtq::split::{Vring, Work};
+use crate::virtq::ring::{Ahead, Chain, Ring, Work};
+use crate::virtq::{Fault, Vring};
 use crate::wire::offload::Offload;
 
-/// A running ring and all that is needed to work it.
+/// All that is needed to work a ring, but the ring.
 #[derive(Debug, Clone)]
 pub struct QueueSetup {
     /// Index of the queue pair.
     pub pair: usize,
-    /// The ring.
-    pub vring: Arc<Vring>,
     /// virtio features that the driver accepted.
     pub features: u64,
     /// The guest notifies us through it. `None`: we have to poll.
@@ -34,6 +32,22 @@ pub struct QueueSetup {
     pub call: Option<Arc<EventFd>>,
     /// Counters of the port.
     pub stats: Arc<PortStats>,
+}
+
+/// Serves a guest's transmit ring.
+pub fn guest_tx(setup: QueueSetup, ring: &Vring) -> Arc<dyn RxQueue> {
+    match ring {
+        Vring::Split(ring) => Arc::new(GuestTx::new(setup, ring.clone())),
+        Vring::Packed(ring) => Arc::new(GuestTx::new(setup, ring.clone())),
+    }
+}
+
+/// Serves a guest's receive ring.
+pub fn guest_rx(setup: QueueSetup, ring: &Vring) -> Arc<dyn TxQueue> {
+    match ring {
+        Vring::Split(ring) => Arc::new(GuestRx::new(setup, ring.clone())),
+        Vring::Packed(ring) => Arc::new(GuestRx::new(setup, ring.clone())),
+    }
 }
 
 impl QueueSetup {
@@ -46,9 +60,10 @@ impl QueueSetup {
         if self.has(VIRTIO_F_VERSION_1) || self.has(net::VIRTIO_NET_F_MRG_RXBUF) { 12 } else { 10 }
     }
 
-    fn notify(&self, ring: &mut Work<'_>) -> bool {
+    #[inline]
+    fn notify<'r>(&self, work: &mut impl Work<'r>) -> bool {
         let Some(call) = &self.call else { return false };
-        let wanted = ring.needs_notification();
+        let wanted = work.needs_notification();
         if wanted {
             call.signal();
         }
@@ -58,67 +73,91 @@ impl QueueSetup {
 
 /// A guest's transmit ring: frames come from it.
 #[derive(Debug)]
-pub struct GuestTx {
+struct GuestTx<R> {
     setup: QueueSetup,
+    ring: Arc<R>,
     header_len: usize,
 }
 
-impl GuestTx {
-    /// Serves a transmit ring.
-    pub fn new(setup: QueueSetup) -> Self {
-        setup.vring.silence();
-        Self { header_len: setup.header_len(), setup }
+/// What was taken from a ring.
+#[derive(Default)]
+struct Taken {
+    chains: usize,
+    bytes: u64,
+}
+
+/// A chain, and the length of its frame or why that is dropped.
+type Gathered = (Chain, Result<usize, DropReason>);
+
+impl<R: Ring> GuestTx<R> {
+    fn new(setup: QueueSetup, ring: Arc<R>) -> Self {
+        ring.silence();
+        Self { header_len: setup.header_len(), ring, setup }
     }
 
-    /// Takes chains into the burst until one of them is full or empty. Returns how many were taken, and the fault
-    /// that ended it if one did.
-    fn fill<'m>(&'m self, ring: &mut Work<'m>, available: u16, burst: &mut Burst<'m>) -> (u16, Option<Fault>) {
-        let mut taken = 0;
-        while taken < available && burst.has_room() {
-            let head = ring.head(taken);
-            let mut frame = burst.start(self.header_len);
-            let mut fits = true;
-            if let Err(fault) = ring.chain(head, |buffer| fits &= frame.push(buffer.source())) {
-                return (taken, Some(fault));
+    /// Takes chains into the burst until one of them is full or empty.
+    ///
+    /// # Errors
+    /// The fault that ended it; what was taken before is in the burst.
+    #[inline]
+    fn fill<'m>(&'m self, work: &mut R::Work<'m>, burst: &mut Burst<'m>, taken: &mut Taken) -> Result<(), Fault> {
+        let mut ahead = Ahead::default();
+        work.look_ahead(&mut ahead, BURST)?;
+        // Frames that are dropped at once leave room in the burst, but the guest's word alone must not keep us here.
+        while taken.chains < BURST && burst.has_room() {
+            let (chain, loaded) = match work.take_ahead(&ahead) {
+                Some((chain, buffer)) => (chain, burst.load(self.header_len, buffer)),
+                None => match self.gather(work, burst)? {
+                    Some(gathered) => gathered,
+                    None => break,
+                },
+            };
+            match loaded {
+                Ok(len) => taken.bytes += len as u64,
+                Err(reason) => self.setup.stats.drop_frames(reason, 1),
             }
-            let done = if fits { frame.finish() } else { Err(DropReason::Oversize) };
-            if let Err(reason) = done {
-                self.setup.stats.drop_frames(reason, 1);
-            }
-            ring.set_used(taken, head, 0);
-            taken += 1;
+            work.complete(chain, 0);
+            taken.chains += 1;
         }
-        (taken, None)
+        Ok(())
+    }
+
+    /// Takes a frame that lies in several pieces.
+    #[inline(never)]
+    fn gather<'m>(&self, work: &mut R::Work<'m>, burst: &mut Burst<'m>) -> Result<Option<Gathered>, Fault> {
+        let mut frame = burst.start(self.header_len);
+        let mut fits = true;
+        let Some((chain, _)) = work.take(|buffer| fits &= frame.push(buffer.source()))? else { return Ok(None) };
+        Ok(Some((chain, if fits { frame.finish() } else { Err(DropReason::Oversize) })))
     }
 }
 
-impl RxQueue for GuestTx {
+impl<R: Ring> RxQueue for GuestTx<R> {
     fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
-        let Some(mut ring) = self.setup.vring.try_lock(Direction::FromGuest) else { return Ok(0) };
-        let available = ring.available(1)?.min(BURST as u16);
-        if available == 0 {
+        let Some(mut work) = self.ring.try_lock(Direction::FromGuest) else { return Ok(0) };
+        if !work.available()? {
             return Ok(0);
         }
         let mut burst = storage.begin();
-        let (taken, fault) = self.fill(&mut ring, available, &mut burst);
-        let bytes: usize = (0..burst.count()).map(|place| burst.frame(place as u8).len()).sum();
-        self.setup.stats.rx(self.setup.pair).add(burst.count() as u64, bytes as u64);
+        let mut taken = Taken::default();
+        let outcome = self.fill(&mut work, &mut burst, &mut taken);
+        let counters = self.setup.stats.rx(self.setup.pair);
+        counters.add(burst.count() as u64, taken.bytes);
         if burst.count() > 0 {
             forward(&mut burst);
         }
-        ring.publish(taken);
-        if self.setup.notify(&mut ring) {
-            self.setup.stats.rx(self.setup.pair).notified();
+        if work.publish() && self.setup.notify(&mut work) {
+            counters.notified();
         }
-        fault.map_or(Ok(usize::from(taken)), Err)
+        outcome.map(|()| taken.chains)
     }
 
     fn arm(&self) -> bool {
-        self.setup.vring.enable_notification()
+        self.ring.enable_notification()
     }
 
     fn disarm(&self) {
-        self.setup.vring.disable_notification();
+        self.ring.disable_notification();
     }
 
     fn event_fd(&self) -> Option<RawFd> {
@@ -134,8 +173,9 @@ impl RxQueue for GuestTx {
 
 /// A guest's receive ring: frames go to it.
 #[derive(Debug)]
-pub struct GuestRx {
+struct GuestRx<R> {
     setup: QueueSetup,
+    ring: Arc<R>,
     header_len: usize,
     mergeable: bool,
     accepts: Accepts,
@@ -160,98 +200,179 @@ impl Outgoing<'_, '_> {
 struct Sent {
     frames: u64,
     bytes: u64,
-    /// Chains filled, not yet published.
-    chains: u16,
 }
 
-impl GuestRx {
-    /// Serves a receive ring.
-    pub fn new(setup: QueueSetup) -> Self {
-        let mut accepts = Accepts::default();
-        accepts.csum = setup.has(net::VIRTIO_NET_F_GUEST_CSUM);
-        accepts.tso4 = accepts.csum && setup.has(net::VIRTIO_NET_F_GUEST_TSO4);
-        accepts.tso6 = accepts.csum && setup.has(net::VIRTIO_NET_F_GUEST_TSO6);
-        accepts.ecn = setup.has(net::VIRTIO_NET_F_GUEST_ECN);
-        accepts.uso4 = accepts.csum && setup.has(GUEST_USO4);
-        accepts.uso6 = accepts.csum && setup.has(GUEST_USO6);
-        let mergeable = setup.has(net::VIRTIO_NET_F_MRG_RXBUF);
+/// Chains that one frame fills, and how far.
+pub type Filled = Vec<(Chain, u32)>;
+
+impl<R: Ring> GuestRx<R> {
+    fn new(setup: QueueSetup, ring: Arc<R>) -> Self {
+        let csum = setup.has(net::VIRTIO_NET_F_GUEST_CSUM);
+        // 5.1.3.1: the others depend on it.
+        let with_csum = |bit| csum && setup.has(bit);
+        let accepts = Accepts {
+            csum,
+            tso4: with_csum(net::VIRTIO_NET_F_GUEST_TSO4),
+            tso6: with_csum(net::VIRTIO_NET_F_GUEST_TSO6),
+            ecn: with_csum(net::VIRTIO_NET_F_GUEST_ECN),
+            uso4: with_csum(GUEST_USO4),
+            uso6: with_csum(GUEST_USO6),
+        };
         // We never wait for buffers, so we do not want to hear of new ones.
-        setup.vring.silence();
-        Self { header_len: setup.header_len(), mergeable, accepts, setup }
+        ring.silence();
+        let mergeable = setup.has(net::VIRTIO_NET_F_MRG_RXBUF);
+        Self { header_len: setup.header_len(), mergeable, accepts, ring, setup }
+    }
+
+    /// Delivers frames in order until the ring is full.
+    #[inline]
+    fn deliver_all<'r>(
+        &'r self,
+        work: &mut R::Work<'r>,
+        sent: &mut Sent,
+        burst: &Burst<'_>,
+        frames: &[u8],
+        scratch: &mut Scratch,
+    ) -> Result<(), Fault> {
+        let mut ahead = Ahead::default();
+        work.look_ahead(&mut ahead, frames.len())?;
+        for (place, &index) in frames.iter().enumerate() {
+            let frame = burst.frame(index);
+            if self.put_plain(work, sent, burst, frame, &ahead) {
+                continue;
+            }
+            match self.deliver(work, sent, burst, frame, scratch)? {
+                Ok(()) => work.look_ahead(&mut ahead, frames.len() - place - 1)?,
+                // Nothing behind it fits either, most likely, and order is kept.
+                Err(DropReason::Full) => {
+                    self.setup.stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
+                    break;
+                }
+                Err(reason) => self.setup.stats.drop_frames(reason, 1),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a frame that the receiver takes as it is into one plain buffer: what nearly always happens.
+    #[inline]
+    fn put_plain<'r>(
+        &self,
+        work: &mut R::Work<'r>,
+        sent: &mut Sent,
+        burst: &Burst<'_>,
+        frame: &Frame,
+        ahead: &Ahead<'r>,
+    ) -> bool {
+        if self.header_len != 12 || !self.accepts.takes(frame.offload()) {
+            return false;
+        }
+        let mark = work.mark();
+        let Some((chain, buffer)) = work.take_ahead(ahead) else { return false };
+        let len = frame.len() + self.header_len;
+        let (bytes, count) = frame.wire();
+        if len > buffer.segment().len() || !buffer.write(bytes, count) {
+            work.rewind(mark);
+            return false;
+        }
+        if !frame.is_whole() {
+            let mut rest = buffer.segment().skip(count);
+            for piece in burst.tail(frame) {
+                rest = rest.skip(rest.write_from(*piece));
+            }
+        }
+        work.complete(chain, len as u32);
+        sent.frames += 1;
+        sent.bytes += frame.len() as u64;
+        true
     }
 
     /// Delivers one frame as it is, or the frames that it has to become for this receiver.
-    fn deliver(
+    #[inline(never)]
+    fn deliver<'r>(
         &self,
-        ring: &mut Work<'_>,
+        work: &mut R::Work<'r>,
         sent: &mut Sent,
         burst: &Burst<'_>,
         frame: &Frame,
         scratch: &mut Scratch,
     ) -> Result<Result<(), DropReason>, Fault> {
+        let Scratch { rebuilt, filled } = scratch;
         if self.accepts.takes(frame.offload()) {
             let out = Outgoing { offload: *frame.offload(), head: frame.head(), tail: burst.tail(frame) };
-            return self.put(ring, sent, out);
+            return self.put(work, sent, filled, out);
         }
         let mut outcome = Ok(Ok(()));
-        let converted = scratch.convert(burst, frame, self.accepts, |offload, head, payload| {
+        let converted = rebuilt.convert(burst, frame, self.accepts, |offload, head, payload| {
             let tail = [SourceSegment::from_slice(payload)];
-            outcome = self.put(ring, sent, Outgoing { offload, head, tail: &tail });
+            outcome = self.put(work, sent, filled, Outgoing { offload, head, tail: &tail });
             matches!(outcome, Ok(Ok(())))
         });
         if converted { outcome } else { Ok(Err(DropReason::CannotConvert)) }
     }
 
-    /// Writes a frame into the next chain, or chains if they are mergeable. Nothing is taken if it does not fit.
-    fn put(
+    /// Writes a frame into the next chain, or chains if they are mergeable. None is taken if it does not fit.
+    fn put<'r>(
         &self,
-        ring: &mut Work<'_>,
+        work: &mut R::Work<'r>,
         sent: &mut Sent,
+        filled: &mut Filled,
         out: Outgoing<'_, '_>,
     ) -> Result<Result<(), DropReason>, Fault> {
-        let len = out.len();
+        filled.clear();
+        let mark = work.mark();
+        if let Err(reason) = self.copy(work, filled, out)? {
+            work.rewind(mark);
+            return Ok(Err(reason));
+        }
+        for &(chain, len) in filled.iter() {
+            work.complete(chain, len);
+        }
+        sent.frames += 1;
+        sent.bytes += out.len() as u64;
+        Ok(Ok(()))
+    }
+
+    /// Takes chains and copies a frame into them.
+    fn copy<'r>(
+        &self,
+        work: &mut R::Work<'r>,
+        filled: &mut Filled,
+        out: Outgoing<'_, '_>,
+    ) -> Result<Result<(), DropReason>, Fault> {
         let header = out.offload.to_virtio(1).to_bytes();
-        let mut source = Source::new(header.get(..self.header_len).unwrap_or_default(), &out, len);
-        let mut chains = 0u16;
-        let mut buffers_at = None;
+        let mut source = Source::new(header.get(..self.header_len).unwrap_or_default(), &out);
+        let mut first = None;
         loop {
-            if ring.available(sent.chains + chains + 1)? <= sent.chains + chains {
-                return Ok(Err(DropReason::Full));
-            }
-            let offset = sent.chains + chains;
-            let head = ring.head(offset);
             let before = source.left;
-            let mut first = None;
-            let capacity = ring.chain(head, |buffer| {
+            let taken = work.take(|buffer| {
                 first.get_or_insert(buffer);
                 source.copy_to(buffer);
             })?;
-            ring.set_used(offset, head, (before - source.left) as u32);
-            buffers_at = buffers_at.or(first);
-            chains += 1;
+            let Some((chain, capacity)) = taken else { return Ok(Err(DropReason::Full)) };
+            filled.push((chain, (before - source.left) as u32));
             if source.left == 0 {
                 break;
             }
             // A chain without room would never end; one that is not mergeable has to hold it all.
-            if !self.mergeable || capacity == 0 {
+            if !self.mergeable || capacity == 0 || filled.len() == filled.capacity() {
                 return Ok(Err(DropReason::BufferTooSmall));
             }
         }
-        if chains > 1 {
-            // 5.1.6.3.2 lets the device count on the first buffer holding the header.
-            match buffers_at {
-                Some(buffer) if buffer.len() >= self.header_len => buffer.skip(10).write(&chains.to_le_bytes()),
-                _ => return Ok(Err(DropReason::BufferTooSmall)),
-            };
+        // 5.1.6.3.2 lets the device count on the first buffer holding the header.
+        let count = filled.len() as u16;
+        match first {
+            _ if count == 1 => Ok(Ok(())),
+            Some(buffer) if buffer.len() >= self.header_len => {
+                buffer.skip(10).write(&count.to_le_bytes());
+                Ok(Ok(()))
+            }
+            _ => Ok(Err(DropReason::BufferTooSmall)),
         }
-        sent.frames += 1;
-        sent.bytes += len as u64;
-        sent.chains += chains;
-        Ok(Ok(()))
     }
 }
 
-/// First bit numbers of the UDP segmentation features (virtio 1.3, 5.1.3), which the bindings lack.
+/// Bit numbers of the UDP segmentation features (virtio 1.3, 5.1.3), which the bindings lack.
 const GUEST_USO4: u32 = 54;
 const GUEST_USO6: u32 = 55;
 
@@ -265,9 +386,9 @@ struct Source<'a, 'm> {
 
 impl<'a, 'm> Source<'a, 'm> {
     #[inline]
-    fn new(header: &'a [u8], out: &Outgoing<'a, 'm>, len: usize) -> Self {
+    fn new(header: &'a [u8], out: &Outgoing<'a, 'm>) -> Self {
         let current = SourceSegment::from_slice(&[]);
-        Self { pieces: [header, out.head], current, tail: out.tail, left: header.len() + len }
+        Self { pieces: [header, out.head], current, tail: out.tail, left: header.len() + out.len() }
     }
 
     /// Fills a buffer as far as both reach.
@@ -292,35 +413,19 @@ impl<'a, 'm> Source<'a, 'm> {
     }
 }
 
-impl TxQueue for GuestRx {
-    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch, stats: &PortStats) -> Result<(), Fault> {
-        let mut ring = self.setup.vring.lock(Direction::ToGuest);
+impl<R: Ring> TxQueue for GuestRx<R> {
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
+        let mut work = self.ring.lock(Direction::ToGuest);
         let mut sent = Sent::default();
-        let mut fault = None;
-        for (place, &index) in frames.iter().enumerate() {
-            match self.deliver(&mut ring, &mut sent, burst, burst.frame(index), scratch) {
-                Ok(Ok(())) => {}
-                // Nothing behind it fits either, most likely, and order is kept.
-                Ok(Err(DropReason::Full)) => {
-                    stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
-                    break;
-                }
-                Ok(Err(reason)) => stats.drop_frames(reason, 1),
-                Err(broken) => {
-                    fault = Some(broken);
-                    break;
-                }
-            }
-        }
-        if sent.chains > 0 {
-            let counters = stats.tx(self.setup.pair);
+        let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
+        if work.publish() {
+            let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
-            ring.publish(sent.chains);
-            if self.setup.notify(&mut ring) {
+            if self.setup.notify(&mut work) {
                 counters.notified();
             }
         }
-        fault.map_or(Ok(()), Err)
+        outcome
     }
 
     fn prefers(&self) -> Accepts {

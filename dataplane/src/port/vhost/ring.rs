@@ -5,11 +5,10 @@ use std::sync::Arc;
 use crate::mem::GuestMemory;
 use crate::port::stats::PortStats;
 use crate::port::vhost::features;
-use crate::port::vhost::queue::{GuestRx, GuestTx, QueueSetup};
+use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{RxEntry, TxQueue};
-use crate::virtq::RingConfig;
 use crate::virtq::notify::EventFd;
-use crate::virtq::split::Vring;
+use crate::virtq::{RingConfig, Vring};
 
 /// Where the parts of a ring lie, in the frontend's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +42,7 @@ pub(super) struct Ring {
     /// Its addresses, if they were given since it was last stopped.
     pub(super) place: Option<Place>,
     /// Next index to process, while there is no `vring` to ask.
-    pub(super) base: u16,
+    pub(super) base: u32,
     /// How the guest wakes us.
     pub(super) kick: Option<Arc<EventFd>>,
     /// How we wake the guest.
@@ -56,7 +55,7 @@ pub(super) struct Ring {
     pub(super) started: bool,
     /// Why it does not run although it was started.
     pub(super) problem: Option<String>,
-    vring: Option<Arc<Vring>>,
+    vring: Option<Vring>,
     queue: Option<Queue>,
 }
 
@@ -93,7 +92,7 @@ impl Ring {
         let Some(vring) = self.vring.take() else { return };
         self.base = vring.base();
         match vring.moved_to(memory.clone()) {
-            Ok(moved) => self.vring = Some(Arc::new(moved)),
+            Ok(moved) => self.vring = Some(moved),
             Err(error) => self.problem = Some(format!("ring {index}: {error}")),
         }
     }
@@ -114,7 +113,7 @@ impl Ring {
             self.problem = self.open(around).err().map(|error| format!("ring {index}: {error}"));
         }
         if self.queue.is_none() {
-            self.queue = self.vring.clone().map(|vring| self.serve(index, vring, around));
+            self.queue = self.vring.as_ref().map(|vring| self.serve(index, vring, around));
         }
     }
 
@@ -127,17 +126,17 @@ impl Ring {
             used: place.used,
             event_idx: around.features & features::EVENT_IDX != 0,
             indirect: around.features & features::INDIRECT_DESC != 0,
+            packed: around.features & features::RING_PACKED != 0,
         };
         let vring = Vring::new(&config, around.memory.clone(), self.base).map_err(|error| error.to_string())?;
-        self.vring = Some(Arc::new(vring));
+        self.vring = Some(vring);
         Ok(())
     }
 
-    fn serve(&self, index: usize, vring: Arc<Vring>, around: &Surroundings<'_>) -> Queue {
+    fn serve(&self, index: usize, vring: &Vring, around: &Surroundings<'_>) -> Queue {
         let pair = index / 2;
         let setup = QueueSetup {
             pair,
-            vring,
             features: around.features,
             kick: self.kick.clone(),
             call: self.call.clone(),
@@ -145,9 +144,9 @@ impl Ring {
         };
         // virtio 1.2, 5.1.2: receive queues are even, transmit queues odd, as the guest sees them.
         if index.is_multiple_of(2) {
-            Queue::ToGuest(Arc::new(GuestRx::new(setup)))
+            Queue::ToGuest(guest_rx(setup, vring))
         } else {
-            Queue::FromGuest(RxEntry { pair, queue: Arc::new(GuestTx::new(setup)) })
+            Queue::FromGuest(RxEntry { pair, queue: guest_tx(setup, vring) })
         }
     }
 }

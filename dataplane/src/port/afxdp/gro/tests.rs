@@ -82,8 +82,8 @@ fn merge(frames: &[Vec<u8>], shared: u64, accepts: Accepts) -> Vec<Out> {
         // In two pieces, as jumbo frames come.
         let (head, tail) = bytes.split_at(head);
         let (one, two) = tail.split_at(tail.len() / 3);
-        let mut frame = burst.start(0);
-        assert!(frame.push(SourceSegment::from_slice(head)));
+        let mut frame = burst.start(12);
+        assert!(frame.push(SourceSegment::from_slice(&[0; 12])) && frame.push(SourceSegment::from_slice(head)));
         assert!(frame.push_tail(SourceSegment::from_slice(one)) && frame.push_tail(SourceSegment::from_slice(two)));
         frame.finish().unwrap();
     }

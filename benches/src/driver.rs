@@ -1,0 +1,129 @@
+//! A guest's driver that costs next to nothing: its descriptors are written once, and only indices move.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use sluice::mem::{GuestMemory, Region};
+use sluice::virtq::RingConfig;
+
+const UVA: u64 = 0x7f00_0000_0000;
+const BUFFERS: u64 = 1 << 20;
+/// Bytes of one buffer.
+pub const BUFFER: u64 = 2048;
+const WRITE: u16 = 2;
+
+/// One ring with a buffer for every descriptor, all of which are always in order.
+#[derive(Debug)]
+pub struct Driver {
+    base: *mut u8,
+    len: usize,
+    file: File,
+    size: u16,
+    avail: u16,
+    used: u16,
+}
+
+impl Driver {
+    /// A ring of `size` descriptors, each with a buffer of its own: of `frame` bytes and a header to send, or of
+    /// [`BUFFER`] bytes to receive into.
+    ///
+    /// # Errors
+    /// If memory cannot be had.
+    pub fn new(size: u16, frame: Option<&[u8]>) -> std::io::Result<Self> {
+        let len = (BUFFERS + u64::from(size) * BUFFER).next_multiple_of(2 << 20) as usize;
+        // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
+        let (file, base) = unsafe {
+            let fd = libc::memfd_create(c"driver".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB);
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            let file = File::from_raw_fd(fd);
+            file.set_len(len as u64)?;
+            let both = libc::PROT_READ | libc::PROT_WRITE;
+            let base = libc::mmap(std::ptr::null_mut(), len, both, libc::MAP_SHARED | libc::MAP_POPULATE, fd, 0);
+            if base == libc::MAP_FAILED {
+                return Err(std::io::Error::last_os_error());
+            }
+            (file, base.cast::<u8>())
+        };
+        let mut driver = Self { base, len, file, size, avail: 0, used: 0 };
+        for index in 0..size {
+            let at = BUFFERS + u64::from(index) * BUFFER;
+            let (len, flags) = frame.map_or((BUFFER as u32, WRITE), |frame| (12 + frame.len() as u32, 0));
+            let descriptor = [at, u64::from(len) | (u64::from(flags) << 32)];
+            driver.put(0x1000 + 16 * u64::from(index), &descriptor);
+            driver.put(driver.avail_at() + 4 + 2 * u64::from(index), &index);
+            for (place, byte) in frame.unwrap_or_default().iter().enumerate() {
+                driver.put(at + 12 + place as u64, byte);
+            }
+        }
+        driver.used = 0;
+        Ok(driver)
+    }
+
+    fn put<T: Copy>(&mut self, at: u64, value: &T) {
+        assert!(at as usize + size_of::<T>() <= self.len);
+        // SAFETY: the range was just checked, and the mapping is ours.
+        unsafe { self.base.add(at as usize).cast::<T>().write_unaligned(*value) };
+    }
+
+    fn avail_at(&self) -> u64 {
+        0x1000 + 16 * u64::from(self.size)
+    }
+
+    fn used_at(&self) -> u64 {
+        (self.avail_at() + 6 + 2 * u64::from(self.size)).next_multiple_of(64)
+    }
+
+    fn index(&self, at: u64) -> &AtomicU16 {
+        // SAFETY: aligned, and within the mapping, by the layout above.
+        unsafe { AtomicU16::from_ptr(self.base.add(at as usize + 2).cast()) }
+    }
+
+    /// The ring as a frontend would describe it.
+    pub fn config(&self) -> RingConfig {
+        RingConfig {
+            size: self.size.into(),
+            desc: UVA + 0x1000,
+            avail: UVA + self.avail_at(),
+            used: UVA + self.used_at(),
+            event_idx: false,
+            indirect: false,
+            packed: false,
+        }
+    }
+
+    /// The memory as the switch maps it.
+    ///
+    /// # Panics
+    /// If it cannot be mapped.
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        let file = self.file.try_clone().unwrap_or_else(|e| panic!("{e}"));
+        let region = Region::map(file, 0, self.len as u64, UVA, 0).unwrap_or_else(|e| panic!("{e}"));
+        Arc::new(GuestMemory::new(vec![region]).unwrap_or_else(|e| panic!("{e}")))
+    }
+
+    /// Makes `count` more chains available.
+    pub fn post(&mut self, count: u16) {
+        self.avail = self.avail.wrapping_add(count);
+        self.index(self.avail_at()).store(self.avail, Ordering::Release);
+    }
+
+    /// Takes back what came back; returns how many.
+    pub fn reap(&mut self) -> u16 {
+        let used = self.index(self.used_at()).load(Ordering::Acquire);
+        let count = used.wrapping_sub(self.used);
+        self.used = used;
+        count
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing refers to it any more.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+        let _ = self.file.as_raw_fd();
+    }
+}

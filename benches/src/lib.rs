@@ -1,0 +1,3 @@
+//! Tools for measuring the switch.
+
+pub mod driver;

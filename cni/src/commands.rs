@@ -1,0 +1,124 @@
+//! The commands of the specification, less VERSION.
+
+use serde_json::Value;
+
+use crate::attachment::{Attachment, OWNERS, Owner};
+use crate::config::Config;
+use crate::environment::Environment;
+use crate::error::{CniError, Code};
+use crate::ipam::Ipam;
+use crate::switch::Switch;
+use crate::{device_info, result};
+
+/// Makes an attachment. Whatever fails, nothing of it is left.
+pub(crate) fn add(config: &Config, environment: &Environment) -> Result<Value, CniError> {
+    let settings = config.settings()?;
+    let attachment = Attachment::new(config, &settings, environment)?;
+    // Before anything is handed out: a switch that is down costs no address.
+    let mut switch = Switch::connect(&config.control, true)?;
+    remove_leftovers(&mut switch, &attachment, environment)?;
+
+    let addresses = ipam(config, environment).map(|ipam| ipam.run("ADD")).transpose()?;
+    let finish = || {
+        let result = result::build(config, &settings, environment, &attachment, addresses)?;
+        switch.add(attachment.port.clone())?;
+        let file = settings.device_info_file.as_deref();
+        if let Some(Err(error)) = file.map(|file| device_info::write_if_absent(file, &attachment.pod_socket)) {
+            let _ = switch.remove(&attachment.port.name, &attachment.owner);
+            return Err(error);
+        }
+        Ok(result)
+    };
+    finish().inspect_err(|_| {
+        // The first failure is the one to tell.
+        let _ = ipam(config, environment).map(|ipam| ipam.run("DEL"));
+    })
+}
+
+/// The device's folder is this pod's alone now. A port that another pod has left behind in it, under another
+/// interface's name, would connect to whatever this pod puts there, in the other pod's network.
+fn remove_leftovers(switch: &mut Switch, attachment: &Attachment, environment: &Environment) -> Result<(), CniError> {
+    for port in switch.ports(OWNERS, &attachment.device_folder)? {
+        let owner = port.owner.as_deref().unwrap_or_default();
+        let of_this_pod = Owner::parse(owner).is_some_and(|owner| owner.container_id == environment.container_id);
+        if !of_this_pod && port.name != attachment.port.name {
+            switch.remove(&port.name, owner)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes an attachment, whatever is left of it and whatever is wrong with its configuration.
+///
+/// A switch that is down is not an error, since the runtime would try again for ever and the pod would never go. The
+/// port then stays, disconnected, until GC or until the next ADD with the same device removes it.
+pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniError> {
+    let removed = remove_ports(config, environment);
+    // Not without the address: leases do not come back by themselves.
+    ipam(config, environment).map(|ipam| ipam.run("DEL")).transpose()?;
+    if let Err(error) = removed {
+        eprintln!("sluice-cni: DEL leaves the port to GC, or to the next pod that gets the device: {error}");
+    }
+    Ok(())
+}
+
+fn remove_ports(config: &Config, environment: &Environment) -> Result<(), CniError> {
+    let mut switch = Switch::connect(&config.control, true)?;
+    for port in switch.ports(&Owner::prefix(environment), "")? {
+        switch.remove(&port.name, port.owner.as_deref().unwrap_or_default())?;
+    }
+    Ok(())
+}
+
+/// Checks that an attachment is as ADD has left it.
+pub(crate) fn check(config: &Config, environment: &Environment) -> Result<(), CniError> {
+    let settings = config.settings()?;
+    let attachment = Attachment::new(config, &settings, environment)?;
+    let previous = config.prev_result()?.ok_or_else(|| CniError::config("CHECK needs \"prevResult\""))?;
+    result::check(&previous, environment, &attachment)?;
+    let mut switch = Switch::connect(&config.control, true)?;
+    let ports = switch.ports(&Owner::prefix(environment), "")?;
+    let name = &attachment.port.name;
+    let Some(port) = ports.iter().find(|port| port.name == *name) else {
+        return Err(CniError::new(Code::Switch, format!("the switch has no port {name} of this pod")));
+    };
+    let differences = attachment.differences(port);
+    if !differences.is_empty() {
+        let problem = format!("port {name} is not as configured in: {}", differences.join(", "));
+        return Err(CniError::new(Code::Switch, problem));
+    }
+    ipam(config, environment).map(|ipam| ipam.run("CHECK")).transpose()?;
+    Ok(())
+}
+
+/// Removes the ports of this network's attachments that the runtime does not know any more.
+pub(crate) fn gc(config: &Config, environment: &Environment) -> Result<(), CniError> {
+    config.check_name()?;
+    let valid = config.valid_attachments()?;
+    let mut switch = Switch::connect(&config.control, true)?;
+    for port in switch.ports(OWNERS, "")? {
+        let text = port.owner.as_deref().unwrap_or_default();
+        let Some(owner) = Owner::parse(text).filter(|owner| owner.network == config.name) else { continue };
+        let known = |(id, interface): &(String, String)| id == owner.container_id && interface == owner.interface;
+        if !valid.iter().any(known) {
+            switch.remove(&port.name, text)?;
+        }
+    }
+    ipam(config, environment).map(|ipam| ipam.run("GC")).transpose()?;
+    Ok(())
+}
+
+/// Tells whether ADD would work.
+pub(crate) fn status(config: &Config, environment: &Environment) -> Result<(), CniError> {
+    config.settings()?;
+    // Asked often; a switch that is being restarted is not available.
+    let answers = Switch::connect(&config.control, false).and_then(|mut switch| switch.ping());
+    answers.map_err(|error| error.with_code(Code::Unavailable))?;
+    ipam(config, environment).map(|ipam| ipam.run("STATUS")).transpose()?;
+    Ok(())
+}
+
+fn ipam<'a>(config: &'a Config, environment: &'a Environment) -> Option<Ipam<'a>> {
+    let plugin = config.ipam.as_deref()?;
+    Some(Ipam { plugin, config: &config.text, path: &environment.path })
+}

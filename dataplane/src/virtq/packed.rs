@@ -1,0 +1,384 @@
+//! The packed virtqueue (virtio 1.2, 2.8), the device's side.
+//!
+//! One ring of descriptors serves both ways: the driver marks a slot available, we mark it used. A slot's flags are read
+//! first and written last, and of several slots the first one is marked last, so that the driver sees all or nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
+
+use crate::limits::{BURST, MAX_RING};
+use crate::mem::{GuestMemory, Segment, Wide};
+use crate::sync::{SpinGuard, SpinLock};
+use crate::virtq::chain::{Buffers, DESCRIPTOR, Direction, Hints, INDIRECT, NEXT, WRITE};
+use crate::virtq::ring::{Ahead, Chain, Ring, Work};
+use crate::virtq::{Fault, RingConfig, RingError};
+
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+/// Event suppression (2.8.10): notify always, never, or at a certain slot.
+const EVENT_ENABLE: u16 = 0;
+const EVENT_DISABLE: u16 = 1;
+const EVENT_AT: u16 = 2;
+const EVENT_BYTES: usize = 4;
+/// The wrap counter within an index.
+const WRAP: u16 = 1 << 15;
+/// Chains completed and not yet published, at most.
+const PENDING: usize = 2 * BURST;
+
+/// A packed ring over host pointers.
+#[derive(Debug)]
+pub struct PackedRing {
+    config: RingConfig,
+    memory: Arc<GuestMemory>,
+    slots: *mut u64,
+    driver: *mut u16,
+    device: *mut u16,
+    size: u32,
+    position: SpinLock<Position>,
+}
+
+/// A slot, and how often the ring has been round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cursor {
+    slot: u32,
+    wrap: bool,
+}
+
+impl Cursor {
+    #[inline]
+    fn advance(self, slots: u32, size: u32) -> Self {
+        let slot = self.slot + slots;
+        if slot >= size { Self { slot: slot - size, wrap: !self.wrap } } else { Self { slot, wrap: self.wrap } }
+    }
+
+    fn index(self) -> u16 {
+        self.slot as u16 | if self.wrap { WRAP } else { 0 }
+    }
+}
+
+#[derive(Debug)]
+struct Position {
+    /// Next slot to take. Used slots follow in step, since we complete in order.
+    next: Cursor,
+    /// Where it stood at the last decision about notifying.
+    decided: u16,
+    hints: Hints,
+}
+
+// SAFETY: the pointers lead into `memory`, which is held as long; what they point to is only touched by volatile and
+// atomic accesses, and by the holder of `position`.
+unsafe impl Send for PackedRing {}
+// SAFETY: as above.
+unsafe impl Sync for PackedRing {}
+
+impl PackedRing {
+    /// Sets a ring up to continue at `base`: the next slot in bits 0 to 14, the wrap counter in bit 15. The used
+    /// position above them is the same for a device that completes all that it takes.
+    ///
+    /// # Errors
+    /// [`RingError`] if its size, place or base is invalid.
+    pub fn new(config: &RingConfig, memory: Arc<GuestMemory>, base: u32) -> Result<Self, RingError> {
+        let next = Cursor { slot: u32::from(base as u16 & !WRAP), wrap: base as u16 & WRAP != 0 };
+        if next.slot >= config.size {
+            return Err(RingError::Base(base));
+        }
+        Self::map(config, memory, Position { next, decided: next.slot as u16, hints: Hints::default() })
+    }
+
+    fn map(config: &RingConfig, memory: Arc<GuestMemory>, position: Position) -> Result<Self, RingError> {
+        let size = u16::try_from(config.size).ok().filter(|size| *size > 0 && *size <= MAX_RING);
+        let size = size.ok_or(RingError::Size(config.size))?;
+        let area = |name, uva: u64, len: usize, align: usize| {
+            let place = memory.translate_uva(uva, len).ok_or(RingError::Unmapped(name))?;
+            if place.addr().is_multiple_of(align) { Ok(place) } else { Err(RingError::Unaligned(name)) }
+        };
+        let slots = area("descriptor", config.desc, usize::from(size) * DESCRIPTOR, 16)?;
+        let driver = area("driver event", config.avail, EVENT_BYTES, 4)?;
+        let device = area("device event", config.used, EVENT_BYTES, 4)?;
+        Ok(Self {
+            config: *config,
+            slots: slots.cast(),
+            driver: driver.cast(),
+            device: device.cast(),
+            size: size.into(),
+            position: SpinLock::new(position),
+            memory,
+        })
+    }
+
+    /// The second half of a slot: length, id and flags.
+    #[inline]
+    fn tail(&self, slot: u32) -> &AtomicU64 {
+        debug_assert!(slot < self.size);
+        // SAFETY: the slot is within the ring, whose area `map` checked and which is aligned to 16.
+        unsafe { AtomicU64::from_ptr(self.slots.wrapping_add((slot % self.size) as usize * 2 + 1)) }
+    }
+
+    /// Reads a slot if it is available, its flags first.
+    #[inline]
+    fn read(&self, at: Cursor) -> Option<Slot> {
+        let tail = u64::from_le(self.tail(at.slot).load(Ordering::Acquire));
+        let flags = (tail >> 48) as u16;
+        if (flags & AVAIL != 0) != at.wrap || (flags & USED != 0) == at.wrap {
+            return None;
+        }
+        // SAFETY: as in `tail`; volatile, since the guest may write meanwhile.
+        let addr = unsafe { self.slots.wrapping_add((at.slot % self.size) as usize * 2).read_volatile() };
+        Some(Slot { addr: u64::from_le(addr), len: tail as u32, id: (tail >> 32) as u16, flags })
+    }
+
+    #[inline]
+    fn event(&self, place: *mut u16) -> &AtomicU16 {
+        // SAFETY: `place` is one of the two words of an event area, which `map` checked and which is aligned to 4.
+        unsafe { AtomicU16::from_ptr(place) }
+    }
+
+    fn has_next(&self, position: &Position) -> bool {
+        self.read(position.next).is_some()
+    }
+}
+
+/// A descriptor, read once.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    addr: u64,
+    len: u32,
+    id: u16,
+    flags: u16,
+}
+
+impl Ring for PackedRing {
+    type Work<'r> = PackedWork<'r>;
+
+    #[inline]
+    fn try_lock(&self, direction: Direction) -> Option<PackedWork<'_>> {
+        Some(PackedWork::new(self, direction, self.position.try_lock()?))
+    }
+
+    #[inline]
+    fn lock(&self, direction: Direction) -> PackedWork<'_> {
+        PackedWork::new(self, direction, self.position.lock())
+    }
+
+    fn enable_notification(&self) -> bool {
+        let Some(position) = self.position.try_lock() else { return true };
+        if self.config.event_idx {
+            self.event(self.device).store(position.next.index().to_le(), Ordering::Release);
+        }
+        let how = if self.config.event_idx { EVENT_AT } else { EVENT_ENABLE };
+        self.event(self.device.wrapping_add(1)).store(how.to_le(), Ordering::Release);
+        // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
+        fence(Ordering::SeqCst);
+        self.has_next(&position)
+    }
+
+    fn disable_notification(&self) {
+        self.event(self.device.wrapping_add(1)).store(EVENT_DISABLE.to_le(), Ordering::Release);
+    }
+
+    fn silence(&self) {
+        self.disable_notification();
+    }
+
+    fn base(&self) -> u32 {
+        let index = u32::from(self.position.lock().next.index());
+        index | (index << 16)
+    }
+
+    fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
+        let old = self.position.lock();
+        let position = Position { next: old.next, decided: old.decided, hints: Hints::default() };
+        Self::map(&self.config, memory, position)
+    }
+}
+
+/// A packed ring held for one burst.
+#[derive(Debug)]
+pub struct PackedWork<'r> {
+    ring: &'r PackedRing,
+    direction: Direction,
+    position: SpinGuard<'r, Position>,
+    /// Next slot to take.
+    cursor: Cursor,
+    /// Chains taken since the ring was locked.
+    taken: u32,
+    /// Where what is completed next was taken from.
+    completing: Cursor,
+    pending: [u64; PENDING],
+    pending_slots: [u32; PENDING],
+    count: usize,
+    published: bool,
+}
+
+/// Where taking stood.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    cursor: Cursor,
+    taken: u32,
+}
+
+impl<'r> PackedWork<'r> {
+    #[inline]
+    fn new(ring: &'r PackedRing, direction: Direction, position: SpinGuard<'r, Position>) -> Self {
+        let cursor = position.next;
+        Self {
+            ring,
+            direction,
+            position,
+            cursor,
+            taken: 0,
+            completing: cursor,
+            pending: [0; PENDING],
+            pending_slots: [0; PENDING],
+            count: 0,
+            published: false,
+        }
+    }
+
+    /// The slot's buffer if it is a chain of its own, in one piece.
+    #[inline]
+    fn single(&self, slot: Slot, hints: &mut Hints) -> Option<Wide<'r>> {
+        let wanted = if self.direction == Direction::ToGuest { WRITE } else { 0 };
+        if slot.flags & (INDIRECT | NEXT | WRITE) != wanted {
+            return None;
+        }
+        Wide::locate(&self.ring.memory, slot.addr, slot.len, &mut hints.buffers)
+    }
+
+    /// Follows a chain from its first slot. Returns its buffer id and its number of slots.
+    fn follow(
+        &self,
+        first: Slot,
+        buffers: &mut Buffers<'r, impl FnMut(Segment<'r>)>,
+        hints: &mut Hints,
+    ) -> Result<(u16, u32), Fault> {
+        let (mut slot, mut at, mut slots) = (first, self.cursor, 1u32);
+        loop {
+            if slot.flags & INDIRECT != 0 {
+                // 2.8.7: neither with a next one nor within a chain.
+                if slot.flags & NEXT != 0 || slots > 1 || !self.ring.config.indirect {
+                    return Err(Fault::BadIndirect);
+                }
+                buffers.table(slot.addr, slot.len, hints)?;
+                return Ok((slot.id, 1));
+            }
+            buffers.buffer(slot.addr, slot.len, slot.flags, hints)?;
+            if slot.flags & NEXT == 0 {
+                return Ok((slot.id, slots));
+            }
+            if slots >= self.ring.size {
+                return Err(Fault::ChainLoop);
+            }
+            at = at.advance(1, self.ring.size);
+            // 2.8.6: the driver marks the first slot of a chain last, so all of it has to be there.
+            slot = self.ring.read(at).ok_or(Fault::DescriptorIndex)?;
+            slots += 1;
+        }
+    }
+
+    /// Marks everything completed as used, the first one last.
+    fn flush(&mut self) {
+        let count = std::mem::take(&mut self.count).min(PENDING);
+        for index in (0..count).rev() {
+            let order = if index == 0 { Ordering::Release } else { Ordering::Relaxed };
+            self.ring.tail(self.pending_slots[index]).store(self.pending[index].to_le(), order);
+        }
+        self.published |= count > 0;
+    }
+}
+
+impl<'r> Work<'r> for PackedWork<'r> {
+    type Mark = Mark;
+
+    #[inline]
+    fn available(&mut self) -> Result<bool, Fault> {
+        Ok(self.ring.read(self.cursor).is_some())
+    }
+
+    #[inline]
+    fn look_ahead(&mut self, ahead: &mut Ahead<'r>, wanted: usize) -> Result<(), Fault> {
+        ahead.begin(self.taken);
+        let (mut at, mut hints) = (self.cursor, self.position.hints);
+        for _ in 0..wanted.min(BURST) {
+            let Some(slot) = self.ring.read(at) else { break };
+            // Where the chain after a longer one begins is not known yet.
+            let Some(buffer) = self.single(slot, &mut hints) else { break };
+            ahead.push(slot.id, Some(buffer), self.direction);
+            at = at.advance(1, self.ring.size);
+        }
+        self.position.hints = hints;
+        Ok(())
+    }
+
+    #[inline]
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)> {
+        let (id, buffer) = ahead.get(self.taken)?;
+        let chain = Chain { id, slot: self.cursor.slot, slots: 1 };
+        self.cursor = self.cursor.advance(1, self.ring.size);
+        self.taken += 1;
+        Some((chain, buffer))
+    }
+
+    fn take(&mut self, sink: impl FnMut(Segment<'r>)) -> Result<Option<(Chain, u64)>, Fault> {
+        let Some(first) = self.ring.read(self.cursor) else { return Ok(None) };
+        let mut buffers = Buffers::new(&self.ring.memory, self.direction, sink);
+        let mut hints = self.position.hints;
+        let (id, slots) = self.follow(first, &mut buffers, &mut hints)?;
+        self.position.hints = hints;
+        let chain = Chain { id, slot: self.cursor.slot, slots };
+        self.cursor = self.cursor.advance(slots, self.ring.size);
+        self.taken += 1;
+        Ok(Some((chain, buffers.bytes())))
+    }
+
+    fn mark(&self) -> Mark {
+        Mark { cursor: self.cursor, taken: self.taken }
+    }
+
+    fn rewind(&mut self, mark: Mark) {
+        (self.cursor, self.taken) = (mark.cursor, mark.taken);
+    }
+
+    #[inline]
+    fn complete(&mut self, chain: Chain, len: u32) {
+        if self.count >= PENDING {
+            self.flush();
+        }
+        let mut flags = if self.completing.wrap { AVAIL | USED } else { 0 };
+        if self.direction == Direction::ToGuest {
+            flags |= WRITE;
+        }
+        self.pending[self.count] = u64::from(len) | (u64::from(chain.id) << 32) | (u64::from(flags) << 48);
+        self.pending_slots[self.count] = chain.slot;
+        self.count += 1;
+        self.completing = self.completing.advance(chain.slots, self.ring.size);
+    }
+
+    #[inline]
+    fn publish(&mut self) -> bool {
+        self.flush();
+        self.position.next = self.completing;
+        std::mem::take(&mut self.published)
+    }
+
+    #[inline]
+    fn needs_notification(&mut self) -> bool {
+        let (mut old, new) = (self.position.decided, self.position.next.slot as u16);
+        self.position.decided = new;
+        // The slots must be seen as used before we look whether anyone waits for them.
+        fence(Ordering::SeqCst);
+        let how = u16::from_le(self.ring.event(self.ring.driver.wrapping_add(1)).load(Ordering::Acquire));
+        if how != EVENT_AT || !self.ring.config.event_idx {
+            return how != EVENT_DISABLE;
+        }
+        let event = u16::from_le(self.ring.event(self.ring.driver).load(Ordering::Acquire));
+        if new <= old {
+            old = old.wrapping_sub(self.ring.size as u16);
+        }
+        let mut at = event & !WRAP;
+        if (event & WRAP != 0) != self.position.next.wrap {
+            at = at.wrapping_sub(self.ring.size as u16);
+        }
+        new.wrapping_sub(at).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+}

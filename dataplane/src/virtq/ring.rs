@@ -1,0 +1,157 @@
+//! What both layouts of a virtqueue have in common, for those who work them.
+//!
+//! A [`Ring`] is held for one burst as its [`Work`]. Chains are taken one after the other, completed in the same order,
+//! and published together; chains that were taken but not completed can be given back by going back to a mark.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use crate::limits::BURST;
+use crate::mem::{GuestMemory, Segment, Wide};
+use crate::virtq::chain::Direction;
+use crate::virtq::{Fault, RingError};
+
+/// A chain taken from a ring.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Chain {
+    /// Index of its first descriptor (split), or its buffer id (packed).
+    pub(super) id: u16,
+    /// Ring slot where its used descriptor goes (packed).
+    pub(super) slot: u32,
+    /// Ring slots it takes (packed).
+    pub(super) slots: u32,
+}
+
+/// One side of a queue pair, in either layout.
+pub trait Ring: Send + Sync + std::fmt::Debug + Sized + 'static {
+    /// The ring, held.
+    type Work<'r>: Work<'r>;
+
+    /// Takes the ring for one burst, if no other worker has it.
+    fn try_lock(&self, direction: Direction) -> Option<Self::Work<'_>>;
+
+    /// Takes the ring for one burst, after another worker that has it.
+    fn lock(&self, direction: Direction) -> Self::Work<'_>;
+
+    /// Asks the driver to notify us of the next chain, and returns whether there is one already.
+    fn enable_notification(&self) -> bool;
+
+    /// Asks the driver not to notify us, since we poll.
+    fn disable_notification(&self);
+
+    /// Asks the driver not to notify us for as long as that can be asked. Not while the ring is published.
+    fn silence(&self);
+
+    /// Where it stands, in the form of `GET_VRING_BASE` (vhost-user, "Ring states"). Not while it is published.
+    fn base(&self) -> u32;
+
+    /// The same ring after a change of the memory table, continuing where it is. Not while it is published.
+    ///
+    /// # Errors
+    /// [`RingError`] if it is no longer within guest memory.
+    fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError>;
+}
+
+/// A ring held for one burst.
+pub trait Work<'r>: Sized {
+    /// Where taking stands, to go back to.
+    type Mark: Copy;
+
+    /// Whether there is a chain to take.
+    ///
+    /// # Errors
+    /// [`Fault`] if there are more than the ring can hold.
+    fn available(&mut self) -> Result<bool, Fault>;
+
+    /// Looks at up to `wanted` of the next chains, at most a burst.
+    ///
+    /// # Errors
+    /// As [`Work::available`].
+    fn look_ahead(&mut self, ahead: &mut Ahead<'r>, wanted: usize) -> Result<(), Fault>;
+
+    /// Takes the next chain if it was looked at and is one buffer in one piece; anything else is for [`Work::take`].
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)>;
+
+    /// Takes the next chain and hands its buffers to `sink`. Returns it and its bytes in sum; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`Fault`] if the chain breaks a rule.
+    fn take(&mut self, sink: impl FnMut(Segment<'r>)) -> Result<Option<(Chain, u64)>, Fault>;
+
+    /// Where taking stands.
+    fn mark(&self) -> Self::Mark;
+
+    /// Gives back what was taken after the mark. None of it may have been completed.
+    fn rewind(&mut self, mark: Self::Mark);
+
+    /// Completes a chain, into which `len` bytes were written. In the order in which chains were taken. The driver does
+    /// not see it before [`Work::publish`] (at least not the first).
+    fn complete(&mut self, chain: Chain, len: u32);
+
+    /// Gives everything completed back to the driver. Returns whether there was anything.
+    fn publish(&mut self) -> bool;
+
+    /// Whether the driver wants to be notified of what was published since the last call.
+    fn needs_notification(&mut self) -> bool;
+}
+
+/// A look at the next chains, so that their buffers are on the way to our cache while we work on those before them.
+///
+/// Kept as plain numbers in arrays of their own: values that are written in parts and read as a whole right after
+/// stall the processor. For the same reason counters here and in the rings' works have 32 bits.
+#[derive(Debug)]
+pub struct Ahead<'r> {
+    /// Count of chains taken before the first one.
+    first: u32,
+    count: u32,
+    ids: [u16; BURST],
+    places: [*mut u8; BURST],
+    sizes: [u64; BURST],
+    memory: PhantomData<&'r GuestMemory>,
+}
+
+impl Default for Ahead<'_> {
+    fn default() -> Self {
+        let places = [std::ptr::null_mut(); BURST];
+        Self { first: 0, count: 0, ids: [0; BURST], places, sizes: [0; BURST], memory: PhantomData }
+    }
+}
+
+impl<'r> Ahead<'r> {
+    /// Forgets all, to begin with the chain after `first` ones.
+    #[inline]
+    pub(super) fn begin(&mut self, first: u32) {
+        (self.first, self.count) = (first, 0);
+    }
+
+    /// Notes the next chain, and asks for its buffer if it is a single one.
+    #[inline]
+    pub(super) fn push(&mut self, id: u16, buffer: Option<Wide<'r>>, direction: Direction) {
+        let index = self.count as usize;
+        if index >= BURST {
+            return;
+        }
+        self.ids[index] = id;
+        self.places[index] = std::ptr::null_mut();
+        if let Some(buffer) = buffer {
+            match direction {
+                Direction::FromGuest => buffer.prefetch_read(),
+                Direction::ToGuest => buffer.prefetch_write(),
+            }
+            (self.places[index], self.sizes[index]) = buffer.into_parts();
+        }
+        self.count += 1;
+    }
+
+    /// The chain after `taken` ones, if it was looked at and is a single buffer.
+    #[inline]
+    pub(super) fn get(&self, taken: u32) -> Option<(u16, Wide<'r>)> {
+        let index = taken.wrapping_sub(self.first) as usize;
+        if index >= self.count as usize || index >= BURST {
+            return None;
+        }
+        // SAFETY: what `Wide::into_parts` gave for memory that is held for `'r`.
+        let single = unsafe { Wide::from_parts(self.places[index], self.sizes[index]) };
+        Some((self.ids[index], single?))
+    }
+}

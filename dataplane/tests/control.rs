@@ -1,0 +1,288 @@
+//! The control service as other programs use it: codes, streams, and what is left after a refusal.
+
+// Helpers of tests are not tests to the linter.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use sluice::config::{PortConfig, SwitchConfig, WorkerMode};
+use sluice::control::{About, ControlSocket, Controller, ServerHandle, StateStore, port_to_proto, serve};
+use sluice::switch::Switch;
+use sluice_proto::sluice::v1 as proto;
+use sluice_proto::sluice::v1::control_client::ControlClient;
+use tempfile::TempDir;
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+
+/// A switch with its control service in this process.
+struct Bench {
+    dir: TempDir,
+    switch: Arc<Switch>,
+    controller: Arc<Controller>,
+    metrics: SocketAddr,
+    server: ServerHandle,
+}
+
+impl Bench {
+    fn start() -> Self {
+        // The server has a runtime of its own, which cannot be entered from within the test's.
+        std::thread::spawn(Self::start_here).join().unwrap()
+    }
+
+    fn start_here() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let control = dir.path().join("ctl.sock");
+        let state_dir = dir.path().join("state");
+        let store = StateStore::open(&state_dir).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = runtime.block_on(ControlSocket::bind(&control, None)).unwrap();
+        let switch = Switch::start(&SwitchConfig::default()).unwrap();
+        let about = About { mode: WorkerMode::Adaptive, control, state_dir };
+        let controller = Controller::new(switch.clone(), store, about);
+        controller.bring_up(&[], &[]).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let metrics = listener.local_addr().unwrap();
+        let server = serve(runtime, controller.clone(), socket, Some(listener), ()).unwrap();
+        Self { dir, switch, controller, metrics, server }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("ctl.sock")
+    }
+
+    fn port(&self, name: &str) -> proto::PortConfig {
+        let spec = format!("{name}=vhost-user:{}", self.dir.path().join(name).with_extension("sock").display());
+        port_to_proto(&spec.parse::<PortConfig>().unwrap())
+    }
+
+    fn stop(self) {
+        let socket = self.socket();
+        self.server.stop().unwrap();
+        self.switch.stop();
+        assert!(!socket.exists());
+    }
+}
+
+async fn client(socket: &Path) -> ControlClient<Channel> {
+    let socket = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    let endpoint = Endpoint::from_static("http://localhost");
+    ControlClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+}
+
+async fn add(client: &mut ControlClient<Channel>, port: proto::PortConfig) -> Result<proto::PortStatus, tonic::Status> {
+    let request = proto::AddPortRequest { config: Some(port), ..Default::default() };
+    client.add_port(request).await.map(|response| response.into_inner().port.unwrap())
+}
+
+async fn names(client: &mut ControlClient<Channel>) -> Vec<String> {
+    let response = client.list_ports(proto::ListPortsRequest::default()).await.unwrap();
+    response.into_inner().ports.into_iter().map(|port| port.name).collect()
+}
+
+#[tokio::test]
+async fn refusals_have_codes_and_change_nothing() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    assert_eq!(add(&mut client, bench.port("vm1")).await.unwrap().name, "vm1");
+
+    type Change = fn(&mut proto::PortConfig);
+    let cases: [(Change, Code); 9] = [
+        (|port| port.name = "a b".into(), Code::InvalidArgument),
+        (|port| port.target = None, Code::InvalidArgument),
+        (|port| port.vlan = Some(4095), Code::InvalidArgument),
+        (|port| port.mtu = Some(70_000), Code::InvalidArgument),
+        (|port| port.trunk = Some(proto::VlanSet::default()), Code::InvalidArgument),
+        (|port| port.mac = Some("01:00:00:00:00:01".into()), Code::InvalidArgument),
+        (|port| port.spoofcheck = true, Code::InvalidArgument),
+        (|port| port.name = "vm1".into(), Code::AlreadyExists),
+        (
+            |port| {
+                let target = proto::VhostUserTarget { path: "/nonexistent/a.sock".into(), mode: 0 };
+                port.target = Some(proto::port_config::Target::VhostUser(target));
+            },
+            Code::FailedPrecondition,
+        ),
+    ];
+    for (change, code) in cases {
+        let mut port = bench.port("vm2");
+        change(&mut port);
+        let status = add(&mut client, port).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status:?}");
+        assert!(!status.message().contains('\n'));
+        assert_eq!(names(&mut client).await, ["vm1"]);
+    }
+    let gone = client.remove_port(proto::RemovePortRequest { name: "vm2".into(), owner: None }).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    let none = client.add_port(proto::AddPortRequest::default()).await.unwrap_err();
+    assert_eq!(none.code(), Code::InvalidArgument);
+    let often = client.watch_stats(proto::WatchStatsRequest { interval_ms: 1 }).await.unwrap_err();
+    assert_eq!(often.code(), Code::InvalidArgument);
+    client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
+    assert!(names(&mut client).await.is_empty());
+    bench.stop();
+}
+
+#[tokio::test]
+async fn a_name_is_free_again_after_a_failed_write() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    let obstacle = bench.dir.path().join("state/ports.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    assert_eq!(add(&mut client, bench.port("vm1")).await.unwrap_err().code(), Code::Internal);
+    assert!(names(&mut client).await.is_empty());
+    std::fs::remove_dir(&obstacle).unwrap();
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    bench.stop();
+}
+
+#[tokio::test]
+async fn watching_starts_at_once_and_ends_with_the_switch() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    let started = Instant::now();
+    let request = proto::WatchStatsRequest { interval_ms: 200 };
+    let mut answers = client.watch_stats(request).await.unwrap().into_inner();
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        let stats = answers.message().await.unwrap().unwrap().stats.unwrap();
+        assert_eq!(stats.ports[0].name, "vm1");
+        times.push(stats.time_ns);
+    }
+    let elapsed = started.elapsed();
+    assert!(elapsed >= Duration::from_millis(350) && elapsed < Duration::from_secs(10), "{elapsed:?}");
+    assert!(times.is_sorted());
+    bench.stop();
+    // What was under way may still come.
+    while let Ok(Some(_)) = answers.message().await {}
+}
+
+#[tokio::test]
+async fn ports_come_and_go_side_by_side() {
+    let bench = Bench::start();
+    let tasks = (0..8).map(|task| {
+        let (socket, ports) = (bench.socket(), (0..8).map(|n| bench.port(&format!("p{task}-{n}"))).collect::<Vec<_>>());
+        tokio::spawn(async move {
+            let mut client = client(&socket).await;
+            for port in ports {
+                let name = port.name.clone();
+                add(&mut client, port).await.unwrap();
+                client.remove_port(proto::RemovePortRequest { name, owner: None }).await.unwrap();
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    assert!(names(&mut client(&bench.socket()).await).await.is_empty());
+    let table = std::fs::read_to_string(bench.dir.path().join("state/ports.json")).unwrap();
+    assert!(table.contains("\"ports\": []"), "{table}");
+    bench.stop();
+}
+
+#[test]
+fn readiness_follows_the_controller() {
+    let bench = Bench::start();
+    let ask = || {
+        let mut stream = TcpStream::connect(bench.metrics).unwrap();
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.split(' ').nth(1).unwrap().to_owned()
+    };
+    assert_eq!(ask(), "503");
+    bench.controller.set_ready(true);
+    assert_eq!(ask(), "200");
+    bench.controller.set_ready(false);
+    assert_eq!(ask(), "503");
+    bench.stop();
+}
+
+#[test]
+fn a_start_that_fails_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |spec: &str| spec.parse::<PortConfig>().unwrap();
+    let (one, same) = (port("vm1=vhost-user:/tmp/sluice-x.sock"), port("vm2=vhost-user:/tmp/sluice-x.sock"));
+    let mut store = StateStore::open(dir.path()).unwrap();
+    store.replace(vec![port("old=vhost-user:/tmp/sluice-old.sock")]).unwrap();
+    let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
+    let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let controller = Controller::new(switch.clone(), store, about);
+    let error = controller.bring_up(std::slice::from_ref(&one), &[same]).unwrap_err();
+    assert!(error.to_string().contains("is used by port vm1 already"), "{error}");
+    assert_eq!(std::fs::read_to_string(dir.path().join("ports.json")).unwrap(), table);
+    switch.stop();
+}
+
+#[test]
+fn a_given_port_takes_the_target_of_an_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |spec: &str| spec.parse::<PortConfig>().unwrap();
+    let mut store = StateStore::open(dir.path()).unwrap();
+    store.replace(vec![port("old=vhost-user:/tmp/sluice-x.sock"), port("b=vhost-user:/tmp/sluice-b.sock")]).unwrap();
+    let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let controller = Controller::new(switch.clone(), store, about);
+    controller.bring_up(&[port("new=vhost-user:/tmp/sluice-x.sock")], &[]).unwrap();
+    let names: Vec<_> = switch.ports().into_iter().map(|port| port.name).collect();
+    assert_eq!(names, ["b", "new"]);
+    let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
+    assert!(table.contains("b=vhost") && !table.contains("old=") && !table.contains("new="), "{table}");
+    switch.stop();
+}
+
+/// An owner manages its ports without stepping on those of others.
+#[tokio::test]
+async fn owners_keep_their_ports() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    let owned = |owner: &str| proto::PortConfig { owner: Some(owner.into()), ..bench.port("vm1") };
+    let replace = |config| proto::AddPortRequest { config: Some(config), replace_owner: true };
+    let remove = |owner: &str| proto::RemovePortRequest { name: "vm1".into(), owner: Some(owner.into()) };
+
+    // Once more is as good as once; something else is not.
+    add(&mut client, owned("a/1")).await.unwrap();
+    add(&mut client, owned("a/1")).await.unwrap();
+    client.add_port(replace(owned("a/1"))).await.unwrap();
+    let other = proto::PortConfig { mtu: Some(1400), ..owned("a/1") };
+    assert_eq!(add(&mut client, other.clone()).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.add_port(replace(other)).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(add(&mut client, owned("a/2")).await.unwrap_err().code(), Code::AlreadyExists);
+
+    // The old owner comes late.
+    let port = client.add_port(replace(owned("a/2"))).await.unwrap().into_inner().port.unwrap();
+    assert_eq!(port.owner.as_deref(), Some("a/2"));
+    let late = client.remove_port(remove("a/1")).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition);
+    assert!(late.message().contains("belongs to a/2, not to a/1"), "{late}");
+    let list = async |client: &mut ControlClient<Channel>, owner: &str, target: &str| {
+        let request = proto::ListPortsRequest { owner_prefix: owner.into(), target_prefix: target.into() };
+        client.list_ports(request).await.unwrap().into_inner().ports.len()
+    };
+    let folder = bench.dir.path().to_str().unwrap().to_owned();
+    assert_eq!(list(&mut client, "a/", "").await, 1);
+    assert_eq!(list(&mut client, "a/1", "").await, 0);
+    assert_eq!(list(&mut client, "", &format!("{folder}/")).await, 1);
+    assert_eq!(list(&mut client, "", &format!("{folder}/vm2")).await, 0);
+    client.remove_port(remove("a/2")).await.unwrap();
+    assert_eq!(client.remove_port(remove("a/2")).await.unwrap_err().code(), Code::NotFound);
+
+    // What the operator has added nobody takes away.
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    assert_eq!(add(&mut client, bench.port("vm1")).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.add_port(replace(owned("a/1"))).await.unwrap_err().code(), Code::AlreadyExists);
+    assert_eq!(client.remove_port(remove("a/1")).await.unwrap_err().code(), Code::FailedPrecondition);
+    client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
+    bench.stop();
+}

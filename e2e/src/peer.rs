@@ -1,0 +1,133 @@
+//! A private OVS-DPDK, to compare with and to prove this harness by.
+
+use anyhow::{Context, Result};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::process::{self, Process};
+use crate::scratch::{self, Scratch};
+use crate::{machine, wait};
+
+const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
+const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
+/// Links that OVS makes on the host, beside one per bridge.
+const OVS_LINK: &str = "ovs-netdev";
+const MEMORY_MIB: u32 = 512;
+const HUGEPAGE_MIB: u64 = 2;
+
+/// Sees to it that so much is free in hugepages, which DPDK's programs (not ours) need.
+pub fn reserve_hugepages(mib: u32) -> Result<()> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let number = |label: &str| -> Result<u64> {
+        let rest = text.split(label).nth(1).unwrap_or_default();
+        rest.split_whitespace()
+            .next()
+            .unwrap_or_default()
+            .parse()
+            .with_context(|| format!("no {label} in /proc/meminfo"))
+    };
+    let (total, free) = (number("HugePages_Total:")?, number("HugePages_Free:")?);
+    let needed = u64::from(mib) / HUGEPAGE_MIB;
+    if free < needed {
+        let more = total + needed - free;
+        std::fs::write("/proc/sys/vm/nr_hugepages", more.to_string()).context("cannot reserve hugepages")?;
+    }
+    Ok(())
+}
+
+/// A running OVS-DPDK with its own database.
+#[derive(Debug)]
+pub struct Ovs {
+    // Dropped in this order.
+    vswitchd: Process,
+    _database: Process,
+    scratch: Scratch,
+    bridges: Vec<String>,
+}
+
+impl Ovs {
+    /// Starts it on the switch's CPU; `tso` switches its userspace segmentation offload on.
+    pub fn start(tso: bool) -> Result<Self> {
+        reserve_hugepages(MEMORY_MIB)?;
+        let scratch = Scratch::new("ovs")?;
+        scratch::undo_at_end(&format!("ip link del {OVS_LINK}"))?;
+        let database_file = scratch.join("conf.db").display().to_string();
+        process::run("ovsdb-tool", &["create", &database_file, SCHEMA])?;
+        let remote = format!("--remote=punix:{}", scratch.join("db.sock").display());
+        let mut command = private("ovsdb-server", &scratch);
+        command.args([&database_file, &remote]);
+        let mut database = Process::start("ovsdb-server", command, &scratch.join("ovsdb.log"), &[])?;
+        wait::until_true("ovsdb-server to listen", Duration::from_secs(10), || {
+            database.check_alive()?;
+            Ok(scratch.join("db.sock").exists())
+        })?;
+
+        let cpu = machine::cpus()?.switch[0];
+        let mask = format!("{:#x}", 1u64 << cpu);
+        vsctl(&scratch, &["--no-wait", "init"])?;
+        let settings = [
+            "other_config:dpdk-init=true".to_owned(),
+            format!("other_config:dpdk-lcore-mask={mask}"),
+            format!("other_config:pmd-cpu-mask={mask}"),
+            format!("other_config:dpdk-socket-mem={MEMORY_MIB}"),
+            "other_config:dpdk-extra=--no-pci --in-memory --file-prefix=ovs".to_owned(),
+            format!("other_config:userspace-tso-enable={tso}"),
+        ];
+        let mut set = vec!["--no-wait", "set", "Open_vSwitch", "."];
+        set.extend(settings.iter().map(String::as_str));
+        vsctl(&scratch, &set)?;
+        let mut command = private(VSWITCHD, &scratch);
+        command.arg(format!("unix:{}", scratch.join("db.sock").display()));
+        let vswitchd = Process::start("ovs-vswitchd", command, &scratch.join("vswitchd.log"), &[])?;
+        Ok(Self { vswitchd, _database: database, scratch, bridges: Vec::new() })
+    }
+
+    /// Adds a port that connects to `socket`; `extra` are settings such as `tag=10` or `mtu_request=9000`.
+    pub fn add_port(&mut self, bridge: &str, name: &str, socket: &Path, extra: &[&str]) -> Result<()> {
+        if !self.bridges.iter().any(|known| known == bridge) {
+            scratch::undo_at_end(&format!("ip link del {bridge}"))?;
+            self.bridges.push(bridge.to_owned());
+            let kind = ["--", "set", "bridge", bridge, "datapath_type=netdev", "fail_mode=standalone"];
+            vsctl(&self.scratch, &[&["add-br", bridge], &kind[..]].concat())?;
+        }
+        let path = format!("options:vhost-server-path={}", socket.display());
+        let (interface, port): (Vec<&str>, Vec<&str>) = extra.iter().partition(|e| e.starts_with("mtu_request="));
+        let kind = ["--", "set", "Interface", name, "type=dpdkvhostuserclient", &path];
+        let arguments = [&["add-port", bridge, name], &port[..], &kind, &interface].concat();
+        vsctl(&self.scratch, &arguments)
+    }
+
+    /// Removes a port.
+    pub fn del_port(&self, name: &str) -> Result<()> {
+        vsctl(&self.scratch, &["del-port", name])
+    }
+
+    /// What it has printed last.
+    pub fn log_tail(&self) -> String {
+        self.vswitchd.log_tail()
+    }
+}
+
+impl Drop for Ovs {
+    fn drop(&mut self) {
+        let _ = self.vswitchd.terminate(Duration::from_secs(5));
+        for link in self.bridges.iter().map(String::as_str).chain([OVS_LINK]) {
+            // Gone already if OVS could clear up itself.
+            let _ = process::run("ip", &["link", "del", link]);
+        }
+    }
+}
+
+fn private(program: &str, scratch: &Scratch) -> Command {
+    let mut command = Command::new(program);
+    for variable in ["OVS_RUNDIR", "OVS_DBDIR", "OVS_LOGDIR"] {
+        command.env(variable, scratch.path());
+    }
+    command
+}
+
+fn vsctl(scratch: &Scratch, arguments: &[&str]) -> Result<()> {
+    let database = format!("--db=unix:{}", scratch.join("db.sock").display());
+    process::run("ovs-vsctl", &[&["--timeout=30", &database], arguments].concat()).map(drop)
+}

@@ -1,0 +1,196 @@
+//! Child processes that never outlive us.
+
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
+
+use crate::wait;
+
+/// How much of a log is worth showing.
+const TAIL: usize = 4000;
+
+type Job = (Command, mpsc::Sender<io::Result<Child>>);
+
+/// Spawns from a thread that lives as long as the process: the kernel sends the parent-death
+/// signal when the *thread* that spawned ends, and threads of tests end before their fixtures.
+fn spawn(command: Command) -> Result<Child> {
+    static SPAWNER: OnceLock<Mutex<mpsc::Sender<Job>>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        std::thread::spawn(move || {
+            for (mut command, answer) in queue {
+                let _ = answer.send(command.spawn());
+            }
+        });
+        Mutex::new(jobs)
+    });
+    let (answer, result) = mpsc::channel();
+    spawner.lock().unwrap_or_else(PoisonError::into_inner).send((command, answer)).ok().context("spawner is gone")?;
+    Ok(result.recv().context("spawner is gone")??)
+}
+
+/// Runs in the child between fork and exec: only plain system calls.
+fn prepare_child(parent: i32, cpus: &[usize]) -> io::Result<()> {
+    // SAFETY: prctl and getppid take no pointers here.
+    let orphaned = unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::getppid() != parent
+    };
+    if orphaned {
+        return Err(io::Error::other("the parent is gone"));
+    }
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: the set is a plain bit array that lives through the call; CPU_SET checks its index.
+    let rc = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        for &cpu in cpus {
+            libc::CPU_SET(cpu, &mut set);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A running program; ended at drop, killed by the kernel should we die first.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command` on the given CPUs (anywhere if none), its output going to the file `log`.
+    pub fn start(name: &str, mut command: Command, log: &Path, cpus: &[usize]) -> Result<Self> {
+        command.stdin(Stdio::null());
+        Self::start_prepared(name, command, log, cpus)
+    }
+
+    fn start_prepared(name: &str, mut command: Command, log: &Path, cpus: &[usize]) -> Result<Self> {
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
+        command.stdout(out.try_clone()?).stderr(out);
+        // SAFETY: getpid has no conditions.
+        let parent = unsafe { libc::getpid() };
+        let cpus = cpus.to_vec();
+        // A group of its own: Ctrl-C is for us to handle, children end through us.
+        command.process_group(0);
+        // SAFETY: prepare_child makes system calls only, and allocates only to report an error.
+        unsafe { command.pre_exec(move || prepare_child(parent, &cpus)) };
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = spawn(command).with_context(|| format!("cannot start {program}"))?;
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+    }
+
+    /// [`Process::start`] with a pipe to its standard input.
+    pub fn start_interactive(
+        name: &str,
+        mut command: Command,
+        log: &Path,
+        cpus: &[usize],
+    ) -> Result<(Self, ChildStdin)> {
+        command.stdin(Stdio::piped());
+        let mut process = Self::start_prepared(name, command, log, cpus)?;
+        let stdin = process.child.stdin.take().context("no pipe to the program's input")?;
+        Ok((process, stdin))
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended.
+    pub fn exited(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// An error with the end of the log if the program is no longer running.
+    pub fn check_alive(&mut self) -> Result<()> {
+        match self.exited()? {
+            None => Ok(()),
+            Some(status) => bail!("{} ended early ({status}):\n{}", self.name, self.log_tail()),
+        }
+    }
+
+    /// Everything the program has printed.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// The end of what the program has printed.
+    pub fn log_tail(&self) -> String {
+        tail(&self.log)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: the child is not yet reaped (that takes &mut self through wait), so the pid is its own.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    /// Asks the program to end (SIGTERM) and waits; kills it when the time is over.
+    pub fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
+        if let Some(status) = self.exited()? {
+            return Ok(status);
+        }
+        self.signal(libc::SIGTERM);
+        self.wait_exit(limit)
+    }
+
+    /// Waits for the end; kills the program and gives an error when the time is over.
+    pub fn wait_exit(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let what = format!("{} to end", self.name);
+        let ended = wait::until(&what, limit, || self.exited());
+        if ended.is_err() {
+            self.kill();
+        }
+        ended
+    }
+
+    /// Ends the program at once (SIGKILL).
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.terminate(Duration::from_secs(3));
+    }
+}
+
+/// The end of a text file, for error messages.
+pub fn tail(path: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    let mut start = text.len().saturating_sub(TAIL);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    text[start..].trim_end().to_owned()
+}
+
+/// Runs a short command to its end and gives what it printed; an error if it fails.
+pub fn run(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start {program}"))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        bail!("{program} {}: {} {errors}", args.join(" "), output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,191 @@
+//! Guests and switches come, go, crash and return.
+
+use anyhow::{Context, Result, ensure};
+use e2e::lab::{Lab, Shared};
+use e2e::qemu::{BOOT_LIMIT, ECHO_PORT};
+use e2e::wait;
+use serde_json::{Value, json};
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+static LAB: Shared = Shared::new(Lab::pair);
+
+fn both_reachable(lab: &Lab) -> Result<()> {
+    lab.wait_reachable(0, "10.0.0.2")?;
+    lab.wait_reachable(1, "10.0.0.1")
+}
+
+#[test]
+fn the_guest_may_be_there_before_its_port() -> Result<()> {
+    LAB.test(|lab| {
+        lab.del_port("vm2")?;
+        lab.guests[1].respawn()?;
+        let socket = lab.socket("vm2");
+        wait::until_true(
+            "QEMU to listen",
+            BOOT_LIMIT,
+            || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()),
+        )?;
+        lab.add_port("vm2", "")?;
+        lab.guests[1].wait_ready(BOOT_LIMIT)?;
+        lab.configure(1)?;
+        both_reachable(lab)
+    })
+}
+
+#[test]
+fn a_guest_may_be_reset_and_reboot() -> Result<()> {
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        lab.guests[1].qmp("system_reset")?;
+        lab.guests[1].wait_ready(BOOT_LIMIT)?;
+        lab.configure(1)?;
+        both_reachable(lab)?;
+        // Later than the answer to this very command.
+        lab.guests[1].run("(usleep 300000; reboot -f) >/dev/null 2>&1 &")?;
+        lab.guests[1].wait_ready(BOOT_LIMIT)?;
+        lab.configure(1)?;
+        both_reachable(lab)
+    })
+}
+
+#[test]
+fn a_guest_may_pause_and_go_on() -> Result<()> {
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        for _ in 0..3 {
+            lab.guests[1].qmp("stop")?;
+            ensure!(!lab.reaches(0, "10.0.0.2"), "a paused guest answers");
+            lab.guests[1].qmp("cont")?;
+            both_reachable(lab)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_guest_may_be_killed_and_return() -> Result<()> {
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        lab.guests[1].kill();
+        if let Ok(switch) = lab.switch() {
+            switch.wait_port("vm2", "connecting")?;
+            ensure!(switch.port("vm1")?.state() == "up", "vm1 went down with vm2");
+        }
+        lab.guests[1].respawn()?;
+        lab.guests[1].wait_ready(BOOT_LIMIT)?;
+        lab.configure(1)?;
+        if let Ok(switch) = lab.switch() {
+            ensure!(switch.port("vm2")?.state() == "up", "{}", switch.port("vm2")?.0);
+        }
+        both_reachable(lab)
+    })
+}
+
+#[test]
+fn a_restarted_switch_finds_its_ports_and_guests_again() -> Result<()> {
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        for crash in [false, true] {
+            let before = lab.switch()?.json(&["port", "list"])?;
+            lab.switch_mut()?.restart(crash, &[])?;
+            let names = |ports: &Value| -> Vec<Value> {
+                ports.as_array().into_iter().flatten().map(|port| port["name"].clone()).collect()
+            };
+            let after = lab.switch()?.json(&["port", "list"])?;
+            ensure!(names(&before) == names(&after), "{} became {}", before, after);
+            lab.switch()?.wait_port("vm1", "up")?;
+            lab.switch()?.wait_port("vm2", "up")?;
+            both_reachable(lab)?;
+            lab.check_echo(0, "tcp", "10.0.0.2", &[65_000])?;
+        }
+        Ok(())
+    })
+}
+
+/// A socket that is back gets connected to within 100 ms; we listen ourselves, which measures without QEMU's start.
+#[test]
+fn the_switch_reconnects_at_once_and_waits_quietly() -> Result<()> {
+    LAB.test(|lab| {
+        let socket = lab.socket("back");
+        lab.add_port("back", "")?;
+        let mut delays = Vec::new();
+        for _ in 0..21 {
+            let start = Instant::now();
+            let listener = UnixListener::bind(&socket)?;
+            listener.set_nonblocking(true)?;
+            let connection =
+                wait::until("the switch to connect", Duration::from_secs(5), || Ok(listener.accept().ok()))?;
+            delays.push(start.elapsed());
+            // Connection first: then the switch looks for the socket while it is not there.
+            drop(connection);
+            drop(listener);
+            std::fs::remove_file(&socket)?;
+        }
+        delays.sort();
+        println!("reconnects: median {:?}, slowest {:?}", delays[10], delays[20]);
+        ensure!(delays[10] <= Duration::from_millis(100), "{delays:?}");
+
+        let switch = lab.switch()?;
+        let (log, before, start) = (switch.log().len(), switch.usage()?.cpu, Instant::now());
+        std::thread::sleep(Duration::from_secs(3));
+        let (spent, passed) = (switch.usage()?.cpu - before, start.elapsed());
+        let share = spent.as_secs_f64() / passed.as_secs_f64();
+        println!("waiting costs {:.2} % of a core", share * 100.0);
+        ensure!(share < 0.05, "waiting for a socket takes {share} of a core");
+        let logged = switch.log().len() - log;
+        ensure!(logged < 2000, "waiting for a socket logged {logged} bytes");
+        lab.del_port("back")
+    })
+}
+
+/// 64 ports come and go while two guests talk: nothing of theirs is lost, nothing of ours is left.
+#[test]
+fn ports_come_and_go_under_traffic_without_loss_or_leak() -> Result<()> {
+    const PORTS: usize = 64;
+    const ROUNDS: usize = 4;
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        // The first rounds fill caches and pools.
+        for _ in 0..3 {
+            churn(lab, PORTS)?;
+        }
+        let traffic = json!({"op": "echo_check", "proto": "udp", "to": format!("10.0.0.2:{ECHO_PORT}"),
+            "sizes": [64, 1400, 200, 4000], "window": 4, "seconds": 5.0});
+        let mut usage = Vec::new();
+        for _ in 0..ROUNDS {
+            lab.guests[0].begin(&traffic)?;
+            let churned = churn(lab, PORTS);
+            let tally = lab.guests[0].finish(&traffic, Duration::from_secs(30))?;
+            churned?;
+            ensure!(tally["lost"] == 0 && tally["corrupt"] == 0 && tally["duplicates"] == 0, "{tally}");
+            ensure!(tally["received"].as_u64() > Some(100), "hardly any traffic: {tally}");
+            usage.push(lab.switch()?.usage()?);
+        }
+        println!("{usage:#?}");
+        let (first, last) = (usage[0], usage[ROUNDS - 1]);
+        ensure!(last.fds <= first.fds, "{} descriptors became {}", first.fds, last.fds);
+        ensure!(last.threads <= first.threads, "{} threads became {}", first.threads, last.threads);
+        let grown = last.resident_kib.saturating_sub(first.resident_kib);
+        ensure!(grown < 1024, "memory grew by {grown} KiB in {} rounds", ROUNDS - 1);
+        Ok(())
+    })
+}
+
+/// Adds ports and removes them; behind every other there is something that accepts.
+fn churn(lab: &mut Lab, ports: usize) -> Result<()> {
+    let names: Vec<String> = (0..ports).map(|index| format!("churn{index}")).collect();
+    let sockets: Vec<_> = names.iter().map(|name| lab.socket(name)).collect();
+    let listeners = sockets.iter().step_by(2).map(UnixListener::bind).collect::<Result<Vec<_>, _>>()?;
+    for name in &names {
+        lab.add_port(name, "").with_context(|| name.clone())?;
+    }
+    for name in &names {
+        lab.del_port(name)?;
+    }
+    drop(listeners);
+    for socket in sockets.iter().step_by(2) {
+        std::fs::remove_file(socket)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! One step of a task: a command whose output people see as it comes, ended when we are.
+
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Process group of the command that runs now; 0 for none.
+static GROUP: AtomicI32 = AtomicI32::new(0);
+
+/// Ends the running command with all that it has started, then us. Only async-signal-safe calls.
+extern "C" fn end_with_command(signal: libc::c_int) {
+    let group = GROUP.load(Ordering::SeqCst);
+    // SAFETY: kill and _exit may be called in a signal handler and take no pointers.
+    unsafe {
+        if group > 0 {
+            libc::kill(-group, libc::SIGTERM);
+        }
+        libc::_exit(128 + signal);
+    }
+}
+
+fn watch_signals() {
+    static WATCH: Once = Once::new();
+    WATCH.call_once(|| {
+        let handler = end_with_command as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: the handler is async-signal-safe and lives for ever.
+            unsafe { libc::signal(signal, handler) };
+        }
+    });
+}
+
+/// How a command has ended.
+pub(crate) struct Outcome {
+    pub(crate) status: ExitStatus,
+    /// Whether it was ended because its time was over.
+    pub(crate) late: bool,
+}
+
+/// Runs a command in a process group of its own, which takes its children along when it must end early.
+/// `line` sees each line of its standard output.
+pub(crate) fn run(mut command: Command, deadline: Option<Instant>, mut line: impl FnMut(&str)) -> Result<Outcome> {
+    watch_signals();
+    let program = command.get_program().to_string_lossy().into_owned();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+    let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;
+    let group = child.id() as i32;
+    GROUP.store(group, Ordering::SeqCst);
+    let output = child.stdout.take().context("no pipe to the command's output")?;
+    let (done, is_done) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        let Some(deadline) = deadline else {
+            return false;
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let late = is_done.recv_timeout(left) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+        if late {
+            // SAFETY: no pointers; the group is that of our child, which is not reaped before `done`.
+            unsafe { libc::kill(-group, libc::SIGTERM) };
+            if is_done.recv_timeout(Duration::from_secs(10)).is_err() {
+                // SAFETY: as above.
+                unsafe { libc::kill(-group, libc::SIGKILL) };
+            }
+        }
+        late
+    });
+    for text in BufReader::new(output).split(b'\n') {
+        let text = text.context("cannot read the command's output")?;
+        let text = String::from_utf8_lossy(&text);
+        // Nobody may be reading our own output any more.
+        let _ = writeln!(std::io::stdout(), "{text}");
+        line(&text);
+    }
+    let status = child.wait()?;
+    GROUP.store(0, Ordering::SeqCst);
+    drop(done);
+    let late = watchdog.join().unwrap_or(false);
+    Ok(Outcome { status, late })
+}
+
+/// The cargo that runs us.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(e2e::machine::repository());
+    command
+}
+
+/// Runs a command that has to succeed.
+pub(crate) fn must(what: &str, command: Command) -> Result<()> {
+    let outcome = run(command, None, |_| ())?;
+    anyhow::ensure!(outcome.status.success(), "{what} failed ({})", outcome.status);
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! Every check, in stages, with one closing line.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::stage::{self, cargo};
+
+/// All of it together ends by then.
+const LIMIT: Duration = Duration::from_secs(29 * 60);
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Leave out the systems tests.
+    #[arg(long)]
+    fast: bool,
+    /// Run one stage only, or one file of the systems tests (such as `traffic`).
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+}
+
+/// Sums over all that `cargo test` has said.
+#[derive(Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    failed_stages: Vec<String>,
+}
+
+impl Tally {
+    /// Takes a line such as `test result: ok. 5 passed; 0 failed; 0 ignored; …`.
+    fn take(&mut self, line: &str) {
+        let Some(counts) = line.strip_prefix("test result: ") else {
+            return;
+        };
+        let number = |label: &str| -> u64 {
+            let before = counts.split(label).next().unwrap_or_default();
+            before.split_whitespace().next_back().and_then(|word| word.parse().ok()).unwrap_or(0)
+        };
+        self.passed += number(" passed");
+        self.failed += number(" failed");
+    }
+}
+
+/// The files of the systems tests, shortest first, so that simple mistakes show early.
+const SYSTEMS: [&str; 9] =
+    ["errors", "traffic", "isolation", "tap", "testpmd", "idle", "multiqueue", "offloads", "lifecycle"];
+
+struct Stage {
+    name: &'static str,
+    command: Command,
+}
+
+fn stages(options: &Options) -> Vec<Stage> {
+    let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    let mut stages = vec![
+        Stage { name: "fmt", command: cargo(&["fmt", "--all", "--check"]) },
+        Stage {
+            name: "clippy",
+            command: cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
+        },
+        Stage { name: "doc", command: doc },
+        Stage {
+            name: "unit",
+            command: cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]),
+        },
+    ];
+    if !options.fast {
+        let xtask = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
+        let mut setup = Command::new(xtask);
+        setup.arg("setup");
+        stages.push(Stage { name: "setup", command: setup });
+        stages.push(Stage { name: "build", command: cargo(&["build", "--release", "-p", "sluice", "--bins"]) });
+        for name in SYSTEMS {
+            let mut command = cargo(&["test", "-p", "e2e", "--test", name, "--quiet", "--", "--test-threads=1"]);
+            // The release build is what people run; backtraces of a failed test are those of the harness.
+            command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
+            stages.push(Stage { name, command });
+        }
+    }
+    stages
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let start = Instant::now();
+    let mut tally = Tally::default();
+    let mut stages = stages(options);
+    if let Some(only) = &options.only {
+        let names: Vec<&str> = stages.iter().map(|stage| stage.name).collect();
+        if !names.contains(&only.as_str()) {
+            bail!("no stage is called {only}; there are {}", names.join(", "));
+        }
+        let is_system = SYSTEMS.contains(&only.as_str());
+        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build"));
+    }
+    let count = stages.len();
+    for (number, stage) in (1..).zip(stages) {
+        if !run_stage(stage, &format!("[{number}/{count}]"), start + LIMIT, &mut tally)? {
+            break;
+        }
+    }
+    if !tally.failed_stages.is_empty() {
+        println!("failed: {}", tally.failed_stages.join(", "));
+    }
+    println!("all stages took {} s", start.elapsed().as_secs());
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    if tally.failed > 0 { bail!("not everything is well") } else { Ok(()) }
+}
+
+/// Runs a stage; gives whether the later ones make sense.
+fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) -> Result<bool> {
+    let Stage { name, command } = stage;
+    println!("==> {place} {name}");
+    let (start, failed) = (Instant::now(), tally.failed);
+    let outcome = stage::run(command, Some(deadline), |line| tally.take(line))?;
+    let seconds = start.elapsed().as_secs();
+    if outcome.status.success() {
+        println!("==> {place} {name}: ok, {seconds} s");
+        return Ok(true);
+    }
+    let why = if outcome.late { "out of time".to_owned() } else { outcome.status.to_string() };
+    println!("==> {place} {name}: FAILED ({why}), {seconds} s");
+    tally.failed_stages.push(name.to_owned());
+    if tally.failed == failed {
+        // What does not even get to its tests counts as one that failed.
+        tally.failed += 1;
+    }
+    Ok(!outcome.late && !matches!(name, "setup" | "build"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Tally;
+
+    #[test]
+    fn summaries_of_cargo_test_add_up() {
+        let mut tally = Tally::default();
+        tally.take("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s");
+        tally.take("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
+        tally.take("running 5 tests");
+        assert_eq!((tally.passed, tally.failed), (15, 2));
+    }
+}
