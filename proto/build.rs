@@ -5,7 +5,15 @@ use std::error::Error;
 /// Where the contracts are, relative to this package.
 const INCLUDE: &str = "proto";
 /// The contracts.
-const FILES: &[&str] = &["proto/sluice/v1/control.proto"];
+const FILES: &[&str] = &[
+    "proto/sluice/v1/control.proto",
+    "proto/kubelet/deviceplugin/v1beta1/api.proto",
+    "proto/kubelet/podresources/v1/api.proto",
+    "proto/kubevirt/hooks/info.proto",
+    "proto/kubevirt/hooks/v1alpha1.proto",
+    "proto/kubevirt/hooks/v1alpha2.proto",
+    "proto/kubevirt/hooks/v1alpha3.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={INCLUDE}");

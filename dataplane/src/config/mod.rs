@@ -76,9 +76,10 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// What the rate gives in 50 ms: enough for TCP to reach the rate. A super-packet always fits.
+    /// What the rate gives in 250 ms. TCP that has lost a window pauses for 200 ms, and reaches the rate only if the bucket
+    /// holds what came in meanwhile (with 50 ms it reaches a quarter of it).
     pub fn default_burst_bits(self) -> u64 {
-        (self.bits_per_second / 20).max(1_000_000)
+        (self.bits_per_second / 4).max(1_000_000)
     }
 }
 

@@ -127,9 +127,9 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_a_twentieth_of_a_second_and_enough_for_a_super_packet() {
+    fn the_defaults_are_a_quarter_of_a_second_and_enough_for_a_super_packet() {
         let fast = policer(8_000_000_000, None);
-        assert_eq!(fast.depth, SECOND / 20);
+        assert_eq!(fast.depth, SECOND / 4);
         let slow = policer(1_000_000, None);
         assert_eq!(admit(&slow, 0, &[65_549, 65_549]), 2);
         assert_eq!(admit(&slow, 0, &[60]), 0);

@@ -485,12 +485,14 @@ proptest! {
     }
 }
 
-/// Every reason is shown by a test of this file or of the port that gives it.
+/// Every reason is shown by a test of this file or of the port that gives it, and explained to users.
 #[test]
 fn every_drop_reason_has_a_test() {
     let tests = include_str!("tests.rs");
+    let docs = include_str!("../../../docs/features.md");
     for reason in DropReason::ALL {
         assert!(tests.contains(&format!("DropReason::{reason:?})")), "{reason:?} has no test");
+        assert!(docs.contains(&format!("| `{}` |", reason.name())), "{reason:?} is not in docs/features.md");
     }
 }
 

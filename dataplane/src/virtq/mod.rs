@@ -152,4 +152,6 @@ impl Vring {
 }
 
 #[cfg(test)]
+mod packed_tests;
+#[cfg(test)]
 mod tests;

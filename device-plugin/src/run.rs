@@ -1,0 +1,100 @@
+//! The running plugin: puts the parts together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::cdi;
+use crate::config::Config;
+use crate::dataplane::Dataplane;
+use crate::folder::Root;
+use crate::http::{self, Pages};
+use crate::kubelet::{Link, Registrar, remove_stale_sockets};
+use crate::metrics::Metrics;
+use crate::reconcile::Reconciler;
+use crate::service::Resource;
+use crate::sockets::Sockets;
+
+/// Runs the plugin until SIGTERM or SIGINT. Our sockets in the kubelet's folder go then; the folders of VMs, and all in
+/// them, stay.
+///
+/// # Errors
+/// If it cannot start, or a part of it ends.
+pub async fn run(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let metrics = Arc::new(Metrics::default());
+    let root = Arc::new(Root::new(config.root.clone(), config.owner, config.label()));
+    let sockets = Arc::new(Sockets::new(&config, root.clone(), metrics.clone()));
+    let dataplane = Arc::new(Dataplane::new(&config, root, metrics.clone()));
+    write_cdi(&config, &sockets, &dataplane)?;
+    let resources: [Arc<dyn Resource>; 2] = [sockets.clone(), dataplane];
+    // Folders are there before the kubelet hears of them: pods that it knows already mount them without asking us.
+    resources.iter().for_each(|resource| resource.check());
+    remove_stale_sockets(&config.kubelet_dir).await;
+
+    let links: Vec<Arc<Link>> = resources.iter().map(|_| Arc::default()).collect();
+    let (stop, stopping) = watch::channel(false);
+    let mut registrars = JoinSet::new();
+    let mut others = JoinSet::new();
+    if let Some(address) = config.metrics {
+        let failed = || format!("cannot listen on {address}; choose another with --metrics");
+        let listener = TcpListener::bind(address).await.with_context(failed)?;
+        tracing::info!(address = %listener.local_addr().unwrap_or(address), "metrics");
+        let pages = Arc::new(Pages { metrics: metrics.clone(), links: links.clone() });
+        others.spawn(http::serve(listener, pages));
+    }
+    for (resource, link) in resources.iter().zip(&links) {
+        let dir = config.kubelet_dir.clone();
+        let registrar = Registrar::new(resource.clone(), link.clone(), dir, metrics.clone());
+        registrars.spawn(registrar.run(stopping.clone()));
+    }
+    let reconciler = Reconciler {
+        sockets,
+        link: links[0].clone(),
+        socket: config.pod_resources,
+        interval: config.reconcile,
+        metrics,
+    };
+    others.spawn(reconciler.run());
+    others.spawn(check_always(resources, config.check));
+
+    let broken = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        broken = registrars.join_next() => broken,
+        broken = others.join_next() => broken,
+    };
+    tracing::info!("stopping");
+    stop.send_replace(true);
+    while registrars.join_next().await.is_some() {}
+    match broken {
+        None => Ok(()),
+        Some(Ok(())) => anyhow::bail!("a part of the plugin has ended"),
+        Some(Err(error)) => Err(error).context("a part of the plugin has failed"),
+    }
+}
+
+/// Looks after the folders for ever.
+async fn check_always(resources: [Arc<dyn Resource>; 2], interval: Duration) {
+    loop {
+        tokio::time::sleep(interval).await;
+        let resources = resources.clone();
+        let check = move || resources.iter().for_each(|resource| resource.check());
+        if let Err(error) = tokio::task::spawn_blocking(check).await {
+            tracing::error!("checking the folders failed: {error}");
+        }
+    }
+}
+
+fn write_cdi(config: &Config, sockets: &Sockets, dataplane: &Dataplane) -> Result<()> {
+    let Some(dir) = &config.cdi_dir else { return Ok(()) };
+    let failed = || format!("cannot write CDI files to {}", dir.display());
+    cdi::write(dir, sockets.name(), &sockets.cdi_mounts(&sockets.ids())).with_context(failed)?;
+    cdi::write(dir, dataplane.name(), &dataplane.cdi_mounts()).with_context(failed)
+}
