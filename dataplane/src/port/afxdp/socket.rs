@@ -1,6 +1,6 @@
 //! An AF_XDP socket and its rings (Documentation/networking/af_xdp.rst, `linux/if_xdp.h`).
 
-use std::io::{Error, Result};
+use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
@@ -80,7 +80,13 @@ impl Socket {
         request.addr = addr;
         request.len = len;
         request.chunk_size = CHUNK as u32;
-        self.set(libc::SOL_XDP, libc::XDP_UMEM_REG, &request)
+        self.set(libc::SOL_XDP, libc::XDP_UMEM_REG, &request).map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOBUFS) => {
+                let advice = "its frames cannot be kept in memory; raise RLIMIT_MEMLOCK, or add CAP_IPC_LOCK";
+                Error::new(ErrorKind::OutOfMemory, advice)
+            }
+            _ => e,
+        })
     }
 
     fn rings(&self) -> Result<Rings> {
