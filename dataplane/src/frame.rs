@@ -94,6 +94,19 @@ impl Frame {
         &self.offload
     }
 
+    /// The frame's first bytes, to rewrite headers in.
+    #[inline]
+    pub fn head_mut(&mut self) -> &mut [u8] {
+        self.buffer.get_mut(usize::from(self.start)..usize::from(self.end)).unwrap_or_default()
+    }
+
+    /// Changes what is left to do to the frame, together with its headers.
+    #[inline]
+    pub fn set_offload(&mut self, offload: Offload) {
+        self.offload = offload;
+        self.write_header();
+    }
+
     /// The first bytes, of which the first 14 are always the frame's.
     #[inline]
     fn ethernet(&self) -> &[u8; 16] {
@@ -267,6 +280,35 @@ impl<'m> Burst<'m> {
         self.segments.get(first..first + usize::from(frame.tail_count))
     }
 
+    /// Makes one frame of several: the first of `places` gets the tails of all of them, one after the other, and its
+    /// headers are left to the caller. `false`, with nothing changed, if there is no room.
+    pub fn join(&mut self, places: impl Iterator<Item = u8> + Clone) -> bool {
+        let first = self.segments.used();
+        let mut len = 0u64;
+        for place in places.clone() {
+            let (start, count, tail_len) = {
+                let frame = self.frame(place);
+                (usize::from(frame.tail_first), usize::from(frame.tail_count), frame.tail_len)
+            };
+            len += u64::from(tail_len);
+            for at in start..start + count {
+                let piece = self.segments.get(at..at + 1).first().copied();
+                if !piece.is_some_and(|piece| self.segments.push(piece)) {
+                    self.segments.truncate(first);
+                    return false;
+                }
+            }
+        }
+        let count = self.segments.used() - first;
+        let Some(place) = places.clone().next().filter(|_| len <= MAX_FRAME as u64) else {
+            self.segments.truncate(first);
+            return false;
+        };
+        let frame = self.frame_mut(place);
+        (frame.tail_first, frame.tail_count, frame.tail_len) = (first as u16, count as u16, len as u32);
+        true
+    }
+
     /// Begins a frame whose bytes come with a virtio-net header of `header_len` (10 or 12) bytes in front.
     #[inline]
     pub fn start(&mut self, header_len: usize) -> FrameBuilder<'_, 'm> {
@@ -304,6 +346,13 @@ impl<'m> FrameBuilder<'_, 'm> {
         }
         self.tail_len += rest.len() as u64;
         self.burst.segments.push(rest)
+    }
+
+    /// Adds the next piece without any of it going into the frame's head, of which there must be enough already. What
+    /// follows has to be added in the same way. `false` if the burst has no room for it.
+    #[inline]
+    pub fn push_tail(&mut self, piece: SourceSegment<'m>) -> bool {
+        self.keep(piece)
     }
 
     /// Checks the frame, adds it to the burst, and returns its length.

@@ -2,6 +2,7 @@
 //!
 //! Data flows one way: port → frame → switch → frame → port.
 
+pub mod capture;
 pub mod config;
 pub mod control;
 pub mod frame;

@@ -26,7 +26,7 @@ pub enum PortState {
 pub struct PortStatus {
     /// Name as configured.
     pub name: String,
-    /// `vhost-user` or `tap`.
+    /// `vhost-user`, `tap` or `afxdp`.
     pub kind: &'static str,
     /// Socket path or interface.
     pub target: String,

@@ -377,8 +377,8 @@ fn wrong_words() {
     let long = format!("vm1=vhost-user:{}", long_path(dir));
     let cases: &[(&[&str], &str)] = &[
         (&["--port", "vm1"], "not of the form NAME=KIND:TARGET"),
-        (&["--port", "vm1=foo:/x"], "unknown kind 'foo'; use vhost-user or tap"),
-        (&["--port", "up=afxdp:eth1,queues=2"], "kind afxdp is not built in yet"),
+        (&["--port", "vm1=foo:/x"], "unknown kind 'foo'; use vhost-user, tap or afxdp"),
+        (&["--port", "up=dpdk:net_tap0"], "kind dpdk is not built in"),
         (&["--port", "vm1=vhost-user:/tmp/x,colour=red"], "unknown key 'colour'"),
         (&["--port", "vm1=vhost-user:/tmp/x,vlan=4095"], "vlan must be a number from 1 to 4094"),
         (&["--port", "vm1=vhost-user:/tmp/x,spoofcheck=on"], "add mac="),

@@ -17,9 +17,12 @@ A port is written NAME=KIND:TARGET[,key=value]..., for example
   vm1=vhost-user:/run/vm1.sock                     connects to the socket QEMU listens on, as soon as it is there
   vm2=vhost-user:/run/vm2.sock,mode=server,mtu=9000
   host=tap:sluice0,network=blue,trunk=10,20-29
+  up=afxdp:eth1                                    takes the interface over as an uplink
 
 Keys:
   mode=client|server   who listens on the vhost-user socket: the VM (client, the default) or the switch
+  mode=auto|zerocopy|copy|skb
+                       how an afxdp port gets at frames; auto takes the fastest that works
   network=NAME         bridge domain, 'default' unless given
   vlan=1..4094         access VLAN; with trunk, the VLAN of untagged frames
   trunk=10,20-29       tagged VLANs that pass
@@ -27,6 +30,8 @@ Keys:
   queues=1..256        queue pairs at most
   mac=ADDRESS          the station's address
   spoofcheck=on|off    drop frames from other addresses than mac
+  replace=on|off       afxdp: take the place of an XDP program that the interface has
+  busy-poll=on|off     afxdp: let the workers poll the driver
   rate-rx=500M         bits per second taken from the port at most, with K, M or G (burst-rx=10M: at once, in bits)
   rate-tx=500M         bits per second sent to the port at most (burst-tx=10M)
   owner=TEXT           whose port it is, for who manages ports by program
@@ -61,6 +66,8 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Show the switch and its workers
     Status,
+    /// Write a port's frames to a file while they pass, until interrupted
+    Capture(CaptureArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }
@@ -149,6 +156,30 @@ pub(crate) struct StatsArgs {
     /// Seconds between two of them, 0.1 to 3600
     #[arg(long, value_name = "S", default_value = "1", requires = "watch", value_parser = parse_interval)]
     pub(crate) interval: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CaptureArgs {
+    /// The port
+    pub(crate) name: String,
+    /// File to write (pcapng); '-' for standard output
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write: PathBuf,
+    /// Bytes to keep of each frame; 0 for all
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub(crate) snap_length: u32,
+    /// Only frames from the port (rx), or to it (tx)
+    #[arg(long, value_enum)]
+    pub(crate) direction: Option<CaptureDirection>,
+    /// End after so many frames
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CaptureDirection {
+    Rx,
+    Tx,
 }
 
 /// A SPEC, with its path made absolute from the current folder.

@@ -7,9 +7,11 @@ use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches};
 
 mod args;
+mod capture;
 mod client;
 mod fdb;
 mod output;
+mod pcapng;
 mod port;
 mod run;
 mod stats;
@@ -68,6 +70,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Fdb(command) => fdb::run(command, socket, json),
         Command::Stats(args) => stats::run(&args, socket, json),
         Command::Status => status::run(socket, json),
+        Command::Capture(args) => capture::run(&args, socket, json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "sluice", &mut script);

@@ -167,6 +167,9 @@ struct PortSection {
     queues: Option<Spanned<Word>>,
     mac: Option<Spanned<Word>>,
     spoofcheck: Option<Spanned<Word>>,
+    replace: Option<Spanned<Word>>,
+    #[serde(rename = "busy-poll")]
+    busy_poll: Option<Spanned<Word>>,
     #[serde(rename = "rate-rx")]
     rate_rx: Option<Spanned<Word>>,
     #[serde(rename = "burst-rx")]
@@ -238,6 +241,8 @@ impl PortSection {
             "queues" => self.queues.as_ref(),
             "mac" => self.mac.as_ref(),
             "spoofcheck" => self.spoofcheck.as_ref(),
+            "replace" => self.replace.as_ref(),
+            "busy-poll" => self.busy_poll.as_ref(),
             "rate-rx" => self.rate_rx.as_ref(),
             "burst-rx" => self.burst_rx.as_ref(),
             "rate-tx" => self.rate_tx.as_ref(),
@@ -383,6 +388,13 @@ mod tests {
             kind = "tap"
             target = "sluice0"
             trunk = "10,20"
+            [[port]]
+            name = "up"
+            kind = "afxdp"
+            target = "eth1"
+            mode = "copy"
+            replace = true
+            busy-poll = true
             "#,
         )
         .unwrap();
@@ -400,6 +412,7 @@ mod tests {
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
                  mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,burst-rx=2M,rate-tx=500M,burst-tx=1M,owner=me",
                 "host=tap:sluice0,trunk=10,20",
+                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on",
             ]
         );
     }

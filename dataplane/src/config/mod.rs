@@ -98,6 +98,17 @@ pub enum PortTarget {
         /// Interface name, made if it is not there; 1 to 15 bytes.
         interface: String,
     },
+    /// A network interface of the host as an uplink, over AF_XDP.
+    Afxdp {
+        /// Interface name; 1 to 15 bytes. It need not be there yet.
+        interface: String,
+        /// How frames get to us.
+        mode: AfxdpMode,
+        /// Take the place of an XDP program that the interface has.
+        replace: bool,
+        /// Let the workers poll the driver.
+        busy_poll: bool,
+    },
 }
 
 impl PortTarget {
@@ -106,6 +117,7 @@ impl PortTarget {
         match self {
             Self::VhostUser { .. } => "vhost-user",
             Self::Tap { .. } => "tap",
+            Self::Afxdp { .. } => "afxdp",
         }
     }
 
@@ -113,7 +125,10 @@ impl PortTarget {
     pub fn collides(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::VhostUser { path: a, .. }, Self::VhostUser { path: b, .. }) => a == b,
-            (Self::Tap { interface: a }, Self::Tap { interface: b }) => a == b,
+            (
+                Self::Tap { interface: a } | Self::Afxdp { interface: a, .. },
+                Self::Tap { interface: b } | Self::Afxdp { interface: b, .. },
+            ) => a == b,
             _ => false,
         }
     }
@@ -123,7 +138,7 @@ impl std::fmt::Display for PortTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::VhostUser { path, .. } => path.display().fmt(f),
-            Self::Tap { interface } => f.write_str(interface),
+            Self::Tap { interface } | Self::Afxdp { interface, .. } => f.write_str(interface),
         }
     }
 }
@@ -136,6 +151,39 @@ pub enum SocketMode {
     Client,
     /// We listen.
     Server,
+}
+
+/// How an AF_XDP uplink gets at frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AfxdpMode {
+    /// The fastest that works, in the order of the others.
+    #[default]
+    Auto,
+    /// The driver uses our frames itself.
+    ZeroCopy,
+    /// The driver runs our program, the kernel copies.
+    Copy,
+    /// The kernel's stack runs our program: works with every driver, slowly.
+    Skb,
+}
+
+impl AfxdpMode {
+    const ALL: [Self; 4] = [Self::Auto, Self::ZeroCopy, Self::Copy, Self::Skb];
+
+    /// As SPEC writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::ZeroCopy => "zerocopy",
+            Self::Copy => "copy",
+            Self::Skb => "skb",
+        }
+    }
+
+    /// The mode that SPEC writes like this.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
+    }
 }
 
 /// VLAN membership of a port, in the way of Open vSwitch.

@@ -36,7 +36,7 @@ impl PortConfig {
         check_name("name", &self.name)?;
         match &self.target {
             PortTarget::VhostUser { path, .. } => check_socket_path(path)?,
-            PortTarget::Tap { interface } => check_interface(interface)?,
+            PortTarget::Tap { interface } | PortTarget::Afxdp { interface, .. } => check_interface(interface)?,
         }
         check_name("network", &self.network)?;
         self.check_vlans()?;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::{DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number};
+use super::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number};
 use crate::limits::{MAX_QUEUE_PAIRS, MAX_VLAN, MIN_MTU};
 
 /// A port's configuration as words, before any of them is understood. SPEC and the file both fill this, so that they
@@ -37,6 +37,8 @@ impl PortText {
         "rate-tx",
         "burst-tx",
         "owner",
+        "replace",
+        "busy-poll",
     ];
 
     /// Splits a SPEC into its words.
@@ -111,7 +113,7 @@ impl PortText {
             mtu: self.parse_number("mtu", MIN_MTU, u16::MAX)?,
             queues: self.parse_number("queues", 1, MAX_QUEUE_PAIRS as u16)?,
             mac: self.get("mac").map(parse_mac).transpose()?,
-            spoofcheck: self.get("spoofcheck").map_or(Ok(false), parse_switch)?,
+            spoofcheck: self.parse_switch("spoofcheck")?,
             rate_rx: self.parse_rate("rate-rx", "burst-rx")?,
             rate_tx: self.parse_rate("rate-tx", "burst-tx")?,
             owner: self.get("owner").map(Into::into),
@@ -122,18 +124,38 @@ impl PortText {
 
     fn parse_target(&self) -> Result<PortTarget, InvalidPort> {
         let mode = self.get("mode");
+        let foreign = ["replace", "busy-poll"].into_iter().find(|key| self.get(key).is_some());
+        if let Some(key) = foreign.filter(|_| self.kind != "afxdp") {
+            return Err(InvalidPort::new(key, format!("{key} is for ports of kind afxdp only")));
+        }
         match self.kind.as_str() {
             "vhost-user" => Ok(PortTarget::VhostUser {
                 path: PathBuf::from(&self.target),
                 mode: mode.map_or(Ok(SocketMode::Client), parse_mode)?,
             }),
-            "tap" if mode.is_some() => Err(InvalidPort::new("mode", "mode is for ports of kind vhost-user only")),
+            "tap" if mode.is_some() => {
+                Err(InvalidPort::new("mode", "mode is for ports of kind vhost-user and afxdp only"))
+            }
             "tap" => Ok(PortTarget::Tap { interface: self.target.clone() }),
-            "afxdp" | "dpdk" => {
-                let problem = format!("kind {} is not built in yet; use vhost-user or tap", self.kind);
+            "afxdp" => Ok(PortTarget::Afxdp {
+                interface: self.target.clone(),
+                mode: mode.map_or(Ok(AfxdpMode::Auto), parse_afxdp_mode)?,
+                replace: self.parse_switch("replace")?,
+                busy_poll: self.parse_switch("busy-poll")?,
+            }),
+            "dpdk" => {
+                let problem = "kind dpdk is not built in; use vhost-user, tap or afxdp";
                 Err(InvalidPort::new("kind", problem))
             }
-            other => Err(InvalidPort::new("kind", format!("unknown kind '{other}'; use vhost-user or tap"))),
+            other => Err(InvalidPort::new("kind", format!("unknown kind '{other}'; use vhost-user, tap or afxdp"))),
+        }
+    }
+
+    fn parse_switch(&self, key: &'static str) -> Result<bool, InvalidPort> {
+        match self.get(key) {
+            Some("on") => Ok(true),
+            Some("off") | None => Ok(false),
+            Some(text) => Err(InvalidPort::new(key, format!("{key} must be on or off, not '{text}'"))),
         }
     }
 
@@ -169,12 +191,9 @@ fn parse_mode(text: &str) -> Result<SocketMode, InvalidPort> {
     }
 }
 
-fn parse_switch(text: &str) -> Result<bool, InvalidPort> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(InvalidPort::new("spoofcheck", format!("spoofcheck must be on or off, not '{text}'"))),
-    }
+fn parse_afxdp_mode(text: &str) -> Result<AfxdpMode, InvalidPort> {
+    let problem = || format!("mode must be auto, zerocopy, copy or skb, not '{text}'");
+    AfxdpMode::from_name(text).ok_or_else(|| InvalidPort::new("mode", problem()))
 }
 
 /// A number of bits like `1500`, `10K`, `500M` or `2G`.
@@ -256,6 +275,17 @@ impl fmt::Display for PortConfig {
                 }
             }
             PortTarget::Tap { interface } => write!(out, "tap:{interface}")?,
+            PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+                write!(out, "afxdp:{interface}")?;
+                if *mode != AfxdpMode::Auto {
+                    write!(out, ",mode={}", mode.name())?;
+                }
+                for (key, on) in [("replace", replace), ("busy-poll", busy_poll)] {
+                    if *on {
+                        write!(out, ",{key}=on")?;
+                    }
+                }
+            }
         }
         if self.network != DEFAULT_NETWORK {
             write!(out, ",network={}", self.network)?;
@@ -315,8 +345,13 @@ mod tests {
 
         let tap: PortConfig = "host=tap:sluice0".parse().unwrap();
         assert_eq!(tap.target, PortTarget::Tap { interface: "sluice0".into() });
-        assert!(problem("up=afxdp:eth1,queues=2").contains("not built in yet"));
-        assert!(problem("up=dpdk:net_tap0").contains("not built in yet"));
+        let uplink: PortConfig = "up=afxdp:eth1,queues=2".parse().unwrap();
+        let target =
+            |mode, replace, busy_poll| PortTarget::Afxdp { interface: "eth1".into(), mode, replace, busy_poll };
+        assert_eq!((uplink.target, uplink.queues), (target(AfxdpMode::Auto, false, false), Some(2)));
+        let uplink: PortConfig = "up=afxdp:eth1,mode=skb,replace=on,busy-poll=on,trunk=10".parse().unwrap();
+        assert_eq!(uplink.target, target(AfxdpMode::Skb, true, true));
+        assert!(problem("up=dpdk:net_tap0").contains("not built in"));
     }
 
     #[test]
@@ -339,7 +374,7 @@ mod tests {
             ("vm1=vhost-user", "not of the form"),
             ("=tap:t0", "name must be 1 to 64"),
             ("a b=tap:t0", "name must be 1 to 64"),
-            ("vm=foo:/x", "unknown kind 'foo'; use vhost-user or tap"),
+            ("vm=foo:/x", "unknown kind 'foo'; use vhost-user, tap or afxdp"),
             ("vm=vhost-user:", "path of the socket is missing"),
             ("vm=vhost-user:x.sock", "must start with '/'"),
             ("vm=vhost-user:/run/", "names a folder"),
@@ -349,7 +384,7 @@ mod tests {
             ("vm=vhost-user:/x,colour=red", "unknown key 'colour'; the keys are mode, network"),
             ("vm=vhost-user:/x,mtu=1500,mtu=1500", "mtu is given twice"),
             ("vm=vhost-user:/x,mode=both", "mode must be client or server, not 'both'"),
-            ("vm=tap:t0,mode=server", "mode is for ports of kind vhost-user only"),
+            ("vm=tap:t0,mode=server", "mode is for ports of kind vhost-user and afxdp only"),
             ("vm=tap:0123456789abcdef", "the interface must be 1 to 15"),
             ("vm=tap:a/b", "the interface must be"),
             ("vm=tap:..", "the interface must be"),
@@ -433,6 +468,9 @@ mod tests {
             ("/[a-z0-9=:. ]{0,50}[a-z]", mode)
                 .prop_map(|(path, mode)| PortTarget::VhostUser { path: path.into(), mode }),
             "[a-z0-9=.-]{1,14}[a-z]".prop_map(|interface| PortTarget::Tap { interface }),
+            ("[a-z0-9=.-]{1,14}[a-z]", prop::sample::select(AfxdpMode::ALL.to_vec()), any::<(bool, bool)>()).prop_map(
+                |(interface, mode, (replace, busy_poll))| PortTarget::Afxdp { interface, mode, replace, busy_poll }
+            ),
         ]
     }
 
@@ -466,7 +504,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_accepted_is_valid(spec in "[a-c]=(tap:t|vhost-user:/x)(,(vlan|trunk|mtu|queues|mac|mode)=[0-9a-f:,-]{0,9}){0,3}") {
+        fn what_is_accepted_is_valid(spec in "[a-c]=(tap:t|afxdp:t|vhost-user:/x)(,(vlan|trunk|mtu|queues|mac|mode|replace)=[0-9a-f:,-]{0,9}){0,3}") {
             if let Ok(port) = spec.parse::<PortConfig>() {
                 prop_assert_eq!(port.validate(), Ok(()));
                 prop_assert_eq!(port.to_string().parse::<PortConfig>(), Ok(port));

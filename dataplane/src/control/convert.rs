@@ -3,7 +3,8 @@
 use sluice_proto::sluice::v1 as proto;
 
 use super::ControlError;
-use crate::config::{DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode};
+use crate::capture::{CaptureOptions, Captured, Direction};
+use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode};
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
 use crate::switch::PortError;
 
@@ -20,6 +21,20 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         }
         PortTarget::Tap { interface } => {
             proto::port_config::Target::Tap(proto::TapTarget { interface: interface.clone() })
+        }
+        PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+            let mode = match mode {
+                AfxdpMode::Auto => proto::AfxdpMode::Auto,
+                AfxdpMode::ZeroCopy => proto::AfxdpMode::Zerocopy,
+                AfxdpMode::Copy => proto::AfxdpMode::Copy,
+                AfxdpMode::Skb => proto::AfxdpMode::Skb,
+            };
+            proto::port_config::Target::Afxdp(proto::AfxdpTarget {
+                interface: interface.clone(),
+                mode: mode.into(),
+                replace: *replace,
+                busy_poll: *busy_poll,
+            })
         }
     };
     let (vlan, trunk) = match &port.vlan {
@@ -54,6 +69,17 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
             path: target.path.into(),
         },
         Some(proto::port_config::Target::Tap(target)) => PortTarget::Tap { interface: target.interface },
+        Some(proto::port_config::Target::Afxdp(target)) => PortTarget::Afxdp {
+            mode: match target.mode() {
+                proto::AfxdpMode::Zerocopy => AfxdpMode::ZeroCopy,
+                proto::AfxdpMode::Copy => AfxdpMode::Copy,
+                proto::AfxdpMode::Skb => AfxdpMode::Skb,
+                proto::AfxdpMode::Auto | proto::AfxdpMode::Unspecified => AfxdpMode::Auto,
+            },
+            interface: target.interface,
+            replace: target.replace,
+            busy_poll: target.busy_poll,
+        },
         None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
     };
     let vlan = port.vlan.map(|vlan| small("vlan", vlan)).transpose()?;
@@ -113,7 +139,9 @@ impl From<ControlError> for tonic::Status {
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
             ControlError::Folder(_)
             | ControlError::OtherOwner { .. }
-            | ControlError::Port { source: PortError::Setup(_) } => tonic::Code::FailedPrecondition,
+            | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) } => {
+                tonic::Code::FailedPrecondition
+            }
             ControlError::State(_) => tonic::Code::Internal,
         };
         Self::new(code, error.to_string())
@@ -185,6 +213,32 @@ pub(super) fn port_stats(port: PortStatus) -> proto::PortStats {
         rx_bytes: port.rx_bytes,
         tx_frames: port.tx_frames,
         tx_bytes: port.tx_bytes,
+    }
+}
+
+pub(super) fn captured(frame: Captured) -> proto::CapturedFrame {
+    proto::CapturedFrame {
+        time_ns: frame.time_ns,
+        direction: match frame.direction {
+            Direction::Rx => proto::Direction::Rx,
+            Direction::Tx => proto::Direction::Tx,
+        }
+        .into(),
+        drop_reason: frame.drop_reason.map(|reason| reason.name().into()),
+        length: frame.length as u32,
+        data: frame.bytes,
+    }
+}
+
+pub(super) fn capture_options(request: &proto::CaptureRequest) -> CaptureOptions {
+    let default = CaptureOptions::default();
+    CaptureOptions {
+        snap_length: if request.snap_length == 0 { default.snap_length } else { request.snap_length as usize },
+        direction: match request.direction() {
+            proto::Direction::Unspecified => None,
+            proto::Direction::Rx => Some(Direction::Rx),
+            proto::Direction::Tx => Some(Direction::Tx),
+        },
     }
 }
 
@@ -307,6 +361,10 @@ mod tests {
              mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,rate-tx=2G,burst-tx=3M,owner=me",
             "host=tap:sluice0,trunk=5",
             "host=tap:sluice0,vlan=5",
+            "up=afxdp:eth1",
+            "up=afxdp:eth1,mode=zerocopy,replace=on,trunk=5",
+            "up=afxdp:eth1,mode=copy,busy-poll=on",
+            "up=afxdp:eth1,mode=skb",
         ] {
             let port: PortConfig = spec.parse().unwrap();
             assert_eq!(port_from_proto(port_to_proto(&port)), Ok(port));

@@ -64,6 +64,7 @@ fn hint(error: &PortError) -> String {
         PortError::NotFound(_) => "; see 'sluice port list'".into(),
         PortError::TargetInUse { port, .. } => format!("; remove that with 'sluice port del {port}' first"),
         PortError::Limit { .. } => "; remove some first".into(),
+        PortError::Captured(_) => "; end that first".into(),
         PortError::Setup(_) => String::new(),
     }
 }

@@ -23,6 +23,8 @@ use crate::switch::PortError;
 
 /// Entries of the forwarding table in one message.
 const FDB_PIECE: usize = 1024;
+/// Time between two looks at what was captured.
+const CAPTURE_ROUND: Duration = Duration::from_millis(20);
 /// How long calls under way may take when the switch stops.
 const GRACE: Duration = Duration::from_millis(500);
 /// Pause after a connection could not be accepted (out of descriptors, mostly), so that it does not spin.
@@ -258,6 +260,27 @@ impl Control for Service {
         let answers = IntervalStream::new(interval)
             .map(move |_| Ok(proto::WatchStatsResponse { stats: Some(stats(&controller)) }));
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    type CaptureStream = ReplyStream<proto::CaptureResponse>;
+
+    async fn capture(&self, request: Request<proto::CaptureRequest>) -> Reply<Self::CaptureStream> {
+        let request = request.into_inner();
+        let controller = self.controller.clone();
+        let capture = controller.switch().capture(&request.name, convert::capture_options(&request));
+        let capture = capture.map_err(|error| Status::from(ControlError::from(error)))?;
+        let mut interval = tokio::time::interval(CAPTURE_ROUND);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The first answer, without frames, says that it has begun.
+        let mut first = true;
+        let answers = IntervalStream::new(interval)
+            .take_while(move |_| controller.switch().port(&request.name).is_some())
+            .map(move |_| {
+                let frames: Vec<_> = capture.drain().into_iter().map(convert::captured).collect();
+                proto::CaptureResponse { frames, lost: capture.lost() }
+            })
+            .filter(move |answer| std::mem::take(&mut first) || !answer.frames.is_empty());
+        Ok(Response::new(Box::pin(answers.map(Ok))))
     }
 
     async fn list_workers(&self, _request: Request<proto::ListWorkersRequest>) -> Reply<proto::ListWorkersResponse> {

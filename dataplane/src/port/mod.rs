@@ -5,6 +5,7 @@
 //! is its [`Link`]; the port's own control thread makes a new one whenever the other side changes something, and
 //! publishes it to the workers through [`Publisher`].
 
+pub mod afxdp;
 pub mod stats;
 pub mod tap;
 pub mod vhost;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use crate::frame::{Burst, BurstStorage};
 use crate::port::stats::PortStats;
 use crate::status::PortState;
-use crate::switch::convert::Scratch;
+use crate::switch::convert::{Accepts, Scratch};
 use crate::virtq::Fault;
 
 /// Index of a port in the switch's tables. Reused after a port is gone, never while a worker knows the old one.
@@ -53,6 +54,11 @@ pub trait TxQueue: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The [`Fault`] of the other side that ends this port's service until it resets.
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault>;
+
+    /// Super-packets that it would rather have than many segments, of whatever size they come. None unless said.
+    fn prefers(&self) -> Accepts {
+        Accepts::default()
+    }
 }
 
 /// One receive queue of a link.
@@ -79,12 +85,14 @@ pub struct Link {
     pub features: Vec<&'static str>,
     /// Guest memory mapped, in bytes.
     pub memory_bytes: u64,
+    /// What is received comes as a wire has cut it up: it pays to merge it for receivers that prefer that.
+    pub coalesce: bool,
 }
 
 impl Link {
     /// A link over which nothing passes.
     pub fn down(state: PortState, reason: Option<String>) -> Self {
-        Self { state, reason, rx: Vec::new(), tx: Vec::new(), features: Vec::new(), memory_bytes: 0 }
+        Self { state, reason, rx: Vec::new(), tx: Vec::new(), features: Vec::new(), memory_bytes: 0, coalesce: false }
     }
 }
 

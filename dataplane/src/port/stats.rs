@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::capture::CapturePoint;
 use crate::limits::MAX_QUEUE_PAIRS;
 use crate::switch::DropReason;
 use crate::virtq::Fault;
@@ -47,6 +48,8 @@ pub struct PortStats {
     /// Faults of the other side.
     pub faults: AtomicU64,
     fault: AtomicU64,
+    /// Where its frames can be looked at.
+    pub capture: CapturePoint,
 }
 
 impl Default for PortStats {
@@ -59,6 +62,7 @@ impl Default for PortStats {
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
+            capture: CapturePoint::default(),
         }
     }
 }

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::frame::{Burst, ETHERNET_HEADER};
+use crate::capture::Direction;
+use crate::frame::{Burst, ETHERNET_HEADER, Frame};
 use crate::limits::{BURST, MAX_PORTS};
-use crate::port::PortId;
+use crate::port::{PortId, afxdp::gro};
 use crate::switch::DropReason;
-use crate::switch::convert::Scratch;
+use crate::switch::convert::{Accepts, Scratch};
 use crate::switch::fdb::{Fdb, Station};
 use crate::switch::snapshot::{PortView, Snapshot};
 use crate::wire::flow::flow_hash;
@@ -31,6 +32,16 @@ impl Places {
         }
     }
 
+    /// Merges segments of the wire, for a receiver that prefers super-packets.
+    fn coalesce(&mut self, burst: &mut Burst<'_>, shared: u64, prefers: Accepts) {
+        if !(prefers.tso4 || prefers.tso6) {
+            return;
+        }
+        if let Some(items) = self.items.get_mut(..usize::from(self.count)) {
+            self.count = gro::coalesce(burst, items, shared, prefers) as u8;
+        }
+    }
+
     #[inline]
     fn as_slice(&self) -> &[u8] {
         self.items.get(..usize::from(self.count)).unwrap_or_default()
@@ -45,6 +56,8 @@ pub struct Forwarder {
     lists: Box<[Places]>,
     /// Ports that have any.
     touched: Vec<PortId>,
+    /// Bits of the frames of a burst that go to more than one port.
+    shared: u64,
     scratch: Scratch,
     recent: Recent,
 }
@@ -70,6 +83,7 @@ impl Forwarder {
             fdb,
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
+            shared: 0,
             scratch: Scratch::default(),
             recent: Recent::NONE,
         }
@@ -78,6 +92,8 @@ impl Forwarder {
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.recent = Recent::NONE;
+        self.shared = 0;
+        let captured = ingress.stats.capture.is_on();
         let mut count = burst.count() as u8;
         if let Some(policer) = &ingress.policers.rx {
             let admitted = policer.admit((0..count).map(|place| burst.frame(place).len()));
@@ -87,8 +103,12 @@ impl Forwarder {
             }
         }
         for place in 0..count {
-            if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
+            let outcome = self.classify(snapshot, ingress, burst, place);
+            if let Err(reason) = outcome {
                 ingress.stats.drop_frames(reason, 1);
+            }
+            if captured {
+                ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
             }
         }
         let mut unchanged = ingress.is_plain();
@@ -98,7 +118,7 @@ impl Forwarder {
             if let Some(egress) = snapshot.port(id) {
                 // The shortcut is over once a frame has been changed for somebody.
                 unchanged &= egress.is_plain();
-                self.deliver(egress, burst, list, unchanged);
+                self.deliver(ingress, egress, burst, list, unchanged);
             }
         }
         self.touched.clear();
@@ -163,15 +183,18 @@ impl Forwarder {
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
         let members = snapshot.networks.get(usize::from(ingress.network)).ok_or(DropReason::NoDestination)?;
-        let mut any = false;
+        let mut count = 0;
         for &id in members {
             let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
             if egress.vlan.egress(vid).is_some() {
                 self.note(id, place);
-                any = true;
+                count += 1;
             }
         }
-        if any { Ok(()) } else { Err(DropReason::NoDestination) }
+        if count > 1 {
+            self.shared |= 1 << (u32::from(place) % u64::BITS);
+        }
+        if count > 0 { Ok(()) } else { Err(DropReason::NoDestination) }
     }
 
     #[inline]
@@ -184,7 +207,7 @@ impl Forwarder {
     }
 
     /// Hands frames to a port's queues, in the form that it takes.
-    fn deliver(&mut self, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
+    fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
@@ -195,6 +218,14 @@ impl Forwarder {
             if admitted < ready.count {
                 egress.stats.drop_frames(DropReason::RateTx, u64::from(ready.count - admitted));
                 ready.count = admitted;
+            }
+        }
+        if ingress.link.coalesce && ready.count > 1 {
+            ready.coalesce(burst, self.shared, first.prefers());
+        }
+        if egress.stats.capture.is_on() {
+            for &place in ready.as_slice() {
+                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, None);
             }
         }
         if egress.link.tx.len() == 1 {
@@ -244,17 +275,25 @@ impl Forwarder {
 fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
     let mut ready = Places::EMPTY;
     for &place in list.as_slice() {
-        let frame = burst.frame_mut(place);
-        let Some(tagged) = egress.vlan.egress(frame.vid) else {
-            egress.stats.drop_frames(DropReason::VlanDenied, 1);
+        let Err(reason) = prepare(egress, burst.frame_mut(place)) else {
+            ready.push(place);
             continue;
         };
-        frame.set_tagged(tagged);
-        if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
-            egress.stats.drop_frames(DropReason::MtuEgress, 1);
-            continue;
+        egress.stats.drop_frames(reason, 1);
+        if egress.stats.capture.is_on() {
+            egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
         }
-        ready.push(place);
     }
     ready
+}
+
+/// Gives a frame the form that it has behind a port.
+#[inline]
+fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
+    let tagged = egress.vlan.egress(frame.vid).ok_or(DropReason::VlanDenied)?;
+    frame.set_tagged(tagged);
+    if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
+        return Err(DropReason::MtuEgress);
+    }
+    Ok(())
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
+use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
 use crate::port::vhost::VhostPort;
@@ -44,6 +45,9 @@ pub enum PortError {
     /// There is no such port.
     #[error("no port is named {0}")]
     NotFound(String),
+    /// Somebody captures its frames already.
+    #[error("the frames of port {0} are being captured already")]
+    Captured(String),
     /// Another port uses that socket or interface.
     #[error("{target} is used by port {port} already")]
     TargetInUse {
@@ -118,6 +122,7 @@ struct Entry {
 enum Driver {
     Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
     Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
+    Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -274,6 +279,11 @@ impl Inner {
                     .map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
+            PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+                let (mode, queues, replace, busy_poll) = (*mode, config.queues, *replace, *busy_poll);
+                let options = afxdp::Options { mode, queues, replace, busy_poll };
+                AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
+            }
         }
     }
 

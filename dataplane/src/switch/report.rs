@@ -5,11 +5,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::capture::{Capture, CaptureOptions};
 use crate::config::{PortConfig, VlanMode};
 use crate::port::Link;
 use crate::port::stats::PortStats;
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
-use crate::switch::{DropReason, Entry, Inner, Slot, Switch, Tables, lock, worker_of};
+use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock, worker_of};
 use crate::wire::MacAddr;
 
 /// Time between two rounds.
@@ -89,6 +90,16 @@ impl Switch {
     /// The configuration of one port.
     pub fn port_config(&self, name: &str) -> Option<PortConfig> {
         lock(&self.inner.tables).ports.get(name).map(|entry| entry.config.clone())
+    }
+
+    /// Begins to capture a port's frames.
+    ///
+    /// # Errors
+    /// [`PortError::NotFound`], or [`PortError::Captured`] if somebody does already.
+    pub fn capture(&self, name: &str, options: CaptureOptions) -> Result<Capture, PortError> {
+        let stats = lock(&self.inner.tables).ports.get(name).map(|entry| entry.stats.clone());
+        let stats = stats.ok_or_else(|| PortError::NotFound(name.into()))?;
+        Capture::start(stats, options).ok_or_else(|| PortError::Captured(name.into()))
     }
 
     /// One port.

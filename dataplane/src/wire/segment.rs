@@ -42,7 +42,10 @@ pub struct Segment {
 /// wrong one makes segments that nobody accepts.
 #[derive(Debug, Clone)]
 pub struct Segmenter<'a> {
+    /// The super-frame, or as much of it as there is in one piece: at least the headers.
     frame: &'a [u8],
+    /// Bytes of the super-frame.
+    len: usize,
     kind: GsoKind,
     size: usize,
     mode: ChecksumMode,
@@ -66,8 +69,25 @@ impl<'a> Segmenter<'a> {
     /// or [`WireError::Truncated`] if `frame` is not what it describes, and [`WireError::HeaderTooLong`],
     /// [`WireError::TooManySegments`] or [`WireError::SegmentTooLong`] if a bound is exceeded.
     pub fn new(frame: &'a [u8], offload: &Offload, mode: ChecksumMode) -> Result<Self, WireError> {
+        Self::with_len(frame, frame.len(), offload, mode)
+    }
+
+    /// Prepares to cut a super-frame of `len` bytes of which only the first are at hand, with all headers among them.
+    /// Segments come with partial checksums, since their data is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn of_headers(headers: &'a [u8], len: usize, offload: &Offload) -> Result<Self, WireError> {
+        Self::with_len(headers, len, offload, ChecksumMode::Partial)
+    }
+
+    fn with_len(frame: &'a [u8], len: usize, offload: &Offload, mode: ChecksumMode) -> Result<Self, WireError> {
         let gso = offload.gso.ok_or(WireError::NoGso)?;
-        let layout = Layout::find(gso.kind, offload.csum, frame, frame.len())?;
+        let layout = Layout::find(gso.kind, offload.csum, frame, len)?;
+        if layout.header_len > frame.len() {
+            return Err(WireError::Truncated);
+        }
         if layout.header_len > MAX_SEGMENT_HEADER {
             return Err(WireError::HeaderTooLong);
         }
@@ -75,7 +95,7 @@ impl<'a> Segmenter<'a> {
         if size == 0 {
             return Err(WireError::ZeroGsoSize);
         }
-        let data = frame.len().saturating_sub(layout.header_len);
+        let data = len.saturating_sub(layout.header_len);
         if layout.header_len - layout.l3 + data.min(size) > usize::from(u16::MAX) {
             return Err(WireError::SegmentTooLong);
         }
@@ -84,8 +104,8 @@ impl<'a> Segmenter<'a> {
         if count > MAX_SEGMENTS {
             return Err(WireError::TooManySegments);
         }
-        let pseudo = pseudo_without_length(frame, gso.kind, layout).ok_or(WireError::Truncated)?;
-        Ok(Self { frame, kind: gso.kind, size, mode, layout, pseudo, next: layout.header_len, index: 0, count })
+        let pseudo = pseudo_without_length(frame, len, gso.kind, layout).ok_or(WireError::Truncated)?;
+        Ok(Self { frame, len, kind: gso.kind, size, mode, layout, pseudo, next: layout.header_len, index: 0, count })
     }
 
     /// Segments still to come; at least one before the first.
@@ -100,19 +120,18 @@ impl<'a> Segmenter<'a> {
             return None;
         }
         let header_len = self.layout.header_len;
-        let end = self.frame.len().min(self.next + self.size);
+        let end = self.len.min(self.next + self.size);
         let payload = self.next..end;
-        let data = self.frame.get(payload.clone())?;
         let header = header.get_mut(..header_len)?;
         header.copy_from_slice(self.frame.get(..header_len)?);
 
-        self.write_network(header, data.len())?;
+        self.write_network(header, payload.len())?;
         if self.kind.is_tcp() {
             self.write_tcp(header)?;
         } else {
-            put_be16(header, self.layout.l4 + l4::UDP_LENGTH_OFFSET, (l4::UDP_HEADER_LEN + data.len()) as u16)?;
+            put_be16(header, self.layout.l4 + l4::UDP_LENGTH_OFFSET, (l4::UDP_HEADER_LEN + payload.len()) as u16)?;
         }
-        let csum = self.write_checksum(header, data)?;
+        let csum = self.write_checksum(header, &payload)?;
         self.next = end;
         self.index += 1;
         Some(Segment { header_len, payload, csum })
@@ -151,11 +170,11 @@ impl<'a> Segmenter<'a> {
         Some(())
     }
 
-    fn write_checksum(&self, header: &mut [u8], data: &[u8]) -> Option<Csum> {
+    fn write_checksum(&self, header: &mut [u8], payload: &Range<usize>) -> Option<Csum> {
         let transport = header.get_mut(self.layout.l4..)?;
         let field = usize::from(self.kind.csum_offset());
         let mut sum = self.pseudo;
-        sum.add(&((transport.len() + data.len()) as u16).to_be_bytes());
+        sum.add(&((transport.len() + payload.len()) as u16).to_be_bytes());
         put_be16(transport, field, sum.fold())?;
         if self.mode == ChecksumMode::Partial {
             return Some(Csum::Partial { start: self.layout.l4 as u16, offset: self.kind.csum_offset() });
@@ -163,16 +182,16 @@ impl<'a> Segmenter<'a> {
         // Like `complete_partial`, over two pieces.
         let mut sum = Sum::new();
         sum.add(transport);
-        sum.add(data);
+        sum.add(self.frame.get(payload.clone())?);
         put_be16(transport, field, sum.transport_checksum())?;
         Some(Csum::None)
     }
 }
 
-fn pseudo_without_length(frame: &[u8], kind: GsoKind, layout: Layout) -> Option<Sum> {
+fn pseudo_without_length(frame: &[u8], len: usize, kind: GsoKind, layout: Layout) -> Option<Sum> {
     let field = be16(frame, layout.l4 + usize::from(kind.csum_offset()))?;
     // At most MAX_SEGMENTS * 64 KiB, so it fits.
-    let length = frame.len().checked_sub(layout.l4)? as u32;
+    let length = len.checked_sub(layout.l4)? as u32;
     let mut sum = Sum::new();
     sum.add(&field.to_be_bytes());
     // The ones' complement is the negative: this subtracts.

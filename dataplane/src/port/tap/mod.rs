@@ -165,4 +165,8 @@ impl TxQueue for TapTx {
         stats.tx(0).add(count, bytes);
         Ok(())
     }
+
+    fn prefers(&self) -> Accepts {
+        HOST
+    }
 }

@@ -427,4 +427,9 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         }
         outcome
     }
+
+    fn prefers(&self) -> Accepts {
+        // Without mergeable buffers a super-packet takes a chain of 64 KiB, which drivers have few of.
+        if self.mergeable { self.accepts } else { Accepts::default() }
+    }
 }

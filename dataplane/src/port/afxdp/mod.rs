@@ -1,0 +1,330 @@
+//! AF_XDP ports: an uplink over a network interface of the host, around the kernel's stack.
+//!
+//! Raw system calls, no library: a socket with four rings for each queue (`ring`, `socket`), over a pool of frames
+//! (`umem`) that belongs to that queue alone, so that receiving and sending, and two queues, share nothing. `rx` and
+//! `tx` are the two queue traits over them, `gro` merges what was received, `program` is the XDP program that
+//! feeds the sockets, `netlink` and `device` know the interface.
+//!
+//! A thread for each port watches the interface. It may vanish and return, lose its carrier or change its MTU at any
+//! time; workers only ever see the port's link go down and come up.
+//!
+//! What arrives is taken to be as it was on a wire. The other end of a veth pair has to be told so (`ethtool -K IFACE
+//! tx off txvlan off`): its kernel leaves checksums open and tags aside otherwise, and XDP does not say where.
+
+mod device;
+pub mod gro;
+mod mapping;
+mod netlink;
+mod program;
+mod queue;
+mod ring;
+mod rx;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod tx;
+mod umem;
+
+use std::io::{Error, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::config::AfxdpMode;
+use crate::port::{Link, Publisher};
+use crate::status::PortState;
+use crate::virtq::notify::EventFd;
+use device::{Device, Promiscuous, State};
+use netlink::Netlink;
+use queue::Queues;
+
+/// Length of an 802.1Q tag.
+const TAG: usize = 4;
+/// Time until the interface is looked at again, whether or not there is news of it.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// What one queue's halves tell each other.
+#[derive(Debug, Default)]
+struct Pair {
+    /// The kernel did not take all that was to be sent: whoever receives asks it again.
+    unsent: AtomicBool,
+}
+
+/// What an operator can choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// How frames get to us.
+    pub mode: AfxdpMode,
+    /// Queues to use; `None` means all that the interface has.
+    pub queues: Option<u16>,
+    /// Take the place of an XDP program that the interface has.
+    pub replace: bool,
+    /// Let the workers' own calls poll the driver (`SO_PREFER_BUSY_POLL`).
+    pub busy_poll: bool,
+}
+
+/// What the queues of a port know of it.
+#[derive(Debug)]
+struct Shared {
+    mtu: AtomicUsize,
+    multi_buffer: bool,
+    busy_poll: bool,
+}
+
+impl Shared {
+    fn new(mtu: usize, multi_buffer: bool, busy_poll: bool) -> Self {
+        Self { mtu: AtomicUsize::new(mtu), multi_buffer, busy_poll }
+    }
+
+    /// Largest layer-3 packet that the interface takes, in bytes.
+    #[inline]
+    fn mtu(&self) -> usize {
+        self.mtu.load(Ordering::Relaxed)
+    }
+}
+
+/// A running AF_XDP port. The interface is the kernel's again when it is dropped.
+pub struct AfxdpPort {
+    stop: Arc<AtomicBool>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for AfxdpPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AfxdpPort").finish_non_exhaustive()
+    }
+}
+
+impl AfxdpPort {
+    /// Takes the interface over and publishes its queues. If it is not there, or not ready, that happens as soon as it
+    /// is.
+    ///
+    /// # Errors
+    /// With advice, if waiting would not help: the interface has a program of somebody else, or we may not.
+    pub fn start(
+        name: &str,
+        interface: &str,
+        options: Options,
+        publisher: Arc<dyn Publisher>,
+    ) -> std::io::Result<Self> {
+        let mut watcher = Watcher {
+            name: name.into(),
+            interface: interface.into(),
+            options,
+            publisher,
+            device: Device::new(interface)?,
+            news: Netlink::subscribe()?,
+            requests: Netlink::open()?,
+            uplink: None,
+            yielded: false,
+            shown: None,
+        };
+        if let Err(e) = watcher.look()
+            && matches!(e.kind(), ErrorKind::AlreadyExists | ErrorKind::PermissionDenied | ErrorKind::InvalidInput)
+        {
+            return Err(e);
+        }
+        let (stop, wake) = (Arc::new(AtomicBool::new(false)), Arc::new(EventFd::new()?));
+        let ended = (stop.clone(), wake.clone());
+        let thread = std::thread::Builder::new().name("sl-afxdp".into()).stack_size(256 << 10);
+        let thread = thread.spawn(move || watcher.run(&ended.0, &ended.1))?;
+        Ok(Self { stop, wake, thread: Some(thread) })
+    }
+}
+
+impl Drop for AfxdpPort {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake.signal();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An interface that is ours.
+#[derive(Debug)]
+struct Uplink {
+    index: u32,
+    program: u32,
+    queues: Queues,
+    _promiscuous: Promiscuous,
+}
+
+/// Looks after the interface.
+struct Watcher {
+    name: String,
+    interface: String,
+    options: Options,
+    publisher: Arc<dyn Publisher>,
+    device: Device,
+    news: Netlink,
+    requests: Netlink,
+    uplink: Option<Uplink>,
+    /// Somebody has put a program in the place of ours. It is theirs until they take it away: two that replace each
+    /// other would never end.
+    yielded: bool,
+    /// What the workers and the log were told last.
+    shown: Option<(PortState, String)>,
+}
+
+impl Watcher {
+    fn run(mut self, stop: &AtomicBool, wake: &EventFd) {
+        let mut failed = false;
+        while !stop.load(Ordering::Acquire) {
+            // An attempt to open makes news of its own; one that fails is not repeated for that.
+            wait((!failed).then_some(&self.news), wake);
+            self.news.drain();
+            if !stop.load(Ordering::Acquire) {
+                failed = self.look().is_err();
+            }
+        }
+        self.close(PortState::Down, "");
+    }
+
+    /// Brings the port in line with the interface.
+    fn look(&mut self) -> std::io::Result<()> {
+        let result = self.try_look();
+        if let Err(e) = &result {
+            self.close(PortState::Down, &e.to_string());
+        }
+        result
+    }
+
+    fn try_look(&mut self) -> std::io::Result<()> {
+        let Some(state) = self.device.state()? else {
+            self.close(PortState::Connecting, &format!("there is no interface {}", self.interface));
+            return Ok(());
+        };
+        if let Some(uplink) = self.uplink.as_ref().filter(|uplink| !self.is_ours(uplink, &state)) {
+            self.yielded = uplink.index == state.index;
+            self.close(PortState::Connecting, "the interface was replaced, or its XDP program removed");
+        }
+        if self.uplink.is_none() {
+            self.uplink = Some(self.open(&state)?);
+            // Its own coming up is news.
+            return self.try_look();
+        }
+        if let Some(uplink) = &self.uplink {
+            uplink.queues.shared.mtu.store(state.mtu, Ordering::Relaxed);
+        }
+        match state {
+            State { is_up: false, .. } => self.show(PortState::Down, "the interface is down"),
+            State { is_running: false, .. } => self.show(PortState::Down, "the interface has no carrier"),
+            _ => self.show(PortState::Up, ""),
+        }
+        Ok(())
+    }
+
+    fn is_ours(&self, uplink: &Uplink, state: &State) -> bool {
+        let program = self.requests.xdp(state.index).ok().flatten();
+        uplink.index == state.index && program.is_some_and(|program| program.id == uplink.program)
+    }
+
+    fn open(&mut self, state: &State) -> std::io::Result<Uplink> {
+        self.make_way(state)?;
+        let interface = &self.interface;
+        self.device.prepare().map_err(|e| explain(&format!("cannot bring up interface {interface}"), &e))?;
+        let has = self.device.queues();
+        let count = self.options.queues.map_or(has, u32::from);
+        if count > has {
+            let problem = format!("interface {interface} has {has} queues, fewer than queues={count}");
+            return Err(Error::new(ErrorKind::InvalidInput, problem));
+        }
+        let promiscuous = Promiscuous::new(state.index)?;
+        let (queues, failures) = Queues::open(state.index, count, state.mtu, &self.options, self.publisher.stats())
+            .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
+        let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
+        self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(
+            port = self.name,
+            interface,
+            mode = queues.mode,
+            queues = count,
+            multi_buffer = queues.shared.multi_buffer,
+            rejected = (!failures.is_empty()).then_some(failures),
+            "uplink open"
+        );
+        if count < has {
+            tracing::warn!(
+                port = self.name,
+                "interface {interface} spreads frames over {has} queues, of which the port serves {count}; \
+                 the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
+            );
+        }
+        Ok(Uplink { index: state.index, program, queues, _promiscuous: promiscuous })
+    }
+
+    /// Sees to it that the interface has no XDP program.
+    fn make_way(&mut self, state: &State) -> std::io::Result<()> {
+        let Some(attached) = self.requests.xdp(state.index)? else {
+            self.yielded = false;
+            return Ok(());
+        };
+        let interface = &self.interface;
+        if !self.options.replace || self.yielded {
+            let problem = format!(
+                "interface {interface} has an XDP program already (id {}); remove it with \
+                 'ip link set dev {interface} xdp off', or add the port with replace=on",
+                attached.id
+            );
+            return Err(Error::new(ErrorKind::AlreadyExists, problem));
+        }
+        tracing::warn!(port = self.name, interface, program = attached.id, "removing another XDP program (replace=on)");
+        if program::detach_foreign_link(state.index)? {
+            return Ok(());
+        }
+        self.requests.clear_xdp(state.index, attached.mode)
+    }
+
+    /// Tells the workers and the log, if it is news.
+    fn show(&mut self, state: PortState, reason: &str) {
+        if self.shown.as_ref().is_some_and(|shown| *shown == (state, reason.to_owned())) {
+            return;
+        }
+        let link = match &self.uplink {
+            Some(uplink) if state == PortState::Up => uplink.queues.link(),
+            _ => Link::down(state, (!reason.is_empty()).then(|| reason.into())),
+        };
+        self.publisher.publish(link);
+        let (port, interface) = (&self.name, &self.interface);
+        match state {
+            PortState::Up => tracing::info!(port, interface, "uplink up"),
+            _ if reason.is_empty() => {}
+            _ => tracing::warn!(port, interface, reason, "uplink down"),
+        }
+        self.shown = Some((state, reason.into()));
+    }
+
+    /// Takes the queues from the workers and closes them.
+    fn close(&mut self, state: PortState, reason: &str) {
+        self.show(state, reason);
+        let Some(uplink) = self.uplink.take() else { return };
+        for (queue, shares) in uplink.queues.audit().iter().enumerate() {
+            if !shares.iter().all(umem::Audit::is_balanced) {
+                tracing::error!(port = self.name, queue, ?shares, "frames of the pool are not accounted for");
+            }
+        }
+    }
+}
+
+/// Waits for news, if any is wanted, for the end, or for a while.
+fn wait(news: Option<&Netlink>, wake: &EventFd) {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // The kernel passes over negative descriptors.
+    let mut fds = [poll(news.map_or(-1, Netlink::as_raw_fd)), poll(wake.as_raw_fd())];
+    // SAFETY: the kernel writes to the local array of the length given.
+    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, LOOK.as_millis() as libc::c_int) };
+}
+
+fn explain(what: &str, e: &Error) -> Error {
+    let hint = match e.kind() {
+        ErrorKind::PermissionDenied => "; run as root, or with CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF",
+        ErrorKind::ResourceBusy => "; another socket has a queue of it open",
+        _ => "",
+    };
+    Error::new(e.kind(), format!("{what}: {e}{hint}"))
+}

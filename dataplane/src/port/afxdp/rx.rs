@@ -1,0 +1,214 @@
+//! The receiving half of an uplink's queue: frames stay in the pool until they have been forwarded.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::gro::header_len;
+use super::ring::{Consumer, Producer};
+use super::socket::{RING, Socket};
+use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
+use super::{Pair, Shared};
+use crate::frame::{Burst, BurstStorage};
+use crate::limits::{BURST, SNAPSHOT};
+use crate::mem::SourceSegment;
+use crate::port::RxQueue;
+use crate::port::stats::PortStats;
+use crate::switch::DropReason;
+use crate::sync::SpinLock;
+use crate::virtq::Fault;
+use crate::wire::VirtioNetHdr;
+
+/// Frames of the pool that are looked at for one burst: as many as it takes for jumbo frames, with room for the longest
+/// frame that the kernel can make.
+const TAKE: usize = 128;
+
+/// What a virtio-net header would say of a frame from a wire.
+const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
+
+/// A queue to receive from.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    pair: usize,
+    umem: Arc<Umem>,
+    socket: Arc<Socket>,
+    shared: Arc<Shared>,
+    both: Arc<Pair>,
+    stats: Arc<PortStats>,
+    state: SpinLock<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    fill: Producer<u64>,
+    ring: Consumer<libc::xdp_desc>,
+    ledger: Ledger,
+    /// Frames of the burst at hand. Empty between bursts.
+    held: Vec<Piece>,
+}
+
+/// A frame of the pool with what was received into it.
+#[derive(Debug)]
+struct Piece {
+    frame: OwnedFrame,
+    offset: usize,
+    len: usize,
+    /// The received frame goes on in the next piece.
+    continues: bool,
+}
+
+impl Receiver {
+    pub(super) fn new(
+        pair: usize,
+        umem: Arc<Umem>,
+        socket: Arc<Socket>,
+        (shared, stats): (Arc<Shared>, Arc<PortStats>),
+        both: Arc<Pair>,
+        rings: (Producer<u64>, Consumer<libc::xdp_desc>),
+        ledger: Ledger,
+    ) -> Self {
+        let (fill, ring) = rings;
+        let mut state = State { fill, ring, ledger, held: Vec::with_capacity(TAKE) };
+        while let Some(frame) = state.ledger.take() {
+            let address = state.ledger.lend(frame);
+            state.fill.push(address);
+        }
+        state.fill.publish();
+        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
+    }
+
+    /// Where the frames are. Not for a queue in use: it would miss a turn.
+    pub(super) fn audit(&self) -> Audit {
+        let state = self.state.lock();
+        state.ledger.audit(state.fill.pending(), state.ring.pending())
+    }
+
+    /// Makes frames of the pieces.
+    fn build<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> u64 {
+        let mut bytes = 0;
+        for pieces in pieces.split_inclusive(|piece| !piece.continues) {
+            match self.build_one(pieces, burst) {
+                Ok(()) => bytes += pieces.iter().map(|piece| piece.len as u64).sum::<u64>(),
+                Err(reason) => self.stats.drop_frames(reason, 1),
+            }
+        }
+        bytes
+    }
+
+    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> Result<(), DropReason> {
+        let (first, rest) = pieces.split_first().ok_or(DropReason::Runt)?;
+        let first = self.bytes(first);
+        // Of a frame that can be merged with others, the head has the headers alone: then data is all in the pool.
+        let head = header_len(first.get(..SNAPSHOT).unwrap_or(first)).unwrap_or(SNAPSHOT).min(first.len());
+        let (head, tail) = first.split_at(head);
+        let mut frame = burst.start(VirtioNetHdr::LEN);
+        let mut fits = frame.push(SourceSegment::from_slice(&NOTHING_TO_DO))
+            && frame.push(SourceSegment::from_slice(head))
+            && frame.push_tail(SourceSegment::from_slice(tail));
+        for piece in rest {
+            fits &= frame.push_tail(SourceSegment::from_slice(self.bytes(piece)));
+        }
+        if fits { frame.finish().map(drop) } else { Err(DropReason::Oversize) }
+    }
+
+    fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {
+        self.umem.bytes(&piece.frame).get(piece.offset..piece.offset + piece.len).unwrap_or_default()
+    }
+}
+
+impl RxQueue for Receiver {
+    fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
+        let Some(mut state) = self.state.try_lock() else { return Ok(0) };
+        if self.both.unsent.load(Ordering::Relaxed) {
+            self.both.unsent.store(self.socket.kick_tx(), Ordering::Relaxed);
+        }
+        let taken = state.take();
+        if taken == 0 {
+            if self.shared.busy_poll {
+                self.socket.kick_rx();
+            }
+            return Ok(0);
+        }
+        {
+            let mut burst = storage.begin();
+            let bytes = self.build(&state.held, &mut burst);
+            self.stats.rx(self.pair).add(burst.count() as u64, bytes);
+            if burst.count() > 0 {
+                forward(&mut burst);
+            }
+        }
+        state.give_back();
+        if state.fill.needs_wakeup() {
+            self.stats.rx(self.pair).notified();
+            self.socket.kick_rx();
+        }
+        Ok(taken)
+    }
+
+    fn arm(&self) -> bool {
+        // The descriptor is readable while there is something in the ring: nothing can be missed. What waits to be sent
+        // has to be looked after.
+        self.both.unsent.load(Ordering::Relaxed)
+    }
+
+    fn disarm(&self) {}
+
+    fn event_fd(&self) -> Option<RawFd> {
+        Some(self.socket.as_raw_fd())
+    }
+
+    fn drain_event(&self) {}
+}
+
+impl State {
+    /// Takes whole frames out of the ring, at most a burst. Returns how many.
+    fn take(&mut self) -> usize {
+        let available = self.ring.available(1).min(TAKE as u32);
+        let (mut frames, mut whole) = (0, 0);
+        // Where the last whole frame ends: a frame of which the kernel has not shown all stays in the ring.
+        for offset in 0..available {
+            if self.ring.get(offset).options & libc::XDP_PKT_CONTD == 0 {
+                (frames, whole) = (frames + 1, offset + 1);
+                if frames == BURST {
+                    break;
+                }
+            }
+        }
+        if frames == 0 && available == TAKE as u32 {
+            // No frame is that long. The ring must not be stuck on it.
+            whole = available;
+        }
+        let mut broken = false;
+        for offset in 0..whole {
+            broken |= !self.hold(self.ring.get(offset));
+        }
+        if whole > 0 {
+            self.ring.release(whole);
+        }
+        if frames == 0 || broken {
+            // The kernel's mistake, never seen. What cannot be trusted is not forwarded.
+            self.give_back();
+            return 0;
+        }
+        frames
+    }
+
+    fn hold(&mut self, entry: libc::xdp_desc) -> bool {
+        let Some(frame) = self.ledger.take_back(entry.addr) else { return false };
+        let (offset, len) = ((entry.addr % CHUNK as u64) as usize, entry.len as usize);
+        self.held.push(Piece { frame, offset, len, continues: entry.options & libc::XDP_PKT_CONTD != 0 });
+        offset + len <= CHUNK
+    }
+
+    /// Lends the frames at hand to the kernel again.
+    fn give_back(&mut self) {
+        for piece in self.held.drain(..) {
+            let address = self.ledger.lend(piece.frame);
+            // There is room: the ring is as large as the share.
+            self.fill.push(address);
+        }
+        self.fill.publish();
+    }
+}
+
+const _: () = assert!(TAKE >= BURST && TAKE <= RING as usize);

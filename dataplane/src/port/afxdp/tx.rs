@@ -1,0 +1,351 @@
+//! The sending half of an uplink's queue: frames are copied once, from where they are into the frames of the pool.
+//!
+//! A wire carries neither partial checksums nor super-packets. Segments are cut straight into the pool: the segmenter
+//! writes the headers, the data is copied behind them, and the checksum is summed over the copy, which no guest can
+//! change any more.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::ring::{Consumer, Producer};
+use super::socket::Socket;
+use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
+use super::{Pair, Shared, TAG};
+use crate::frame::{Burst, ETHERNET_HEADER, Frame};
+use crate::mem::SourceSegment;
+use crate::port::TxQueue;
+use crate::port::stats::PortStats;
+use crate::switch::DropReason;
+use crate::switch::convert::Scratch;
+use crate::sync::{SpinGuard, SpinLock};
+use crate::virtq::Fault;
+use crate::wire::offload::Csum;
+use crate::wire::{MAX_SEGMENT_HEADER, Segmenter, Sum, put_be16};
+
+/// Frames of the pool that one frame may take: what the kernel puts into one socket buffer (`MAX_SKB_FRAGS` and one).
+const MAX_PIECES: usize = 18;
+/// Frames that one system call sends at least, before it wants to be called again.
+const SENT_PER_KICK: u64 = 32;
+
+/// A queue to send to.
+#[derive(Debug)]
+pub(super) struct Transmitter {
+    pair: usize,
+    umem: Arc<Umem>,
+    socket: Arc<Socket>,
+    shared: Arc<Shared>,
+    both: Arc<Pair>,
+    stats: Arc<PortStats>,
+    state: SpinLock<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    ring: Producer<libc::xdp_desc>,
+    completion: Consumer<u64>,
+    ledger: Ledger,
+    /// Pieces of the frame at hand. Empty between frames.
+    pieces: Vec<(OwnedFrame, usize)>,
+    sent: Sent,
+}
+
+/// What has gone out in a burst.
+#[derive(Debug, Default, Clone, Copy)]
+struct Sent {
+    frames: u64,
+    bytes: u64,
+}
+
+impl Transmitter {
+    pub(super) fn new(
+        pair: usize,
+        umem: Arc<Umem>,
+        socket: Arc<Socket>,
+        (shared, stats): (Arc<Shared>, Arc<PortStats>),
+        both: Arc<Pair>,
+        rings: (Producer<libc::xdp_desc>, Consumer<u64>),
+        ledger: Ledger,
+    ) -> Self {
+        let (ring, completion) = rings;
+        let pieces = Vec::with_capacity(MAX_PIECES);
+        let state = State { ring, completion, ledger, pieces, sent: Sent::default() };
+        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
+    }
+
+    /// Where the frames are. Not for a queue in use: workers would wait.
+    pub(super) fn audit(&self) -> Audit {
+        let mut state = self.state.lock();
+        state.reclaim();
+        state.ledger.audit(state.ring.pending(), state.completion.pending())
+    }
+
+    /// Puts one frame, or the segments it stands for, into the ring.
+    fn put(&self, state: &mut State, burst: &Burst<'_>, frame: &Frame) -> Result<(), DropReason> {
+        if frame.packet_len() > self.shared.mtu() {
+            return Err(DropReason::MtuEgress);
+        }
+        let mut source = Source::new(frame.head(), burst.tail(frame));
+        if frame.offload().gso.is_some() {
+            return self.put_segments(state, frame, source);
+        }
+        self.reserve(state, pieces_of(frame.len()))?;
+        self.write(state, &[], &mut source, frame.len(), frame.offload().csum)
+    }
+
+    /// All segments of a super-packet, or none.
+    fn put_segments(&self, state: &mut State, frame: &Frame, mut source: Source<'_, '_>) -> Result<(), DropReason> {
+        let mut headers = [0u8; MAX_SEGMENT_HEADER];
+        let count = source.clone().read(&mut headers);
+        let headers = headers.get(..count).unwrap_or_default();
+        let segments = Segmenter::of_headers(headers, frame.len(), frame.offload());
+        let mut segments = segments.map_err(|_| DropReason::CannotConvert)?;
+        let longest = frame.packet_len() + ETHERNET_HEADER + TAG;
+        self.reserve(state, segments.remaining() * pieces_of(longest))?;
+        let mut header = [0u8; MAX_SEGMENT_HEADER];
+        let mut data_begins = false;
+        while let Some(segment) = segments.next_segment(&mut header) {
+            if !data_begins {
+                source.skip(segment.header_len);
+                data_begins = true;
+            }
+            let header = header.get(..segment.header_len).unwrap_or_default();
+            self.write(state, header, &mut source, segment.payload.len(), segment.csum)?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure of `pieces` free frames and room for them, without waiting for anybody.
+    fn reserve(&self, state: &mut State, pieces: usize) -> Result<(), DropReason> {
+        if pieces > super::socket::RING as usize {
+            return Err(DropReason::CannotConvert);
+        }
+        if state.has_room(pieces) {
+            return Ok(());
+        }
+        state.reclaim();
+        if state.has_room(pieces) {
+            return Ok(());
+        }
+        // More than a ring full in one burst: what is in it may go at once.
+        state.ring.publish();
+        self.socket.kick_tx();
+        state.reclaim();
+        if state.has_room(pieces) { Ok(()) } else { Err(DropReason::Full) }
+    }
+
+    /// Copies `header` and the next `data_len` bytes of `source` into reserved frames and completes the checksum.
+    fn write(
+        &self,
+        state: &mut State,
+        header: &[u8],
+        source: &mut Source<'_, '_>,
+        data_len: usize,
+        csum: Csum,
+    ) -> Result<(), DropReason> {
+        let len = header.len() + data_len;
+        let count = pieces_of(len);
+        if count > MAX_PIECES || count > 1 && !self.shared.multi_buffer {
+            return Err(DropReason::CannotConvert);
+        }
+        let (mut header, mut left) = (header, len);
+        for _ in 0..count {
+            let Some(mut frame) = state.ledger.take() else { break };
+            let size = left.min(CHUNK);
+            let bytes = self.umem.bytes_mut(&mut frame).get_mut(..size).unwrap_or_default();
+            let (front, rest) = bytes.split_at_mut(header.len().min(size));
+            front.copy_from_slice(header.get(..front.len()).unwrap_or_default());
+            header = header.get(front.len()..).unwrap_or_default();
+            let filled = front.len() + source.read(rest);
+            state.pieces.push((frame, filled));
+            left -= filled;
+            if filled < size {
+                break;
+            }
+        }
+        let complete = left == 0 && self.complete(state, csum, len).is_some();
+        state.finish(complete, len)
+    }
+
+    /// Writes the checksum that was left open, if one was.
+    fn complete(&self, state: &mut State, csum: Csum, len: usize) -> Option<()> {
+        let Csum::Partial { start, offset } = csum else { return Some(()) };
+        let (start, field) = (usize::from(start), usize::from(start) + usize::from(offset));
+        if field + 2 > len.min(CHUNK) {
+            return None;
+        }
+        let mut sum = Sum::new();
+        let mut from = start;
+        for (frame, size) in &state.pieces {
+            sum.add(self.umem.bytes(frame).get(from..*size)?);
+            from = 0;
+        }
+        let (first, _) = state.pieces.first_mut()?;
+        put_be16(self.umem.bytes_mut(first), field, sum.transport_checksum())
+    }
+
+    /// Shows the kernel what was put, and asks it to send where it waits to be asked.
+    fn flush(&self, mut state: SpinGuard<'_, State>) {
+        let sent = std::mem::take(&mut state.sent);
+        if sent.frames == 0 {
+            return;
+        }
+        let counters = self.stats.tx(self.pair);
+        counters.add(sent.frames, sent.bytes);
+        state.ring.publish();
+        let wakeup = state.ring.needs_wakeup();
+        if wakeup {
+            counters.notified();
+        }
+        // Where the kernel copies, the call sends: other workers can fill the ring meanwhile.
+        drop(state);
+        let mut calls = 1 + sent.frames / SENT_PER_KICK;
+        while wakeup && self.socket.kick_tx() {
+            calls -= 1;
+            if calls == 0 {
+                self.both.unsent.store(true, Ordering::Relaxed);
+                break;
+            }
+        }
+    }
+}
+
+impl TxQueue for Transmitter {
+    fn send(&self, burst: &Burst<'_>, frames: &[u8], _: &mut Scratch) -> Result<(), Fault> {
+        let mut state = self.state.lock();
+        state.reclaim();
+        for &place in frames {
+            if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
+                self.stats.drop_frames(reason, 1);
+            }
+        }
+        self.flush(state);
+        Ok(())
+    }
+}
+
+impl State {
+    fn has_room(&mut self, pieces: usize) -> bool {
+        self.ledger.free() >= pieces && self.ring.room(pieces as u32) as usize >= pieces
+    }
+
+    /// Takes back the frames that have been sent.
+    fn reclaim(&mut self) {
+        let count = self.completion.available(super::socket::RING);
+        for offset in 0..count {
+            if let Some(frame) = self.ledger.take_back(self.completion.get(offset)) {
+                self.ledger.put(frame);
+            }
+        }
+        if count > 0 {
+            self.completion.release(count);
+        }
+    }
+
+    /// Puts the pieces at hand into the ring, or back if they are no frame.
+    fn finish(&mut self, complete: bool, len: usize) -> Result<(), DropReason> {
+        let mut left = self.pieces.len();
+        for (frame, size) in self.pieces.drain(..) {
+            left -= 1;
+            if !complete {
+                self.ledger.put(frame);
+                continue;
+            }
+            let options = if left > 0 { libc::XDP_PKT_CONTD } else { 0 };
+            let addr = self.ledger.lend(frame);
+            // There is room: `reserve` made sure of it.
+            self.ring.push(libc::xdp_desc { addr, len: size as u32, options });
+        }
+        if !complete {
+            return Err(DropReason::CannotConvert);
+        }
+        self.sent.frames += 1;
+        self.sent.bytes += len as u64;
+        Ok(())
+    }
+}
+
+fn pieces_of(len: usize) -> usize {
+    len.div_ceil(CHUNK).max(1)
+}
+
+/// The bytes of a frame that are still to be copied.
+#[derive(Debug, Clone)]
+struct Source<'a, 'm> {
+    head: &'a [u8],
+    current: SourceSegment<'m>,
+    tail: &'a [SourceSegment<'m>],
+}
+
+impl<'a, 'm> Source<'a, 'm> {
+    fn new(head: &'a [u8], tail: &'a [SourceSegment<'m>]) -> Self {
+        Self { head, current: SourceSegment::from_slice(&[]), tail }
+    }
+
+    /// Copies the next bytes; as many as there are and fit. Returns how many.
+    fn read(&mut self, to: &mut [u8]) -> usize {
+        let count = self.head.len().min(to.len());
+        let (front, rest) = self.head.split_at(count);
+        to[..count].copy_from_slice(front);
+        self.head = rest;
+        let mut filled = count;
+        while filled < to.len() && self.advance() {
+            let count = self.current.read(&mut to[filled..]);
+            self.current = self.current.skip(count);
+            filled += count;
+        }
+        filled
+    }
+
+    /// Passes over the next bytes.
+    fn skip(&mut self, mut count: usize) {
+        let front = self.head.len().min(count);
+        self.head = &self.head[front..];
+        count -= front;
+        while count > 0 && self.advance() {
+            let part = self.current.len().min(count);
+            self.current = self.current.skip(part);
+            count -= part;
+        }
+    }
+
+    /// Whether there is a current segment with bytes in it, the next one if need be.
+    fn advance(&mut self) -> bool {
+        while self.current.is_empty() {
+            let Some((first, rest)) = self.tail.split_first() else { return false };
+            (self.current, self.tail) = (*first, rest);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_source_is_its_bytes_in_order(
+            head in prop::collection::vec(any::<u8>(), 0..40),
+            tail in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..5),
+            steps in prop::collection::vec((any::<bool>(), 0..30usize), 0..12),
+        ) {
+            let all = [head.clone(), tail.concat()].concat();
+            let segments: Vec<_> = tail.iter().map(|piece| SourceSegment::from_slice(piece)).collect();
+            let mut source = Source::new(&head, &segments);
+            let mut at = 0;
+            for (read, count) in steps {
+                let end = (at + count).min(all.len());
+                if read {
+                    let mut bytes = vec![0; count];
+                    prop_assert_eq!(source.read(&mut bytes), end - at);
+                    prop_assert_eq!(&bytes[..end - at], &all[at..end]);
+                } else {
+                    source.skip(count);
+                }
+                at = end;
+            }
+        }
+    }
+}

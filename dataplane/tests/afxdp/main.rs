@@ -1,0 +1,385 @@
+//! An uplink on a veth pair: a switch with a tap on one side, a plain Linux host on the other, whose kernel validates
+//! every frame. Needs root; every test has namespaces of its own.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is meant to panic")]
+
+mod support;
+
+use std::process::{Command, Stdio};
+
+use sluice::status::PortState;
+use support::{Ear, Host, Namespace, alone, check_frame, stream, within};
+
+/// A switch with an uplink and a tap with the address of host 1, and a plain host 2 on the wire.
+fn pair(uplink: &str) -> (Host, Namespace) {
+    let (host, far) = (Host::new(&[]), Namespace::new());
+    host.namespace.wire("up0", &far, "far0");
+    host.add("host=tap:tap0").unwrap();
+    host.add(&format!("up=afxdp:up0{uplink}")).unwrap();
+    host.wait_for("up", PortState::Up);
+    host.namespace.address("tap0", 1);
+    far.address("far0", 2);
+    (host, far)
+}
+
+/// Streams both ways over both protocols; the checksums of what the plain host receives are right.
+fn talk(host: &Host, far: &Namespace, mtu: usize, megabytes: usize) {
+    let tap = &host.namespace;
+    // What fits behind the headers of IPv6.
+    let ping = mtu - 48;
+    within("ping", || tap.ping(2, 56));
+    assert!(tap.ping(2, ping) && far.ping(1, ping), "{host:?}");
+    let ear = Ear::new(far, "far0");
+    let before = (host.port("host").tx_frames, host.port("up").rx_frames);
+    let count = megabytes << 20;
+    for (to_far, to_tap) in [("10.9.0.2:7000", "10.9.0.1:7000"), ("[fd09::2]:7000", "[fd09::1]:7000")] {
+        let out = stream(tap, far, to_far, count);
+        let back = stream(far, tap, to_tap, count);
+        eprintln!("MTU {mtu}: {to_far}: {out:.2} Gbit/s out, {back:.2} Gbit/s back");
+    }
+    let heard = ear.finish();
+    assert!(heard.len() > count / mtu, "the ear heard {} frames only", heard.len());
+    heard.iter().for_each(|frame| check_frame(frame, mtu));
+    let (merged, received) = (host.port("host").tx_frames - before.0, host.port("up").rx_frames - before.1);
+    assert!(merged < received, "the tap got all of {received} frames one by one");
+    for namespace in [tap.as_ref(), far] {
+        assert_eq!(namespace.counter("Tcp:", "InCsumErrors") + namespace.counter("Tcp:", "InErrs"), 0);
+    }
+}
+
+#[test]
+fn talks_to_a_plain_host() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    assert!(host.port("up").features.contains(&"copy"), "{:?}", host.port("up"));
+    talk(&host, &far, 1500, 20);
+}
+
+#[test]
+fn talks_in_the_generic_hook() {
+    let _alone = alone();
+    let (host, far) = pair(",mode=skb");
+    assert!(host.port("up").features.contains(&"skb"));
+    talk(&host, &far, 1500, 4);
+}
+
+#[test]
+fn talks_while_workers_poll_the_driver() {
+    let _alone = alone();
+    let (host, far) = pair(",busy-poll=on,queues=2");
+    assert!(host.port("up").features.contains(&"busy-poll"));
+    talk(&host, &far, 1500, 4);
+}
+
+#[test]
+fn talks_through_a_bridge() {
+    let _alone = alone();
+    // Two switches, each with a host on a tap, and a bridge of the kernel's between their uplinks.
+    let (near, far, between) = (Host::new(&[]), Host::new(&[]), Namespace::new());
+    between.ip("link add br0 type bridge");
+    between.ip("link set br0 addrgenmode none up");
+    for (host, number) in [(&near, 1), (&far, 2)] {
+        host.namespace.wire("up0", &between, &format!("port{number}"));
+        between.ip(&format!("link set port{number} master br0"));
+        host.add("host=tap:tap0").unwrap();
+        host.add("up=afxdp:up0").unwrap();
+        host.wait_for("up", PortState::Up);
+        host.namespace.address("tap0", number);
+    }
+    within("ping", || near.namespace.ping(2, 1452) && far.namespace.ping(1, 1452));
+    for address in ["10.9.0.2:7000", "[fd09::2]:7000"] {
+        let rate = stream(&near.namespace, &far.namespace, address, 8 << 20);
+        eprintln!("switch to switch over a bridge: {rate:.2} Gbit/s");
+    }
+    assert_eq!(far.namespace.counter("Tcp:", "InCsumErrors"), 0);
+}
+
+#[test]
+fn talks_in_jumbo_frames() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    host.namespace.ip("link set up0 mtu 9000");
+    host.namespace.ip("link set tap0 mtu 9000");
+    far.ip("link set far0 mtu 9000");
+    talk(&host, &far, 9000, 20);
+}
+
+#[test]
+fn carries_networks_as_vlans() {
+    let _alone = alone();
+    // Two switches, each with two networks' taps, joined by a trunk; and an ear for the tags.
+    let (near, far) = (Host::new(&[]), Host::new(&[]));
+    near.namespace.wire("up0", &far.namespace, "far0");
+    for (host, number, interface) in [(&near, 1, "up0"), (&far, 2, "far0")] {
+        host.add(&format!("up=afxdp:{interface},trunk=10,20")).unwrap();
+        for vlan in [10, 20] {
+            host.add(&format!("tap{vlan}=tap:tap{vlan},vlan={vlan}")).unwrap();
+        }
+        host.namespace.address("tap10", number);
+        host.wait_for("up", PortState::Up);
+    }
+    within("ping", || near.namespace.ping(2, 56));
+    let rate = stream(&near.namespace, &far.namespace, "10.9.0.2:7000", 4 << 20);
+    eprintln!("switch to switch, VLAN 10: {rate:.2} Gbit/s");
+    let drops = [near.port("up").drops, far.port("up").drops];
+    // The same address in the other VLAN is out of reach.
+    far.namespace.ip("link set tap10 down");
+    far.namespace.ip("addr flush dev tap10");
+    far.namespace.address("tap20", 2);
+    assert!(!near.namespace.ping(2, 56), "a frame changed its VLAN: {drops:?}");
+
+    // On the wire, with the far switch gone: tagged, and with the tag of its network.
+    far.switch.remove_port("up").unwrap();
+    let ear = Ear::new(&far.namespace, "far0");
+    near.namespace.ip("neigh flush all");
+    let _ = near.namespace.ping(2, 56);
+    near.namespace.ip("link set tap10 down");
+    near.namespace.ip("addr flush dev tap10");
+    near.namespace.address("tap20", 1);
+    let _ = near.namespace.ping(2, 56);
+    let heard = ear.finish();
+    let tags: std::collections::BTreeSet<_> = heard.iter().map(|frame| frame.vlan.map(|tci| tci & 0xfff)).collect();
+    assert_eq!(tags, [Some(10), Some(20)].into(), "{} frames", heard.len());
+}
+
+#[test]
+fn the_interface_vanishes_and_returns() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    within("ping", || host.namespace.ping(2, 56));
+    for round in 0..3 {
+        host.namespace.ip("link del up0");
+        host.wait_for("up", PortState::Connecting);
+        within("the reason", || host.port("up").reason.as_deref() == Some("there is no interface up0"));
+        host.namespace.wire("up0", &far, "far0");
+        far.address("far0", 2);
+        host.wait_for("up", PortState::Up);
+        // The new interface has a new address.
+        host.namespace.ip("neigh flush all");
+        within(&format!("ping in round {round}"), || host.namespace.ping(2, 56));
+    }
+    assert_eq!(host.port("up").connects, 4);
+    let rate = stream(&far, &host.namespace, "10.9.0.1:7000", 4 << 20);
+    eprintln!("after its return: {rate:.2} Gbit/s");
+}
+
+#[test]
+fn the_link_flaps_and_the_mtu_changes() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    within("ping", || host.namespace.ping(2, 56));
+    for _ in 0..3 {
+        far.ip("link set far0 down");
+        host.wait_for("up", PortState::Down);
+        assert_eq!(host.port("up").reason.as_deref(), Some("the interface has no carrier"));
+        far.ip("link set far0 up");
+        host.wait_for("up", PortState::Up);
+        host.namespace.ip("link set up0 down");
+        host.wait_for("up", PortState::Down);
+        assert_eq!(host.port("up").reason.as_deref(), Some("the interface is down"));
+        host.namespace.ip("link set up0 up");
+        host.wait_for("up", PortState::Up);
+    }
+    far.ip("addr replace fd09::2/64 dev far0 nodad");
+    within("ping after the flaps", || host.namespace.ping(2, 56));
+    assert_eq!(host.port("up").connects, 1, "the queues stay open");
+
+    host.namespace.ip("link set tap0 mtu 4000");
+    far.ip("link set far0 mtu 4000");
+    assert!(!host.namespace.ping(2, 2000), "larger than the uplink's MTU");
+    assert!(host.port("up").drops["mtu_egress"] > 0);
+    host.namespace.ip("link set up0 mtu 4000");
+    within("ping with the new MTU", || host.namespace.ping(2, 2000));
+}
+
+/// The id of the XDP program on an interface, by another way than the switch's own.
+fn program_on(namespace: &Namespace, interface: &str) -> Option<String> {
+    let text = namespace.ip(&format!("-o link show {interface}"));
+    text.split("prog/xdp id ").nth(1).and_then(|rest| rest.split(' ').next()).map(String::from)
+}
+
+#[test]
+fn a_killed_switch_leaves_the_interface_as_it_was() {
+    let _alone = alone();
+    let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+    namespace.wire("up0", &far, "far0");
+    let mut switch = Killed(namespace.run(|| {
+        let (control, state) = (folder.path().join("control.sock"), folder.path().join("state"));
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["run", "--port", "up=afxdp:up0"])
+            .args([std::path::Path::new("--control"), &control, std::path::Path::new("--state"), &state])
+            .spawn()
+            .unwrap()
+    }));
+    within("the program", || program_on(&namespace, "up0").is_some());
+    switch.0.kill().unwrap();
+    switch.0.wait().unwrap();
+    within("the program gone", || program_on(&namespace, "up0").is_none());
+    assert!(!namespace.ip("-d link show up0").contains("promiscuity 1"));
+    // The kernel has the wire back.
+    namespace.address("up0", 1);
+    far.address("far0", 2);
+    within("ping", || namespace.ping(2, 56));
+}
+
+#[test]
+fn a_program_of_somebody_else_is_respected() {
+    let _alone = alone();
+    let ((host, far), other) = (pair(",replace=on"), Host::new(&[]));
+    let theirs = program_on(&host.namespace, "up0").unwrap();
+    // Another switch in the same namespace.
+    let other_switch = host.namespace.run(|| other.switch.add_port("up=afxdp:up0".parse().unwrap()));
+    let problem = other_switch.unwrap_err().to_string();
+    assert!(problem.contains(&format!("has an XDP program already (id {theirs})")), "{problem}");
+    assert!(problem.contains("replace=on") && !problem.contains('\n'), "{problem}");
+    assert_eq!(program_on(&host.namespace, "up0"), Some(theirs.clone()));
+    assert!(host.namespace.ping(2, 56), "the first goes on undisturbed");
+
+    host.namespace.run(|| other.switch.add_port("up=afxdp:up0,replace=on".parse().unwrap())).unwrap();
+    assert_ne!(program_on(&host.namespace, "up0"), Some(theirs));
+    // The first one notices, and does not take it back.
+    within("the first gives up", || host.port("up").state != PortState::Up);
+    within("the second is up", || other.port("up").state == PortState::Up);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!((other.port("up").connects, host.port("up").connects), (1, 1));
+    other.switch.remove_port("up").unwrap();
+    host.wait_for("up", PortState::Up);
+    within("ping", || far.ping(1, 56));
+}
+
+#[test]
+fn what_cannot_be_is_said() {
+    let _alone = alone();
+    let host = Host::new(&[]);
+    let far = Namespace::new();
+    host.namespace.wire("up0", &far, "far0");
+    let problem = host.add("up=afxdp:up0,queues=3").unwrap_err();
+    assert_eq!(problem, "interface up0 has 2 queues, fewer than queues=3");
+    // A wire made of memory has no hardware to share frames with.
+    host.add("up=afxdp:up0,mode=zerocopy").unwrap();
+    let reason = host.port("up").reason.unwrap_or_default();
+    assert!(reason.contains("zerocopy: Operation not supported"), "{reason}");
+    // It goes on trying, but not all the time.
+    within("no program", || program_on(&host.namespace, "up0").is_none());
+    host.switch.remove_port("up").unwrap();
+    // One that comes later.
+    host.add("later=afxdp:later0").unwrap();
+    assert_eq!(host.port("later").reason.as_deref(), Some("there is no interface later0"));
+}
+
+/// The bodies of a capture file's blocks, by their type.
+fn blocks(file: &[u8], wanted: u32) -> Vec<&[u8]> {
+    let (mut rest, mut bodies) = (file, Vec::new());
+    while let Some((kind, length)) = rest.first_chunk::<8>().map(|head| head.split_at(4)) {
+        let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().unwrap());
+        let length = word(length) as usize;
+        if word(kind) == wanted {
+            bodies.push(&rest[8..length - 4]);
+        }
+        rest = &rest[length..];
+    }
+    bodies
+}
+
+#[test]
+fn what_passes_can_be_captured() {
+    let _alone = alone();
+    let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+    namespace.wire("up0", &far, "far0");
+    let control = folder.path().join("control.sock");
+    let sluice = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.arg("--socket").arg(&control).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let mut switch = Killed(namespace.run(|| {
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["run", "--port", "up=afxdp:up0", "--port", "host=tap:tap0,mtu=1300"])
+            .args([
+                std::path::Path::new("--control"),
+                &control,
+                std::path::Path::new("--state"),
+                &folder.path().join("s"),
+            ])
+            .spawn()
+            .unwrap()
+    }));
+    within("the switch", || sluice(&["status"]).output().unwrap().status.success());
+    namespace.address("tap0", 1);
+    far.address("far0", 2);
+    within("ping", || namespace.ping(2, 56));
+
+    let file = folder.path().join("x.pcapng");
+    let path = file.to_str().unwrap();
+    let capture = sluice(&["capture", "host", "--write", path, "--count", "40"]).spawn().unwrap();
+    within("the file", || std::fs::metadata(&file).is_ok_and(|file| file.len() > 0));
+    let second = sluice(&["capture", "host", "--write", "/dev/null"]).output().unwrap();
+    let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(complaint.contains("are being captured already"), "{complaint}");
+    within("pings", || {
+        // Too large for the tap's port, in one direction.
+        let _ = far.ping(1, 1300);
+        namespace.ping(2, 56);
+        std::fs::metadata(&file).is_ok_and(|file| file.len() > 12_000)
+    });
+    while !namespace.ping(2, 56) {}
+    let output = capture.wait_with_output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("40 frames captured, 0 lost"));
+    let bytes = std::fs::read(&file).unwrap();
+    let packets = blocks(&bytes, 6);
+    assert_eq!(packets.len(), 40);
+    let contains = |what: &[u8]| packets.iter().any(|packet| packet.windows(what.len()).any(|part| part == what));
+    assert!(contains(b"dropped: mtu_egress"));
+    for packet in &packets {
+        let length = u32::from_ne_bytes(packet[12..16].try_into().unwrap()) as usize;
+        etherparse::SlicedPacket::from_ethernet(&packet[20..20 + length]).unwrap();
+    }
+    assert_eq!(blocks(&bytes, 5).len(), 1, "what was lost is noted at the end");
+    switch.0.kill().unwrap();
+}
+
+/// A process that does not outlive its test.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Not a test: TCP rates, from a tap to a plain host and back. `cargo test --release -- --ignored --nocapture rates`
+#[test]
+#[ignore = "a measurement"]
+fn rates() {
+    let _alone = alone();
+    for mtu in [1500, 9000] {
+        let (host, far) = pair("");
+        for interface in ["up0", "tap0"] {
+            host.namespace.ip(&format!("link set {interface} mtu {mtu}"));
+        }
+        far.ip(&format!("link set far0 mtu {mtu}"));
+        within("ping", || host.namespace.ping(2, 56));
+        for (what, options) in [("to the wire", ""), ("from the wire", "-R")] {
+            // One client, then it ends.
+            let mut server =
+                far.run(|| Command::new("iperf3").args(["-s", "-1"]).stdout(Stdio::null()).spawn().unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            let before = (host.port("host"), host.port("up"));
+            let report = host.namespace.command("iperf3", &format!("-c 10.9.0.2 -t 5 -J {options}"));
+            server.wait().unwrap();
+            let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+            let rate = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9;
+            let (tap, up) = (host.port("host"), host.port("up"));
+            eprintln!(
+                "MTU {mtu}, {what}: {rate:.2} Gbit/s; up received {} and sent {} frames, tap was given {} and gave {}",
+                up.rx_frames - before.1.rx_frames,
+                up.tx_frames - before.1.tx_frames,
+                tap.tx_frames - before.0.tx_frames,
+                tap.rx_frames - before.0.rx_frames,
+            );
+        }
+    }
+}
