@@ -109,11 +109,19 @@ pub fn exclusive() -> Result<Exclusive> {
     if LOCK_FILE.get().is_none() {
         let path = std::env::temp_dir().join("sluice-e2e.lock");
         let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        // SAFETY: flock takes no pointers. The lock goes with the process.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-            return Err(std::io::Error::last_os_error()).context("cannot lock the machine for tests");
+        if !lock(&file, libc::LOCK_EX | libc::LOCK_NB) {
+            println!("waiting for other tests on this machine ({})", path.display());
+            if !lock(&file, libc::LOCK_EX) {
+                return Err(std::io::Error::last_os_error()).context("cannot lock the machine for tests");
+            }
         }
         let _ = LOCK_FILE.set(file);
     }
     Ok(turn)
+}
+
+/// Locks a file; the lock goes with the process.
+fn lock(file: &File, how: i32) -> bool {
+    // SAFETY: flock takes no pointers.
+    unsafe { libc::flock(file.as_raw_fd(), how) == 0 }
 }

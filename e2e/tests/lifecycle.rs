@@ -143,16 +143,12 @@ fn the_switch_reconnects_at_once_and_waits_quietly() -> Result<()> {
 #[test]
 fn ports_come_and_go_under_traffic_without_loss_or_leak() -> Result<()> {
     const PORTS: usize = 64;
-    const ROUNDS: usize = 4;
+    const ROUNDS: usize = 12;
     LAB.test(|lab| {
         both_reachable(lab)?;
-        // The first rounds fill caches and pools.
-        for _ in 0..3 {
-            churn(lab, PORTS)?;
-        }
         let traffic = json!({"op": "echo_check", "proto": "udp", "to": format!("10.0.0.2:{ECHO_PORT}"),
-            "sizes": [64, 1400, 200, 4000], "window": 4, "seconds": 5.0});
-        let mut usage = Vec::new();
+            "sizes": [64, 1400, 200, 4000], "window": 4, "seconds": 2.0});
+        let mut usage = vec![lab.switch()?.usage()?];
         for _ in 0..ROUNDS {
             lab.guests[0].begin(&traffic)?;
             let churned = churn(lab, PORTS);
@@ -162,12 +158,19 @@ fn ports_come_and_go_under_traffic_without_loss_or_leak() -> Result<()> {
             ensure!(tally["received"].as_u64() > Some(100), "hardly any traffic: {tally}");
             usage.push(lab.switch()?.usage()?);
         }
-        println!("{usage:#?}");
-        let (first, last) = (usage[0], usage[ROUNDS - 1]);
+        println!("{usage:?}");
+        // The first round starts what is kept.
+        let (first, last) = (usage[1], usage[ROUNDS]);
         ensure!(last.fds <= first.fds, "{} descriptors became {}", first.fds, last.fds);
-        ensure!(last.threads <= first.threads, "{} threads became {}", first.threads, last.threads);
-        let grown = last.resident_kib.saturating_sub(first.resident_kib);
-        ensure!(grown < 1024, "memory grew by {grown} KiB in {} rounds", ROUNDS - 1);
+        // The control plane's pool may just have a few more at work; a leak would be one per port.
+        ensure!(last.threads <= first.threads + 8, "{} threads became {}", first.threads, last.threads);
+        // An allocator grows, and shrinks, in steps now and then; a leak grows in every round.
+        let growth = usage.windows(2).map(|pair| pair[1].resident_kib as i64 - pair[0].resident_kib as i64);
+        let mut growth: Vec<i64> = growth.collect();
+        growth.sort_unstable();
+        let usual = growth[growth.len() / 2];
+        ensure!(usual < PORTS as i64, "{PORTS} ports usually leave {usual} KiB: {growth:?}");
+        ensure!(last.resident_kib < 40 * 1024, "{} KiB resident", last.resident_kib);
         Ok(())
     })
 }
