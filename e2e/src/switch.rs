@@ -159,8 +159,6 @@ fn spawn(scratch: &Scratch, arguments: &[String]) -> Result<Process> {
     let mut command = Command::new(program()?);
     command.arg("run").arg("--control").arg(control_path(scratch)).arg("--state").arg(scratch.join("state"));
     command.args(arguments);
-    // One heap instead of one per thread that happens to come and go: then memory that grows is memory that leaks.
-    command.env("MALLOC_ARENA_MAX", "1");
     Process::start("sluice", command, &scratch.join("sluice.log"), &machine::cpus()?.switch)
 }
 

@@ -22,6 +22,7 @@ const CHANGE_THREADS: usize = 2;
 
 /// Runs the switch until a signal ends it.
 pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
+    one_heap();
     start_log(args.log == LogForm::Json || json, args.verbose)?;
     let setup = Setup::new(args)?;
     // From here on, signals wait until we look.
@@ -50,6 +51,16 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
     });
     switch.stop();
     result
+}
+
+/// One heap for all threads, instead of one for each port's thread that comes and goes: what a port leaves behind is used
+/// again by the next, and workers do not allocate anyway.
+fn one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: a setting of the allocator, made before there is another thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Everything that was asked for, checked.
