@@ -92,6 +92,7 @@ impl Driver {
             event_idx: false,
             indirect: false,
             packed: false,
+            log: None,
         }
     }
 

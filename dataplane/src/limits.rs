@@ -27,6 +27,9 @@ pub const MAX_MEM_SLOTS: usize = 509;
 /// Memory of one guest, in bytes. A sparse file may claim any size, and our address space is shared by all ports.
 pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 
+/// Bytes of a dirty log: a bit for each page of 128 TiB of guest physical addresses.
+pub const MAX_DIRTY_LOG: u64 = 4 << 30;
+
 /// Ports of one switch.
 pub const MAX_PORTS: usize = 1024;
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::mem::tests::memfd;
-use crate::mem::{GuestMemory, Region};
+use crate::mem::{GuestMemory, Log, Region};
 use crate::port::stats::PortStats;
 use crate::port::vhost::queue::QueueSetup;
 use crate::virtq::{RingConfig, Vring};
@@ -62,6 +62,8 @@ pub(crate) struct TestGuest {
     /// Chains made available and not yet returned: head, buffers.
     posted: VecDeque<(u16, Vec<(u64, u32)>)>,
     free: VecDeque<u16>,
+    /// The dirty log, if there is one.
+    log: Option<std::fs::File>,
 }
 
 impl TestGuest {
@@ -78,7 +80,25 @@ impl TestGuest {
             next_buffer: BUFFERS,
             posted: VecDeque::new(),
             free: (0..size).collect(),
+            log: None,
         }
+    }
+
+    /// The same guest while it migrates.
+    pub(crate) fn logged(self) -> Self {
+        let log = memfd(MEMORY / 4096 / 8);
+        let map = Log::map(log.try_clone().unwrap(), MEMORY / 4096 / 8, 0).unwrap();
+        let memory = Arc::new(self.memory.logged_by(Some(Arc::new(map))).unwrap());
+        Self { memory, log: Some(log), ..self }
+    }
+
+    /// Pages that were marked since this was last asked.
+    pub(crate) fn dirty(&self) -> Vec<u64> {
+        let log = self.log.as_ref().expect("a dirty log");
+        let mut bits = vec![0; (MEMORY / 4096 / 8) as usize];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        log.write_all_at(&vec![0; bits.len()], 0).unwrap();
+        (0..MEMORY / 4096).filter(|page| bits[(page / 8) as usize] & (1 << (page % 8)) != 0).collect()
     }
 
     pub(crate) fn file(&self) -> std::fs::File {
@@ -104,6 +124,7 @@ impl TestGuest {
             event_idx: self.features & EVENT_IDX != 0,
             indirect: self.features & INDIRECT_DESC != 0,
             packed: false,
+            log: self.log.as_ref().map(|_| self.used_at()),
         }
     }
 
@@ -142,6 +163,11 @@ impl TestGuest {
 
     pub(crate) fn set_avail_index(&self, index: u16) {
         self.write(self.avail_at() + 2, &index.to_le_bytes());
+    }
+
+    /// Chains made available and not seen to return.
+    pub(crate) fn outstanding(&self) -> usize {
+        self.posted.len()
     }
 
     pub(crate) fn used_index(&self) -> u16 {

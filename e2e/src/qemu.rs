@@ -84,12 +84,21 @@ pub struct GuestSpec {
     nics: Vec<Nic>,
     cpus: Option<Vec<usize>>,
     accelerator: Option<String>,
+    incoming: bool,
 }
 
 impl GuestSpec {
     /// A small guest without a network.
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), memory_mib: 192, smp: 1, nics: Vec::new(), cpus: None, accelerator: None }
+        Self {
+            name: name.to_owned(),
+            memory_mib: 192,
+            smp: 1,
+            nics: Vec::new(),
+            cpus: None,
+            accelerator: None,
+            incoming: false,
+        }
     }
 
     /// Adds a network device; the first is `eth0` inside.
@@ -119,6 +128,12 @@ impl GuestSpec {
     /// `kvm` or `tcg`, instead of what works best.
     pub fn accelerator(mut self, accelerator: &str) -> Self {
         self.accelerator = Some(accelerator.to_owned());
+        self
+    }
+
+    /// Does not boot, but waits for a guest to migrate here.
+    pub fn incoming(mut self) -> Self {
+        self.incoming = true;
         self
     }
 
@@ -163,6 +178,9 @@ impl GuestSpec {
         command.args(["-device", "virtserialport,chardev=agent,name=agent"]);
         for (index, nic) in self.nics.iter().enumerate() {
             command.args(nic.arguments(index));
+        }
+        if self.incoming {
+            command.args(["-incoming", "defer"]);
         }
         Ok(command)
     }
@@ -278,6 +296,53 @@ impl Guest {
         Qmp::connect(&self.scratch.join("qmp.sock"))?.execute(command)
     }
 
+    /// [`Guest::qmp`] for commands with arguments.
+    pub fn qmp_with(&self, command: &str, arguments: &Value) -> Result<Value> {
+        Qmp::connect(&self.scratch.join("qmp.sock"))?.execute_with(command, arguments)
+    }
+
+    /// Begins to migrate to a guest that was started as [`GuestSpec::incoming`], at `rate` bytes a second at most.
+    pub fn begin_migration(&self, target: &Guest, rate: u64) -> Result<()> {
+        let uri = format!("unix:{}", target.scratch.join("migration.sock").display());
+        let socket = target.scratch.join("qmp.sock");
+        let mut qmp = wait::until("the target's QEMU", COMMAND_LIMIT, || Ok(Qmp::connect(&socket).ok()))?;
+        qmp.execute_with("migrate-incoming", &json!({"uri": uri}))?;
+        self.limit_migration(rate)?;
+        self.qmp_with("migrate", &json!({"uri": uri})).map(drop)
+    }
+
+    /// Bounds the bytes a second of a migration, and the time for which the guest stands still in its end.
+    pub fn limit_migration(&self, rate: u64) -> Result<()> {
+        let limits = json!({"max-bandwidth": rate, "downtime-limit": 10});
+        self.qmp_with("migrate-set-parameters", &limits).map(drop)
+    }
+
+    /// Waits until the migration has ended in one of these states, and gives QEMU's report.
+    pub fn wait_migration(&self, ends: &[&str], limit: Duration) -> Result<Value> {
+        wait::until("the migration to end", limit, || {
+            let report = self.qmp("query-migrate")?;
+            match report["status"].as_str() {
+                Some(status) if ends.contains(&status) => Ok(Some(report)),
+                Some("failed") => bail!("the migration failed: {report}"),
+                _ => Ok(None),
+            }
+        })
+    }
+
+    /// Takes over the agent of the guest that has migrated here.
+    pub fn adopt(&mut self) -> Result<()> {
+        let socket = self.scratch.join("agent.sock");
+        *self.agent.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(Agent::connect(&socket)?);
+        Ok(())
+    }
+
+    /// Ends QEMU and starts it again, to wait for a guest to migrate here.
+    pub fn respawn_incoming(&mut self) -> Result<()> {
+        self.process.kill();
+        *self = self.spec.clone().incoming().start()?;
+        Ok(())
+    }
+
     /// Kills QEMU as a crash would.
     pub fn kill(&mut self) {
         self.process.kill();
@@ -310,9 +375,14 @@ impl Qmp {
         serde_json::from_str(&line).with_context(|| format!("QEMU said: {line}"))
     }
 
-    /// Events in between are of no interest here.
     fn execute(&mut self, command: &str) -> Result<Value> {
-        self.0.get_mut().write_all(format!("{}\n", json!({"execute": command})).as_bytes())?;
+        self.execute_with(command, &json!({}))
+    }
+
+    /// Events in between are of no interest here.
+    fn execute_with(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let request = json!({"execute": command, "arguments": arguments});
+        self.0.get_mut().write_all(format!("{request}\n").as_bytes())?;
         loop {
             let mut answer = self.read()?;
             if answer["error"].is_object() {

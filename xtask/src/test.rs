@@ -44,8 +44,8 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 9] =
-    ["errors", "traffic", "isolation", "tap", "testpmd", "idle", "multiqueue", "offloads", "lifecycle"];
+const SYSTEMS: [&str; 10] =
+    ["errors", "traffic", "isolation", "tap", "testpmd", "idle", "multiqueue", "offloads", "lifecycle", "migration"];
 
 struct Stage {
     name: &'static str,

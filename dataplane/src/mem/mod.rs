@@ -5,8 +5,10 @@
 //! can change at any time under our hands, since the guest runs meanwhile: they are only ever read by volatile loads or
 //! raw copies, never through references.
 
+mod log;
 mod segment;
 
+pub use log::{Log, Marks};
 pub use segment::{SLACK, Segment, SegmentArena, Segments, SourceSegment, Wide};
 
 use std::fs::File;
@@ -53,6 +55,12 @@ pub enum MemError {
     /// More memory than any guest has.
     #[error("more than {} TiB of guest memory", MAX_GUEST_MEMORY >> 40)]
     TooLarge,
+    /// A dirty log larger than any guest needs, or without a bit for some page of this one.
+    #[error("a dirty log of {0} bytes does not fit the guest's memory")]
+    LogSize(u64),
+    /// The dirty log's words are not aligned.
+    #[error("the dirty log begins at offset {0}, which is no multiple of 8")]
+    LogOffset(u64),
     /// The region to remove is not in the table.
     #[error("no memory region at {0:#x}")]
     NotFound(u64),
@@ -155,6 +163,8 @@ pub struct GuestMemory {
     regions: Vec<Arc<Region>>,
     /// Where they are, in the same order: all that translation needs, close together.
     spans: Vec<Span>,
+    /// Where pages that we write to are marked, while the guest migrates.
+    log: Option<Arc<Log>>,
 }
 
 /// A region's place.
@@ -201,7 +211,7 @@ impl GuestMemory {
         regions.into_iter().try_fold(Self::default(), |memory, region| memory.with(region))
     }
 
-    /// This table and one more region.
+    /// This table and one more region, without a log.
     ///
     /// # Errors
     /// [`MemError`] if the region overlaps another, or there are too many or too much memory.
@@ -221,7 +231,7 @@ impl GuestMemory {
         Ok(Self::of(regions))
     }
 
-    /// This table without the region that has exactly these bounds.
+    /// This table without the region that has exactly these bounds, and without a log.
     ///
     /// # Errors
     /// [`MemError::NotFound`] if there is none.
@@ -234,7 +244,7 @@ impl GuestMemory {
 
     fn of(regions: Vec<Arc<Region>>) -> Self {
         let spans = regions.iter().map(|region| Span { gpa: region.gpa, len: region.len, host: region.host(0) });
-        Self { spans: spans.collect(), regions }
+        Self { spans: spans.collect(), regions, log: None }
     }
 
     /// Bytes mapped.

@@ -27,6 +27,12 @@ impl<'m> Segment<'m> {
         Some(Self { ptr: NonNull::new(ptr)?, len, memory: PhantomData })
     }
 
+    /// Where it is.
+    #[inline]
+    pub(super) fn start(self) -> *const u8 {
+        self.ptr.as_ptr()
+    }
+
     /// Length in bytes.
     #[inline]
     pub fn len(self) -> usize {

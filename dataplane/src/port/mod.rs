@@ -105,6 +105,9 @@ pub trait Publisher: Send + Sync {
     /// Forgets the stations learned behind the port.
     fn forget_stations(&self);
 
+    /// Tells the port's network that the station of that address is behind the port from now on.
+    fn announce(&self, mac: [u8; 6]);
+
     /// Counters of the port.
     fn stats(&self) -> &Arc<PortStats>;
 }

@@ -100,6 +100,8 @@ pub enum Learned {
     Yes,
     /// The table or the port's share of it is full, or another thread is changing it.
     No,
+    /// It is configured to be behind another port.
+    Elsewhere,
 }
 
 /// The table.
@@ -171,13 +173,19 @@ impl Fdb {
         self.find(station).map(|(_, _, place)| place.port())
     }
 
+    /// Whether the place of a station is configured.
+    pub fn is_static(&self, station: Station) -> bool {
+        self.find(station).is_some_and(|(_, _, place)| place.is_static())
+    }
+
     /// Notes that a station was heard behind a port.
     #[inline]
     pub fn learn(&self, station: Station, port: PortId) -> Learned {
         let now = self.now.load(Ordering::Relaxed);
         match self.find(station) {
             Some((_, _, place)) if place.port() == port && place.second() == u64::from(now) & SECONDS => Learned::Yes,
-            Some((_, _, place)) if place.is_static() => Learned::Yes,
+            Some((_, _, place)) if place.is_static() && place.port() == port => Learned::Yes,
+            Some((_, _, place)) if place.is_static() => Learned::Elsewhere,
             Some((bucket, way, place)) if place.port() == port => {
                 let fresh = Place::new(port, station.network, now, false);
                 // If it fails the entry was changed just now, which makes it fresh as well.

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use crate::capture::Direction;
-use crate::frame::{Burst, ETHERNET_HEADER, Frame};
+use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame};
 use crate::limits::{BURST, MAX_PORTS};
+use crate::mem::SourceSegment;
 use crate::port::{PortId, afxdp::gro};
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
-use crate::switch::fdb::{Fdb, Station};
-use crate::switch::snapshot::{PortView, Snapshot};
+use crate::switch::fdb::{Fdb, Learned, Station};
+use crate::switch::snapshot::{Announcement, PortView, Snapshot};
 use crate::wire::flow::flow_hash;
+use crate::wire::offload::VirtioNetHdr;
+use crate::wire::rarp;
 
 const MULTICAST: u64 = 1 << 40;
 
@@ -124,6 +127,18 @@ impl Forwarder {
         self.touched.clear();
     }
 
+    /// Sends, as if it came from the port, what a station would to make itself known.
+    pub fn announce(&mut self, snapshot: &Snapshot, storage: &mut BurstStorage, announcement: &Announcement) {
+        let Some(port) = snapshot.port(announcement.port) else { return };
+        let request = rarp::request(announcement.mac);
+        let mut burst = storage.begin();
+        let mut frame = burst.start(VirtioNetHdr::LEN);
+        let pieces = [&[0; VirtioNetHdr::LEN][..], &request];
+        if pieces.into_iter().all(|piece| frame.push(SourceSegment::from_slice(piece))) && frame.finish().is_ok() {
+            self.forward(snapshot, port, &mut burst);
+        }
+    }
+
     /// Decides on one frame and notes it for its destinations.
     #[inline]
     fn classify(
@@ -169,7 +184,11 @@ impl Forwarder {
         vid: u16,
     ) -> Option<PortId> {
         let network = ingress.network;
-        self.fdb.learn(Station { mac: source, vid, network }, ingress.id);
+        let station = Station { mac: source, vid, network };
+        // Two ports have the same address configured while its guest migrates between them: it is where it speaks.
+        if self.fdb.learn(station, ingress.id) == Learned::Elsewhere && ingress.mac == Some(source) {
+            self.fdb.insert(station, ingress.id, true);
+        }
         let known = if destination & MULTICAST == 0 {
             self.fdb.lookup(Station { mac: destination, vid, network })
         } else {

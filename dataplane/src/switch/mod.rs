@@ -31,7 +31,7 @@ use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
 use policer::Policers;
-use snapshot::{Plan, PortView, Served, Snapshot};
+use snapshot::{Announcement, Plan, PortView, Served, Snapshot};
 use vlan::VlanPolicy;
 
 pub use drops::DropReason;
@@ -95,6 +95,8 @@ struct Tables {
     slots: Vec<Slot>,
     networks: Vec<String>,
     epoch: u64,
+    /// For the next snapshot.
+    announcement: Option<Announcement>,
 }
 
 /// A place for a port.
@@ -254,12 +256,16 @@ impl Inner {
         Ok((id, stats))
     }
 
-    /// A configured address is known from the start, and nobody else can claim it.
+    /// A configured address is known from the start, and nobody else can claim it. Unless another port has it already:
+    /// then this one is where its guest may migrate to, and the entry stays until the guest is heard here.
     fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
         let network = tables.networks.iter().position(|name| *name == config.network);
         let vid = VlanPolicy::from(&config.vlan).untagged();
         if let (Some(mac), Some(network), Some(vid)) = (config.mac, network, vid) {
             let station = Station { mac: mac.to_u64(), vid, network: network as u16 };
+            if self.fdb.is_static(station) {
+                return;
+            }
             self.fdb.retain(|entry| entry.station == station);
             self.fdb.insert(station, id, true);
         }
@@ -295,14 +301,18 @@ impl Inner {
         self.publish(tables);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain(|known| known.port == entry.id);
+        for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
+            self.add_static(tables, &other.config, other.id);
+        }
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
     /// Shows the tables to the workers and waits until all use them.
     fn publish(&self, tables: &mut Tables) {
         tables.epoch += 1;
+        let announcement = tables.announcement.take();
         let snapshot = match self.snapshot(tables) {
-            Ok(snapshot) => Arc::new(snapshot),
+            Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
             Err(e) => {
                 tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
                 return;
@@ -333,7 +343,7 @@ impl Inner {
             }
         }
         let plans = self.plans(&ports)?;
-        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans })
+        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
     }
 
     /// Spreads the receive queues over the workers.
@@ -412,6 +422,7 @@ impl Publisher for PortPublisher {
             network,
             vlan: VlanPolicy::from(&config.vlan),
             mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
+            mac: config.mac.map(|mac| mac.to_u64()),
             only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),
             policers,
             stats: self.stats.clone(),
@@ -429,6 +440,14 @@ impl Publisher for PortPublisher {
     fn forget_stations(&self) {
         if let Some(inner) = self.inner.upgrade() {
             inner.fdb.retain(|entry| entry.port == self.id && !entry.is_static);
+        }
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        if let Some(inner) = self.inner.upgrade() {
+            let mut tables = lock(&inner.tables);
+            tables.announcement = Some(Announcement { port: self.id, mac });
+            inner.publish(&mut tables);
         }
     }
 

@@ -21,6 +21,8 @@ pub struct PortView {
     pub vlan: VlanPolicy,
     /// Largest layer-3 packet in bytes.
     pub mtu: usize,
+    /// The address configured for it.
+    pub mac: Option<u64>,
     /// The only source address that is let in, with spoofcheck.
     pub only_source: Option<u64>,
     /// Rate limits.
@@ -60,6 +62,15 @@ pub struct Plan {
     pub epoll: OwnedFd,
 }
 
+/// A station that is behind a port from now on.
+#[derive(Debug, Clone, Copy)]
+pub struct Announcement {
+    /// The port.
+    pub port: PortId,
+    /// The station.
+    pub mac: [u8; 6],
+}
+
 /// The switch at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -71,6 +82,8 @@ pub struct Snapshot {
     pub networks: Vec<Vec<PortId>>,
     /// One for each worker.
     pub plans: Vec<Plan>,
+    /// What the first worker has to say for a port when it takes this up.
+    pub announcement: Option<Announcement>,
 }
 
 impl Snapshot {

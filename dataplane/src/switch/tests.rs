@@ -34,11 +34,14 @@ struct Port {
     network: u16,
     vlan: VlanMode,
     mtu: usize,
+    mac: Option<u64>,
     only_source: Option<u64>,
     features: u64,
     queues: usize,
     up: bool,
     policers: Policers,
+    /// Whether its guest migrates.
+    logged: bool,
 }
 
 impl Default for Port {
@@ -48,11 +51,13 @@ impl Default for Port {
             network: 0,
             vlan: VlanMode::All,
             mtu: 65_535,
+            mac: None,
             only_source: None,
             features,
             queues: 1,
             up: true,
             policers: Policers::default(),
+            logged: false,
         }
     }
 }
@@ -68,8 +73,10 @@ impl Bench {
         let fdb = Arc::new(Fdb::new(FdbConfig::default()));
         let (mut stations, mut views) = (Vec::new(), Vec::new());
         for (id, port) in ports.iter().enumerate() {
-            let out = TestGuest::new(64, port.features);
-            let into: Vec<_> = (0..port.queues).map(|_| TestGuest::new(64, port.features)).collect();
+            let guest = || TestGuest::new(64, port.features);
+            let guest = || if port.logged { guest().logged() } else { guest() };
+            let out = guest();
+            let into: Vec<_> = (0..port.queues).map(|_| guest()).collect();
             let stats = Arc::new(PortStats::default());
             let rx = guest_tx(QueueSetup { stats: stats.clone(), ..out.setup() }, &out.ring());
             let tx = into.iter().enumerate().map(|(pair, guest)| {
@@ -83,6 +90,7 @@ impl Bench {
                 network: port.network,
                 vlan: VlanPolicy::from(&port.vlan),
                 mtu: port.mtu,
+                mac: port.mac,
                 only_source: port.only_source,
                 policers: port.policers.clone(),
                 stats: stats.clone(),
@@ -95,7 +103,7 @@ impl Bench {
             views.iter().flatten().filter(of).map(|view| view.id).collect()
         };
         let networks = (0..=ports.iter().map(|port| port.network).max().unwrap_or(0)).map(members).collect();
-        let snapshot = Snapshot { epoch: 0, ports: views, networks, plans: Vec::new() };
+        let snapshot = Snapshot { epoch: 0, ports: views, networks, plans: Vec::new(), announcement: None };
         Self { stations, snapshot, forwarder: Forwarder::new(fdb.clone()), fdb, storage: BurstStorage::default() }
     }
 
@@ -181,6 +189,50 @@ fn a_station_that_moves_is_followed() {
     bench.received(1);
     bench.send(1, &[frame(mac(0), mac(1), 60)]);
     assert_eq!([0, 2].map(|at| bench.received(at).len()), [0, 1]);
+}
+
+#[test]
+fn a_configured_address_moves_only_to_a_port_that_has_it_too() {
+    let owner = Port { mac: Some(mac(0)), ..Port::default() };
+    let mut bench = Bench::new(&[owner.clone(), owner, Port::default()]);
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    bench.fdb.insert(station, PortId(0), true);
+    bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!(bench.fdb.lookup(station), Some(PortId(0)));
+    for port in [1, 0, 0, 1] {
+        bench.send(port, &[frame(BROADCAST, mac(0), 60)]);
+        assert_eq!(bench.fdb.lookup(station), Some(PortId(port as u16)));
+        assert!(bench.fdb.is_static(station));
+    }
+}
+
+#[test]
+fn adding_a_port_takes_no_address_from_another() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let address = |name: &str| format!("{name}=vhost-user:/nonexistent/{name},mac=02:00:00:00:00:01");
+    let place = || switch.inner.fdb.lookup(Station { mac: mac(0), vid: 0, network: 0 });
+    switch.add_port(address("a").parse().unwrap()).unwrap();
+    switch.add_port(address("b").parse().unwrap()).unwrap();
+    assert_eq!(place(), Some(PortId(0)));
+    switch.remove_port("a").unwrap();
+    assert_eq!(place(), Some(PortId(1)));
+    switch.remove_port("b").unwrap();
+    assert_eq!(place(), None);
+    switch.stop();
+}
+
+#[test]
+fn an_announcement_is_a_broadcast_from_the_station() {
+    let mut bench = bench(3);
+    bench.introduce();
+    (0..3).for_each(|port| drop((bench.post(port, 4, 256), bench.received(port))));
+    let announcement = Announcement { port: PortId(1), mac: [2, 0, 0, 0, 0, 1] };
+    bench.forwarder.announce(&bench.snapshot, &mut bench.storage, &announcement);
+    assert_eq!(bench.fdb.lookup(Station { mac: mac(0), vid: 0, network: 0 }), Some(PortId(1)));
+    let frame = crate::wire::rarp::request([2, 0, 0, 0, 0, 1]).to_vec();
+    assert_eq!(bench.received(0), std::slice::from_ref(&frame));
+    assert_eq!(bench.received(1), Vec::<Vec<u8>>::new());
+    assert_eq!(bench.received(2), [frame]);
 }
 
 #[test]
@@ -486,6 +538,53 @@ proptest! {
 }
 
 /// Every reason is shown by a test of this file or of the port that gives it, and explained to users.
+/// Pages of a guest that differ from what they were.
+fn changed(before: &[u8], guest: &TestGuest) -> Vec<u64> {
+    let after = guest.read(0, MEMORY as usize);
+    let pages = before.chunks(4096).zip(after.chunks(4096)).enumerate();
+    pages.filter(|(_, (a, b))| a != b).map(|(page, _)| page as u64).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever we write to while a guest migrates is marked, and hardly anything else.
+    #[test]
+    fn every_page_that_changes_is_logged(
+        sizes in proptest::collection::vec(60usize..9000, 1..20),
+        buffers in proptest::collection::vec(40u32..5000, 1..60),
+        event_idx in any::<bool>(),
+        rounds in 1..6,
+    ) {
+        let event_idx = if event_idx { EVENT_IDX } else { 0 };
+        let logged = Port { logged: true, features: VERSION_1 | MRG_RXBUF | event_idx, ..Port::default() };
+        let mut bench = Bench::new(&[logged.clone(), logged]);
+        bench.introduce();
+        for _ in 0..rounds {
+            let room = 60 - bench.stations[1].into[0].outstanding();
+            for &len in buffers.iter().take(room) {
+                bench.stations[1].into[0].post(&[len], WRITE);
+            }
+            for &size in &sizes {
+                bench.stations[0].out.send(&frame(mac(1), mac(0), size), &[]);
+            }
+            let (out, into) = (&bench.stations[0].out, &bench.stations[1].into[0]);
+            let before = (out.read(0, MEMORY as usize), into.read(0, MEMORY as usize));
+            drop((out.dirty(), into.dirty()));
+            bench.stations[0].rx.arm();
+            bench.stations[0].rx.disarm();
+            bench.switch(0);
+            let (out, into) = (&bench.stations[0].out, &bench.stations[1].into[0]);
+            let (sent, received) = (changed(&before.0, out), changed(&before.1, into));
+            let (marked_out, marked_into) = (out.dirty(), into.dirty());
+            prop_assert!(sent.iter().all(|page| marked_out.contains(page)), "{sent:?} {marked_out:?}");
+            prop_assert!(received.iter().all(|page| marked_into.contains(page)), "{received:?} {marked_into:?}");
+            prop_assert!(marked_into.len() <= received.len() + buffers.len() + 2, "{received:?} {marked_into:?}");
+            drop((bench.received(1), bench.stations[0].out.returned()));
+        }
+    }
+}
+
 #[test]
 fn every_drop_reason_has_a_test() {
     let tests = include_str!("tests.rs");

@@ -107,6 +107,9 @@ pub struct RingConfig {
     /// `VIRTIO_F_RING_PACKED` was negotiated. Then the areas are the descriptor ring, and the driver's and the device's
     /// event suppression.
     pub packed: bool,
+    /// Guest physical address of the used ring, if writes to it are to be marked in the dirty log
+    /// (`VHOST_VRING_F_LOG`). A packed ring's slots are marked where they are.
+    pub log: Option<u64>,
 }
 
 /// A ring of either layout.

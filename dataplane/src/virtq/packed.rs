@@ -133,6 +133,27 @@ impl PackedRing {
         unsafe { AtomicU16::from_ptr(place) }
     }
 
+    /// Marks the device's event area if its changes are logged.
+    fn mark_event(&self) {
+        if self.config.log.is_some()
+            && let Some(mut marks) = self.memory.dirty()
+        {
+            marks.place(self.device.cast(), EVENT_BYTES);
+            marks.finish();
+        }
+    }
+
+    /// Marks slots that were changed.
+    #[cold]
+    fn mark_slots(&self, slots: &[u32]) {
+        let Some(mut marks) = self.memory.dirty() else { return };
+        for slot in slots {
+            let place = self.slots.wrapping_add((slot % self.size) as usize * 2);
+            marks.place(place.cast(), DESCRIPTOR);
+        }
+        marks.finish();
+    }
+
     fn has_next(&self, position: &Position) -> bool {
         self.read(position.next).is_some()
     }
@@ -149,6 +170,10 @@ struct Slot {
 
 impl Ring for PackedRing {
     type Work<'r> = PackedWork<'r>;
+
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
 
     #[inline]
     fn try_lock(&self, direction: Direction) -> Option<PackedWork<'_>> {
@@ -167,6 +192,7 @@ impl Ring for PackedRing {
         }
         let how = if self.config.event_idx { EVENT_AT } else { EVENT_ENABLE };
         self.event(self.device.wrapping_add(1)).store(how.to_le(), Ordering::Release);
+        self.mark_event();
         // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
         fence(Ordering::SeqCst);
         self.has_next(&position)
@@ -174,6 +200,7 @@ impl Ring for PackedRing {
 
     fn disable_notification(&self) {
         self.event(self.device.wrapping_add(1)).store(EVENT_DISABLE.to_le(), Ordering::Release);
+        self.mark_event();
     }
 
     fn silence(&self) {
@@ -282,6 +309,9 @@ impl<'r> PackedWork<'r> {
         for index in (0..count).rev() {
             let order = if index == 0 { Ordering::Release } else { Ordering::Relaxed };
             self.ring.tail(self.pending_slots[index]).store(self.pending[index].to_le(), order);
+        }
+        if self.ring.config.log.is_some() {
+            self.ring.mark_slots(self.pending_slots.get(..count).unwrap_or_default());
         }
         self.published |= count > 0;
     }

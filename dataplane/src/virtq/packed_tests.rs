@@ -46,7 +46,7 @@ impl Driver {
 
     fn config(&self, event_idx: bool) -> RingConfig {
         let (desc, avail, used) = (UVA + 0x1000, UVA + DRIVER_EVENT, UVA + DEVICE_EVENT);
-        RingConfig { size: self.size.into(), desc, avail, used, event_idx, indirect: true, packed: true }
+        RingConfig { size: self.size.into(), desc, avail, used, event_idx, indirect: true, packed: true, log: None }
     }
 
     fn ring(&self) -> PackedRing {

@@ -27,6 +27,9 @@ pub trait Ring: Send + Sync + std::fmt::Debug + Sized + 'static {
     /// The ring, held.
     type Work<'r>: Work<'r>;
 
+    /// The memory that it lies in, and its buffers.
+    fn memory(&self) -> &GuestMemory;
+
     /// Takes the ring for one burst, if no other worker has it.
     fn try_lock(&self, direction: Direction) -> Option<Self::Work<'_>>;
 

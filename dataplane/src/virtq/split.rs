@@ -135,8 +135,46 @@ impl SplitRing {
     }
 }
 
+impl SplitRing {
+    /// Marks ranges of the used ring's area, by offset and length, if that is wanted.
+    fn mark_used<const N: usize>(&self, ranges: [(usize, usize); N]) {
+        let (Some(used), Some(mut marks)) = (self.config.log, self.memory.dirty()) else { return };
+        for (offset, len) in ranges {
+            marks.range(used.wrapping_add(offset as u64), len);
+        }
+        marks.finish();
+    }
+
+    /// Marks the used index and `count` elements from the one of index `first` on.
+    #[cold]
+    fn mark_published(&self, first: u16, count: u32) {
+        let first = usize::from(first & self.mask);
+        let straight = (count as usize).min(usize::from(self.mask) + 1 - first);
+        self.mark_used([
+            (0, RING_HEADER),
+            (RING_HEADER + first * USED_ELEMENT, straight * USED_ELEMENT),
+            (RING_HEADER, (count as usize - straight) * USED_ELEMENT),
+        ]);
+    }
+
+    /// Stores the request for notifications, or against them, that goes with the used ring.
+    fn store_flags(&self, flags: u16) {
+        self.store(self.used_flags(), flags);
+        self.mark_used([(0, RING_HEADER)]);
+    }
+
+    fn store_event(&self, index: u16) {
+        self.store(self.avail_event(), index);
+        self.mark_used([(RING_HEADER + (usize::from(self.mask) + 1) * USED_ELEMENT, 2)]);
+    }
+}
+
 impl Ring for SplitRing {
     type Work<'r> = SplitWork<'r>;
+
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
 
     #[inline]
     fn try_lock(&self, direction: Direction) -> Option<SplitWork<'_>> {
@@ -151,9 +189,9 @@ impl Ring for SplitRing {
     fn enable_notification(&self) -> bool {
         let Some(position) = self.position.try_lock() else { return true };
         if self.config.event_idx {
-            self.store(self.avail_event(), position.next);
+            self.store_event(position.next);
         } else {
-            self.store(self.used_flags(), 0);
+            self.store_flags(0);
         }
         // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
         fence(Ordering::SeqCst);
@@ -163,15 +201,16 @@ impl Ring for SplitRing {
     fn disable_notification(&self) {
         // With event indices a request fires once and is then spent: nothing to take back.
         if !self.config.event_idx {
-            self.store(self.used_flags(), NO_NOTIFY);
+            self.store_flags(NO_NOTIFY);
         }
     }
 
     fn silence(&self) {
-        self.store(self.used_flags(), NO_NOTIFY);
+        self.store_flags(NO_NOTIFY);
         if self.config.event_idx {
             // The index just passed, which is the farthest ahead.
-            self.store(self.avail_event(), self.position.lock().next.wrapping_sub(1));
+            let next = self.position.lock().next;
+            self.store_event(next.wrapping_sub(1));
         }
     }
 
@@ -295,9 +334,13 @@ impl<'r> Work<'r> for SplitWork<'r> {
         if count == 0 {
             return false;
         }
-        self.position.next = self.position.next.wrapping_add(count as u16);
+        let first = self.position.next;
+        self.position.next = first.wrapping_add(count as u16);
         // 2.7.8.2.1: elements before the index, which the Release store sees to.
         self.ring.store(self.ring.used_index(), self.position.next);
+        if self.ring.config.log.is_some() {
+            self.ring.mark_published(first, count);
+        }
         true
     }
 

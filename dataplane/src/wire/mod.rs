@@ -24,6 +24,7 @@ pub mod flow;
 pub mod ip;
 pub mod l4;
 pub mod offload;
+pub mod rarp;
 pub mod segment;
 pub mod vlan;
 

@@ -150,6 +150,9 @@ impl Worker<'_> {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
                 self.shared.acknowledged.store(snapshot.epoch, Ordering::Release);
+                if let Some(announcement) = snapshot.announcement.as_ref().filter(|_| self.id == 0) {
+                    self.forwarder.announce(&snapshot, &mut self.storage, announcement);
+                }
             }
             let Some(plan) = snapshot.plans.get(self.id) else { break };
             let began = clock.ticks();

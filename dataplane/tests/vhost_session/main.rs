@@ -173,6 +173,7 @@ fn the_requests_that_the_crate_does_not_know() {
     assert_eq!(peer.reply(20), 0);
     peer.raw(19, 0x9, &0x5634_1200_5452u64.to_ne_bytes(), &[]);
     assert_eq!(peer.reply(19), 0);
+    assert_eq!(*bench.recorder.announced.lock().unwrap(), [[0x52, 0x54, 0x00, 0x12, 0x34, 0x56]]);
     peer.frontend.set_log_fd(guest.file.as_raw_fd()).unwrap();
 
     assert_eq!(bench.recorder.newest().state, PortState::Up);
@@ -262,6 +263,64 @@ fn a_running_ring_resumes_exactly_where_it_was() {
         peer.frontend.set_features(DRIVER).unwrap();
         assert_eq!(peer.frontend.get_vring_base(index).unwrap(), u32::from(base));
     }
+}
+
+/// The first byte of a dirty log, which is cleared: the pages of both used rings are 2 and 6.
+fn marks(log: &fs::File) -> u8 {
+    let mut byte = [0];
+    log.read_exact_at(&mut byte, 0).unwrap();
+    log.write_all_at(&[0], 0).unwrap();
+    byte[0]
+}
+
+#[test]
+fn logging_begins_changes_and_ends_under_running_rings() {
+    const LOG_ALL: u64 = 1 << 26;
+    const USED: u8 = 1 << 2 | 1 << 6;
+    let _shared = shared();
+    let bench = Bench::new("log", Client);
+    let mut peer = bench.listen().accept();
+    let guest = Guest::new(MIB);
+    peer.bring_up(&guest);
+    for (index, base) in [(0, 7u16), (1, 9)] {
+        guest.file.write_all_at(&base.to_le_bytes(), ring_place(index).used_ring_addr - UVA + 2).unwrap();
+        peer.frontend.set_vring_base(index, base).unwrap();
+    }
+    let address = |index: usize, logged: bool| {
+        let mut place = ring_place(index);
+        place.flags = u32::from(logged);
+        place.log_addr = logged.then_some(place.used_ring_addr - UVA);
+        place
+    };
+    let (first, second) = (memfd(4096), memfd(4096));
+    for _ in 0..3 {
+        peer.set_log(&first, 32);
+        assert_eq!(marks(&first), 0, "not before it is asked for");
+        peer.frontend.set_features(DRIVER | LOG_ALL).unwrap();
+        assert!(bench.recorder.newest().features.contains(&"LOG_ALL"));
+        for index in [0, 1] {
+            peer.frontend.set_vring_addr(index, &address(index, true)).unwrap();
+        }
+        // To begin with a ring, we tell the driver that we poll: a write to the used ring.
+        assert_eq!(marks(&first), USED);
+        peer.set_log(&second, 32);
+        assert_eq!((marks(&first), marks(&second)), (0, USED));
+        peer.frontend.set_features(DRIVER).unwrap();
+        for index in [0, 1] {
+            peer.frontend.set_vring_addr(index, &address(index, false)).unwrap();
+        }
+        let link = bench.recorder.newest();
+        assert_eq!((link.state, link.rx, link.tx), (PortState::Up, 1, 1));
+        assert_eq!((marks(&first), marks(&second)), (0, 0));
+    }
+    assert_eq!((peer.frontend.get_vring_base(0).unwrap(), peer.frontend.get_vring_base(1).unwrap()), (7, 9));
+
+    // A log that is too short for the memory would hide changes.
+    let mark = bench.recorder.mark();
+    peer.frontend.set_features(DRIVER | LOG_ALL).unwrap();
+    peer.raw(6, 0x1, &[31u64.to_ne_bytes(), [0; 8]].concat(), &[first.as_raw_fd()]);
+    let failed = bench.recorder.wait_since(mark, "a refusal", |link| link.state == PortState::Failed);
+    assert!(failed.reason.contains("a dirty log of 31 bytes does not fit"), "{}", failed.reason);
 }
 
 #[test]

@@ -61,6 +61,7 @@ pub(crate) struct Recorder {
     changed: Condvar,
     stats: Arc<PortStats>,
     pub(crate) forgotten: AtomicUsize,
+    pub(crate) announced: Mutex<Vec<[u8; 6]>>,
 }
 
 impl Publisher for Recorder {
@@ -80,6 +81,10 @@ impl Publisher for Recorder {
 
     fn forget_stations(&self) {
         self.forgotten.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        self.announced.lock().unwrap().push(mac);
     }
 
     fn stats(&self) -> &Arc<PortStats> {
@@ -362,6 +367,15 @@ impl Peer {
         u64::from_ne_bytes(bytes[12..].try_into().unwrap())
     }
 
+    /// Gives a dirty log of `size` bytes, and reads the reply.
+    pub(crate) fn set_log(&mut self, log: &File, size: u64) {
+        let payload = [size.to_ne_bytes(), [0; 8]].concat();
+        self.raw(6, 0x1, &payload, &[log.as_raw_fd()]);
+        let mut reply = [0; 28];
+        self.stream.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[..12], [6, 0, 0, 0, 5, 0, 0, 0, 16, 0, 0, 0]);
+    }
+
     /// Waits until everything sent so far has been handled.
     pub(crate) fn settle(&self) {
         self.frontend.get_features().unwrap();
@@ -384,7 +398,7 @@ impl Peer {
 /// Protocol features that the port has to offer.
 pub(crate) fn expected_protocol() -> VhostUserProtocolFeatures {
     use VhostUserProtocolFeatures as P;
-    P::MQ | P::REPLY_ACK | P::MTU | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS | P::STATUS
+    P::MQ | P::REPLY_ACK | P::MTU | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS | P::STATUS | P::LOG_SHMFD | P::RARP
 }
 
 /// Open descriptors of this process.

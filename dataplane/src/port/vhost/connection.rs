@@ -310,8 +310,10 @@ fn answer(header: Header, stream: &UnixStream, device: &Mutex<Device>) -> Result
             let word = |at: usize| u32::from_ne_bytes([state[at], state[at + 1], state[at + 2], state[at + 3]]);
             device.enable(word(0), word(4))
         }
-        // Not negotiated, but harmless. Announcing the guest after a migration will start here.
-        FrontendReq::SEND_RARP => number(header, stream).map(|_| Ok(()))?,
+        FrontendReq::SEND_RARP => {
+            device.announce(number(header, stream)?);
+            Ok(())
+        }
         FrontendReq::SET_LOG_FD => header.take::<0>(stream).map(|_| Ok(()))?,
         FrontendReq::SET_VRING_ENDIAN => number(header, stream).map(|_| Err(DeviceError::Unsupported))?,
         _ => return Ok(false),

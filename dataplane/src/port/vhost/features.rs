@@ -8,7 +8,7 @@ macro_rules! features {
 
         /// Every feature that we offer.
         ///
-        /// `VHOST_F_LOG_ALL` (26) belongs here once there is a dirty log. `NOTIFY_ON_EMPTY`, UFO, RSS and hash reports are left out on purpose: the first two are legacy,
+        /// `NOTIFY_ON_EMPTY`, UFO, RSS and hash reports are left out on purpose: the first two are legacy,
         /// and the key and table of the others never reach a vhost-user backend.
         pub const OFFERED: u64 = $($name)|*;
 
@@ -47,6 +47,8 @@ features! {
     GUEST_ANNOUNCE = 21;
     /// Several queue pairs.
     MQ = 22;
+    /// Pages that we write to are marked in the dirty log (vhost-user, "Migration"). Never seen by the driver.
+    LOG_ALL = 26;
     /// Headers and payload may share descriptors (legacy; implied by `VERSION_1`).
     ANY_LAYOUT = 27;
     /// Descriptors may refer to tables of descriptors.
@@ -76,8 +78,8 @@ pub fn names(features: u64) -> Vec<&'static str> {
 
 /// The vhost-user protocol features that we offer.
 ///
-/// Not `CONFIG`: QEMU's network device has no use for it and warns. Not `BACKEND_REQ`: we have nothing to ask. The
-/// features of live migration (`LOG_SHMFD`, `RARP`, `PAGEFAULT`) belong here once there is a dirty log.
+/// Not `CONFIG`: QEMU's network device has no use for it and warns. Not `BACKEND_REQ`: we have nothing to ask. Not
+/// `PAGEFAULT` (postcopy): a worker that touches a page which is not there yet would hold up all other guests.
 pub fn protocol() -> Protocol {
     Protocol::MQ
         | Protocol::REPLY_ACK
@@ -85,6 +87,8 @@ pub fn protocol() -> Protocol {
         | Protocol::RESET_DEVICE
         | Protocol::CONFIGURE_MEM_SLOTS
         | Protocol::STATUS
+        | Protocol::LOG_SHMFD
+        | Protocol::RARP
 }
 
 #[cfg(test)]
@@ -100,9 +104,9 @@ mod tests {
 
     #[test]
     fn leaves_out_what_we_cannot_do() {
-        for bit in [5, 10, 14, 24, 26, 33, 57, 60] {
+        for bit in [5, 10, 14, 24, 33, 57, 60] {
             assert_eq!(OFFERED & 1 << bit, 0, "bit {bit}");
         }
-        assert!(!protocol().intersects(Protocol::LOG_SHMFD | Protocol::CONFIG | Protocol::BACKEND_REQ));
+        assert!(!protocol().intersects(Protocol::PAGEFAULT | Protocol::CONFIG | Protocol::BACKEND_REQ));
     }
 }

@@ -15,7 +15,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
-use crate::mem::{GuestMemory, MemError, Region};
+use crate::mem::{GuestMemory, Log, MemError, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::ring::{Place, Queue, Ring, Surroundings};
 use crate::port::{Link, Publisher, RxEntry};
@@ -75,6 +75,8 @@ pub(super) struct Device {
     protocol: u64,
     status: u8,
     memory: Arc<GuestMemory>,
+    /// Where dirty pages are marked while `LOG_ALL` is among the features.
+    log: Option<Arc<Log>>,
     /// As many as have been named so far.
     rings: Vec<Ring>,
     /// The ring that `SET_VRING_NUM`, `_ADDR` or `_BASE` named last; see [`Device::full_index`].
@@ -99,6 +101,7 @@ impl Device {
             protocol: 0,
             status: 0,
             memory: Arc::default(),
+            log: None,
             rings: Vec::new(),
             focus: 0,
             published: None,
@@ -137,6 +140,13 @@ impl Device {
         Ok(())
     }
 
+    /// The guest runs here from now on, after a migration, and cannot say so itself. Its address is in the first six
+    /// bytes of the payload (vhost-user, `SEND_RARP`).
+    pub(super) fn announce(&self, payload: u64) {
+        let [a, b, c, d, e, f, ..] = payload.to_ne_bytes();
+        self.publisher.announce([a, b, c, d, e, f]);
+    }
+
     /// Status bits of the device (virtio 1.2, 2.1).
     pub(super) fn status(&self) -> u8 {
         self.status
@@ -159,7 +169,7 @@ impl Device {
             ring.stop();
             ring.base = 0;
         }
-        self.features &= features::PROTOCOL_FEATURES;
+        self.features &= features::PROTOCOL_FEATURES | features::LOG_ALL;
         self.publisher.stats().clear_fault();
         self.settle();
     }
@@ -218,13 +228,18 @@ impl Device {
         self.publish();
     }
 
-    fn change_memory(&mut self, memory: GuestMemory) {
+    /// Brings another memory table, or another dirty log, into use. Rings go on where they are; the old log is let go
+    /// of by the last of them.
+    fn change_memory(&mut self, memory: &GuestMemory) -> std::result::Result<(), DeviceError> {
+        let log = self.log.clone().filter(|_| self.features & features::LOG_ALL != 0);
+        let memory = memory.logged_by(log)?;
         self.withdraw_all();
         self.memory = Arc::new(memory);
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.move_to(index, &self.memory);
         }
         self.settle();
+        Ok(())
     }
 
     /// Makes and publishes whatever can run now.
@@ -327,9 +342,12 @@ impl VhostUserBackendReqHandlerMut for Device {
         }
         if features != self.features {
             self.withdraw_all();
-            self.rings.iter_mut().for_each(Ring::freeze);
+            // Where logging alone is switched on or off, rings just go on.
+            if (features ^ self.features) & !features::LOG_ALL != 0 {
+                self.rings.iter_mut().for_each(Ring::freeze);
+            }
             self.features = features;
-            self.settle();
+            self.change_memory(&self.memory.clone())?;
         }
         Ok(())
     }
@@ -342,7 +360,7 @@ impl VhostUserBackendReqHandlerMut for Device {
     ) -> Result<Option<Vec<u64>>> {
         let regions = regions.iter().zip(files).map(|(region, file)| map(region, file));
         let regions = regions.collect::<std::result::Result<_, _>>().map_err(DeviceError::Memory)?;
-        self.change_memory(GuestMemory::new(regions).map_err(DeviceError::Memory)?);
+        self.change_memory(&GuestMemory::new(regions).map_err(DeviceError::Memory)?)?;
         Ok(None)
     }
 
@@ -362,14 +380,15 @@ impl VhostUserBackendReqHandlerMut for Device {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let index = self.focused(index)?;
-        let place = Some(Place { desc: descriptor, avail: available, used });
+        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let place = Some(Place { desc: descriptor, avail: available, used, log });
         if place != self.rings[index].place {
             self.rebuild(index, |ring| ring.place = place);
         }
@@ -454,21 +473,26 @@ impl VhostUserBackendReqHandlerMut for Device {
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
         let region = map(region, fd).map_err(DeviceError::Memory)?;
-        self.change_memory(self.memory.with(region).map_err(DeviceError::Memory)?);
+        self.change_memory(&self.memory.with(region).map_err(DeviceError::Memory)?)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let memory = self.memory.without(region.guest_phys_addr, region.memory_size, region.user_addr);
-        self.change_memory(memory.map_err(DeviceError::Memory)?);
+        self.change_memory(&memory.map_err(DeviceError::Memory)?)?;
         Ok(())
     }
 
-    // What follows belongs to features that we do not offer. Live migration will fill in the dirty log.
-
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(DeviceError::Unsupported.into())
+    /// Gives us the dirty log, or a larger one instead (vhost-user, "Migration"). The reply, which the crate sends,
+    /// means that the old one is not written to any more.
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = Log::map(file, log.mmap_size, log.mmap_offset).map_err(DeviceError::Memory)?;
+        self.log = Some(Arc::new(log));
+        self.change_memory(&self.memory.clone())?;
+        Ok(())
     }
+
+    // What follows belongs to features that we do not offer.
 
     fn get_config(&mut self, _offset: u32, _size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         Err(DeviceError::Unsupported.into())

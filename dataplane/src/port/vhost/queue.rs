@@ -8,7 +8,7 @@ use virtio_bindings::virtio_net as net;
 
 use crate::frame::{Burst, BurstStorage, Frame};
 use crate::limits::BURST;
-use crate::mem::{Segment, SourceSegment};
+use crate::mem::{Marks, SLACK, Segment, SourceSegment};
 use crate::port::stats::PortStats;
 use crate::port::{RxQueue, TxQueue};
 use crate::switch::DropReason;
@@ -195,11 +195,12 @@ impl Outgoing<'_, '_> {
     }
 }
 
-/// What became of the frames of one call, in numbers.
+/// What became of the frames of one call, in numbers, and which pages were written while those are logged.
 #[derive(Default)]
-struct Sent {
+struct Sent<'r> {
     frames: u64,
     bytes: u64,
+    dirty: Option<Marks<'r>>,
 }
 
 /// Chains that one frame fills, and how far.
@@ -229,7 +230,7 @@ impl<R: Ring> GuestRx<R> {
     fn deliver_all<'r>(
         &'r self,
         work: &mut R::Work<'r>,
-        sent: &mut Sent,
+        sent: &mut Sent<'r>,
         burst: &Burst<'_>,
         frames: &[u8],
         scratch: &mut Scratch,
@@ -259,7 +260,7 @@ impl<R: Ring> GuestRx<R> {
     fn put_plain<'r>(
         &self,
         work: &mut R::Work<'r>,
-        sent: &mut Sent,
+        sent: &mut Sent<'r>,
         burst: &Burst<'_>,
         frame: &Frame,
         ahead: &Ahead<'r>,
@@ -281,6 +282,9 @@ impl<R: Ring> GuestRx<R> {
                 rest = rest.skip(rest.write_from(*piece));
             }
         }
+        if let Some(dirty) = &mut sent.dirty {
+            dirty.segment(buffer.segment(), len + SLACK);
+        }
         work.complete(chain, len as u32);
         sent.frames += 1;
         sent.bytes += frame.len() as u64;
@@ -292,7 +296,7 @@ impl<R: Ring> GuestRx<R> {
     fn deliver<'r>(
         &self,
         work: &mut R::Work<'r>,
-        sent: &mut Sent,
+        sent: &mut Sent<'r>,
         burst: &Burst<'_>,
         frame: &Frame,
         scratch: &mut Scratch,
@@ -315,13 +319,13 @@ impl<R: Ring> GuestRx<R> {
     fn put<'r>(
         &self,
         work: &mut R::Work<'r>,
-        sent: &mut Sent,
+        sent: &mut Sent<'r>,
         filled: &mut Filled,
         out: Outgoing<'_, '_>,
     ) -> Result<Result<(), DropReason>, Fault> {
         filled.clear();
         let mark = work.mark();
-        if let Err(reason) = self.copy(work, filled, out)? {
+        if let Err(reason) = self.copy(work, &mut sent.dirty, filled, out)? {
             work.rewind(mark);
             return Ok(Err(reason));
         }
@@ -337,6 +341,7 @@ impl<R: Ring> GuestRx<R> {
     fn copy<'r>(
         &self,
         work: &mut R::Work<'r>,
+        dirty: &mut Option<Marks<'r>>,
         filled: &mut Filled,
         out: Outgoing<'_, '_>,
     ) -> Result<Result<(), DropReason>, Fault> {
@@ -347,7 +352,11 @@ impl<R: Ring> GuestRx<R> {
             let before = source.left;
             let taken = work.take(|buffer| {
                 first.get_or_insert(buffer);
+                let left = source.left;
                 source.copy_to(buffer);
+                if let Some(dirty) = dirty {
+                    dirty.segment(buffer, left - source.left);
+                }
             })?;
             let Some((chain, capacity)) = taken else { return Ok(Err(DropReason::Full)) };
             filled.push((chain, (before - source.left) as u32));
@@ -365,6 +374,9 @@ impl<R: Ring> GuestRx<R> {
             _ if count == 1 => Ok(Ok(())),
             Some(buffer) if buffer.len() >= self.header_len => {
                 buffer.skip(10).write(&count.to_le_bytes());
+                if let Some(dirty) = dirty {
+                    dirty.segment(buffer, self.header_len);
+                }
                 Ok(Ok(()))
             }
             _ => Ok(Err(DropReason::BufferTooSmall)),
@@ -416,8 +428,11 @@ impl<'a, 'm> Source<'a, 'm> {
 impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let mut work = self.ring.lock(Direction::ToGuest);
-        let mut sent = Sent::default();
+        let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
         let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
+        if let Some(dirty) = sent.dirty.take() {
+            dirty.finish();
+        }
         if work.publish() {
             let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);

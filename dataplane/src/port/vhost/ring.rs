@@ -16,6 +16,8 @@ pub(super) struct Place {
     pub(super) desc: u64,
     pub(super) avail: u64,
     pub(super) used: u64,
+    /// Guest physical address of the used ring, if writes to it are to be logged (`VHOST_VRING_F_LOG`).
+    pub(super) log: Option<u64>,
 }
 
 /// What workers serve.
@@ -127,6 +129,7 @@ impl Ring {
             event_idx: around.features & features::EVENT_IDX != 0,
             indirect: around.features & features::INDIRECT_DESC != 0,
             packed: around.features & features::RING_PACKED != 0,
+            log: place.log,
         };
         let vring = Vring::new(&config, around.memory.clone(), self.base).map_err(|error| error.to_string())?;
         self.vring = Some(vring);

@@ -1,0 +1,208 @@
+//! The dirty log: a bitmap shared with the frontend in which every page of guest memory that we write to is marked
+//! while the guest migrates (vhost-user, "Migration").
+//!
+//! A page is marked after it was written, never before: the frontend clears a mark before it copies the page, so what is
+//! written and marked later gets copied again. Marks are gathered for a burst and are all in the log before its ring is
+//! let go of.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::limits::MAX_DIRTY_LOG;
+use crate::mem::{GuestMemory, MemError, Region, Segment};
+
+/// Bytes of guest memory for each bit (`VHOST_LOG_PAGE`).
+const PAGE: u64 = 0x1000;
+/// Pages for each word of the log.
+const WORD: u64 = 64;
+
+/// The bitmap, mapped: bit N of it, counted from the lowest bit of the first byte, is the page at N * 4096.
+#[derive(Debug)]
+pub struct Log {
+    region: Region,
+}
+
+impl Log {
+    /// Maps `size` bytes of `file` from `offset`, as `SET_LOG_BASE` gives them.
+    ///
+    /// # Errors
+    /// [`MemError`] if the file is not a memory file that covers the range, or the range wraps.
+    pub fn map(file: File, size: u64, offset: u64) -> Result<Self, MemError> {
+        if size > MAX_DIRTY_LOG {
+            return Err(MemError::LogSize(size));
+        }
+        if !offset.is_multiple_of(align_of::<u64>() as u64) {
+            return Err(MemError::LogOffset(offset));
+        }
+        Ok(Self { region: Region::map(file, 0, size, 0, offset)? })
+    }
+
+    /// Pages that there are bits for.
+    fn pages(&self) -> u64 {
+        self.region.len * 8
+    }
+
+    /// Marks pages of one word. Those beyond the log are not marked: they are no guest memory.
+    fn mark(&self, word: u64, bits: u64) {
+        let Some(left) = self.pages().checked_sub(word.saturating_mul(WORD)).filter(|&left| left > 0) else { return };
+        let bits = if left < WORD { bits & ((1 << left) - 1) } else { bits };
+        let place = self.region.host(word * 8).cast::<u64>();
+        // SAFETY: the word begins within the log, and since it is aligned (so are the offset and all pages) it ends in
+        // the page in which it begins, which is mapped. The frontend changes it by atomic operations, too.
+        unsafe { AtomicU64::from_ptr(place) }.fetch_or(bits.to_le(), Ordering::Release);
+    }
+}
+
+impl GuestMemory {
+    /// The same memory, marking what is written in that log, or in none.
+    ///
+    /// # Errors
+    /// [`MemError::LogSize`] if the log has no bit for some page of it.
+    pub fn logged_by(&self, log: Option<std::sync::Arc<Log>>) -> Result<Self, MemError> {
+        let end = self.regions.iter().map(|region| region.gpa + region.len).max().unwrap_or(0);
+        if let Some(log) = log.as_ref().filter(|log| log.pages() < end.div_ceil(PAGE)) {
+            return Err(MemError::LogSize(log.region.len));
+        }
+        Ok(Self { log, ..self.clone() })
+    }
+
+    /// Where to mark what is written, while that is wanted.
+    #[inline]
+    pub fn dirty(&self) -> Option<Marks<'_>> {
+        self.log.as_ref().map(|log| Marks { memory: self, log, word: 0, bits: 0 })
+    }
+
+    /// The guest physical address of a place in our address space.
+    fn gpa_of(&self, place: *const u8) -> Option<u64> {
+        self.spans.iter().find_map(|span| {
+            let offset = place.addr().wrapping_sub(span.host.addr()) as u64;
+            (offset < span.len).then(|| span.gpa + offset)
+        })
+    }
+}
+
+/// Marks on their way into the log. [`Marks::finish`] brings them there.
+#[derive(Debug)]
+#[must_use = "marks that are not finished are lost"]
+pub struct Marks<'m> {
+    memory: &'m GuestMemory,
+    log: &'m Log,
+    /// The word of the log that `bits` go to: pages written one after the other mostly lie close together.
+    word: u64,
+    bits: u64,
+}
+
+impl Marks<'_> {
+    /// The first `len` bytes of a segment were written, or all of it.
+    pub fn segment(&mut self, segment: Segment<'_>, len: usize) {
+        self.place(segment.start(), len.min(segment.len()));
+    }
+
+    /// `len` bytes at a place in our address space were written.
+    pub fn place(&mut self, place: *const u8, len: usize) {
+        if let Some(gpa) = self.memory.gpa_of(place) {
+            self.range(gpa, len);
+        }
+    }
+
+    /// `len` bytes at a guest physical address were written.
+    pub fn range(&mut self, gpa: u64, len: usize) {
+        let Some(more) = (len as u64).checked_sub(1) else { return };
+        let (mut page, last) = (gpa / PAGE, gpa.saturating_add(more) / PAGE);
+        while page <= last {
+            if page / WORD != self.word {
+                self.flush();
+                self.word = page / WORD;
+            }
+            let end = last.min(page | (WORD - 1));
+            self.bits |= (u64::MAX >> (WORD - 1 - (end - page))) << (page % WORD);
+            page = end + 1;
+        }
+    }
+
+    fn flush(&mut self) {
+        let bits = std::mem::take(&mut self.bits);
+        if bits != 0 {
+            self.log.mark(self.word, bits);
+        }
+    }
+
+    /// Brings all marks into the log.
+    pub fn finish(mut self) {
+        self.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::tests::memfd;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    fn logged(size: u64, offset: u64) -> (GuestMemory, File) {
+        let file = memfd(offset + size);
+        let log = Arc::new(Log::map(file.try_clone().unwrap(), size, offset).unwrap());
+        let region = |gpa, len, uva| Region::map(memfd(len), gpa, len, uva, 0).unwrap();
+        let memory = GuestMemory::new(vec![region(0, 0x40_0000, 0), region(0x100_0000, 0x2_0000, 0x100_0000)]);
+        (memory.unwrap().logged_by(Some(log)).unwrap(), file)
+    }
+
+    fn pages(file: &File, offset: u64) -> Vec<u64> {
+        let mut bytes = vec![0; (file.metadata().unwrap().len() - offset) as usize];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        let bit = |page: &u64| bytes[(*page / 8) as usize] & (1 << (page % 8)) != 0;
+        (0..bytes.len() as u64 * 8).filter(bit).collect()
+    }
+
+    #[test]
+    fn marks_every_page_of_a_range() {
+        let (memory, file) = logged(0x300, 64);
+        let mut marks = memory.dirty().unwrap();
+        marks.range(0x0fff, 1);
+        marks.range(0x2fff, 2);
+        marks.range(0x3_f000, 0x2000);
+        marks.range(0x5000, 0);
+        let far = memory.locate(0x101_0ffe, &mut 0).unwrap();
+        marks.place(far.ptr, 3);
+        marks.finish();
+        assert_eq!(pages(&file, 64), [0, 2, 3, 63, 64, 0x1010, 0x1011]);
+        memory.dirty().unwrap().finish();
+        let mut marks = memory.dirty().unwrap();
+        marks.range(0x10_0000, 130 * 0x1000);
+        marks.finish();
+        assert_eq!(pages(&file, 64).iter().filter(|page| (256..386).contains(*page)).count(), 130);
+    }
+
+    #[test]
+    fn nothing_is_marked_beyond_the_log() {
+        // 517 bytes: the last word is not whole.
+        let (memory, file) = logged(517, 0);
+        file.set_len(4096).unwrap();
+        for gpa in [517 * 8 * 0x1000, 1 << 40, u64::MAX - 10, u64::MAX] {
+            let mut marks = memory.dirty().unwrap();
+            marks.range(gpa, 100);
+            marks.place(std::ptr::null(), 100);
+            marks.finish();
+        }
+        assert!(pages(&file, 0).is_empty());
+        let mut marks = memory.dirty().unwrap();
+        marks.range((517 * 8 - 1) * 0x1000, 0x2000);
+        marks.finish();
+        assert_eq!(pages(&file, 0), [517 * 8 - 1]);
+    }
+
+    #[test]
+    fn refuses_a_bad_log() {
+        assert!(matches!(Log::map(memfd(4096), 0, 0), Err(MemError::Empty)));
+        assert!(matches!(Log::map(memfd(4096), 4096, 8), Err(MemError::BeyondFile { .. })));
+        assert!(matches!(Log::map(memfd(4096), 64, 4), Err(MemError::LogOffset(4))));
+        assert!(matches!(Log::map(memfd(4096), 64, u64::MAX - 7), Err(MemError::Wraps)));
+        assert!(matches!(Log::map(memfd(4096), u64::MAX, 8), Err(MemError::LogSize(_))));
+        assert!(matches!(Log::map(File::open("/dev/zero").unwrap(), 64, 0), Err(MemError::NotMemory(_))));
+        let short = Arc::new(Log::map(memfd(4096), 127, 0).unwrap());
+        let memory = GuestMemory::new(vec![Region::map(memfd(0x40_0000), 0, 0x40_0000, 0, 0).unwrap()]).unwrap();
+        assert!(matches!(memory.logged_by(Some(short)), Err(MemError::LogSize(127))));
+        assert!(memory.logged_by(None).unwrap().dirty().is_none());
+    }
+}

@@ -1,0 +1,132 @@
+//! A guest migrates from one port of the switch to another while it talks.
+
+use anyhow::{Context, Result, ensure};
+use e2e::lab::{self, Lab};
+use e2e::qemu::{ECHO_PORT, Guest, GuestSpec, Nic};
+use serde_json::{Value, json};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// Slow enough for traffic to change memory that was copied already.
+const SLOW: u64 = 40 << 20;
+const FAST: u64 = 8 << 30;
+const LIMIT: Duration = Duration::from_secs(60);
+/// Connections whose data stays where the switch has put it until the migration is over.
+const HELD: usize = 12;
+
+/// `vm1`, the peer; `vm2`, which migrates; and `vm3`, where it migrates to: the same guest on another port.
+fn lab() -> Result<Lab> {
+    let mut lab = Lab::pair()?;
+    lab.add_port("vm3", "")?;
+    let nic = Nic::new(&lab.socket("vm3"), &lab::mac(2));
+    lab.guests.push(GuestSpec::new("vm3").nic(nic).incoming().start()?);
+    Ok(lab)
+}
+
+/// What the shell command prints, without blanks around it.
+fn say(guest: &Guest, command: &str) -> Result<String> {
+    Ok(guest.run(command)?.trim().to_owned())
+}
+
+/// Listens on the ports of [`HELD`] without reading, so that what arrives stays in the buffers of the ring.
+fn hold(guest: &Guest) -> Result<()> {
+    let each = "(nc -l -p 900$n >/tmp/held$n </dev/null) >/dev/null 2>&1 &";
+    let listening = format!("[ $(netstat -ltn | grep -c :900) -ge {HELD} ]");
+    guest.run(&format!(
+        "for n in $(seq {HELD}); do {each} done; until {listening}; do usleep 20000; done; killall -STOP nc"
+    ))?;
+    Ok(())
+}
+
+/// Lets the held data be read, and checks it.
+fn check_held(guest: &Guest, sum: &str) -> Result<()> {
+    guest.run("killall -CONT nc; while pidof nc >/dev/null; do usleep 50000; done")?;
+    let sums = say(guest, "sha256sum /tmp/held* | cut -c1-64 | uniq -c")?;
+    ensure!(sums == format!("{HELD} {sum}"), "held data has changed: {sums:?} instead of {sum}");
+    Ok(())
+}
+
+/// Lines of the peer's ping, which runs until it is told to stop.
+fn lost(peer: &Guest) -> Result<(u64, u64)> {
+    let report = say(peer, "killall -INT ping; usleep 300000; tail -n 3 /tmp/ping")?;
+    let number = |word: &str| -> Option<u64> {
+        report.split([',', '\n']).find(|part| part.contains(word))?.split_whitespace().next()?.parse().ok()
+    };
+    let sent = number("transmitted").with_context(|| report.clone())?;
+    let received = number("received").with_context(|| report.clone())?;
+    Ok((sent - received, sent))
+}
+
+/// Migrates the guest at `from` to `to` under ping, a TCP stream and data that is held. Returns the pings lost.
+fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
+    let (peer, source, target) = (&lab.guests[0], &lab.guests[from], &lab.guests[to]);
+    let pattern =
+        say(source, "dd if=/dev/urandom of=/tmp/pattern bs=1M count=16 2>/dev/null; sha256sum </tmp/pattern")?;
+    let data =
+        say(peer, "dd if=/dev/urandom of=/tmp/data bs=1k count=50 2>/dev/null; sha256sum </tmp/data | cut -c1-64")?;
+    hold(source)?;
+    peer.run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
+    source.begin_migration(target, SLOW)?;
+    sleep(Duration::from_millis(1200));
+    peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 900$n </tmp/data) >/dev/null 2>&1 & done"))?;
+    let stream = json!({"op": "echo_check", "proto": "tcp", "to": format!("10.0.0.2:{ECHO_PORT}"),
+        "sizes": [20_000, 100, 1448, 60_000], "seconds": 4.0, "gap_ms": 5});
+    peer.begin(&stream)?;
+    sleep(Duration::from_millis(1500));
+    source.limit_migration(FAST)?;
+    let report = source.wait_migration(&["completed"], LIMIT)?;
+    let tally = peer.finish(&stream, LIMIT)?;
+    ensure!(tally["corrupt"] == 0 && tally["received"].as_u64() > Some(20), "TCP under migration: {tally}");
+    let (lost, sent) = lost(peer)?;
+    let (total, still) = (&report["total-time"], &report["downtime"]);
+    println!("migrated in {total} ms, standing still for {still} ms; {lost} of {sent} pings lost; TCP: {tally}");
+
+    let target = &mut lab.guests[to];
+    target.adopt()?;
+    let after = say(target, "sha256sum </tmp/pattern")?;
+    ensure!(pattern == after, "memory has changed: {pattern} became {after}");
+    check_held(target, &data)?;
+    lab.wait_reachable(to, "10.0.0.1")?;
+    lab.check_echo(0, "tcp", "10.0.0.2", &[100, 65_000])?;
+    lab.guests[from].respawn_incoming()?;
+    Ok(lost)
+}
+
+/// The features that a port shows.
+fn features(lab: &Lab, port: &str) -> Result<Vec<Value>> {
+    Ok(lab.switch()?.port(port)?.0["features"].as_array().cloned().unwrap_or_default())
+}
+
+#[test]
+fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
+    lab::alone(lab, |lab| {
+        lab.wait_reachable(0, "10.0.0.2")?;
+        let mut all = Vec::new();
+        for (from, to) in [(1, 2), (2, 1), (1, 2)] {
+            all.push(migrate(lab, from, to)?);
+        }
+        println!("pings lost: {all:?}");
+        ensure!(all.iter().all(|&lost| lost <= 2), "pings lost: {all:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_cancelled_migration_goes_on_at_the_source() -> Result<()> {
+    lab::alone(lab, |lab| {
+        lab.wait_reachable(0, "10.0.0.2")?;
+        let logging = |lab: &Lab| Ok::<_, anyhow::Error>(features(lab, "vm2")?.contains(&json!("LOG_ALL")));
+        let (source, target) = (&lab.guests[1], &lab.guests[2]);
+        lab.guests[0].run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
+        source.begin_migration(target, 4 << 20)?;
+        sleep(Duration::from_secs(1));
+        ensure!(logging(lab)?, "the port does not log: {:?}", features(lab, "vm2")?);
+        source.qmp("migrate_cancel")?;
+        source.wait_migration(&["cancelled"], LIMIT)?;
+        ensure!(!logging(lab)?, "the port logs on");
+        let (lost, sent) = lost(&lab.guests[0])?;
+        println!("{lost} of {sent} pings lost");
+        ensure!(lost == 0, "{lost} of {sent} pings lost");
+        lab.check_echo(0, "tcp", "10.0.0.2", &[100, 65_000, 1 << 20])
+    })
+}
