@@ -1,4 +1,5 @@
 //! Rules of the repository that no linter sees.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::path::{Path, PathBuf};
 

@@ -48,7 +48,8 @@ fn side(id: u8, len: usize) -> Side {
         id: PortId(u16::from(id)),
         network: 0,
         vlan: VlanPolicy::All,
-        mtu: 65_535,
+        mtu: usize::MAX / 2,
+        mac: None,
         only_source: None,
         policers: sluice::switch::policer::Policers::default(),
         stats: stats.clone(),
@@ -67,7 +68,8 @@ fn main() {
 fn measure(len: usize) {
     let mut sides = [side(0, len), side(1, len)];
     let ports = sides.iter().map(|side| Some(side.view.clone())).collect();
-    let snapshot = Snapshot { epoch: 0, ports, networks: vec![vec![PortId(0), PortId(1)]], plans: Vec::new() };
+    let snapshot =
+        Snapshot { epoch: 0, ports, networks: vec![vec![PortId(0), PortId(1)]], plans: Vec::new(), announcement: None };
     let mut forwarder = Forwarder::new(Arc::new(Fdb::new(FdbConfig::default())));
     let mut storage = BurstStorage::default();
     const FRAMES: u16 = 256;
