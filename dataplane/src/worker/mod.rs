@@ -21,7 +21,7 @@ use stats::{Clock, WorkerStats};
 /// Event data of a worker's own wake-up in its epoll instance.
 pub const WAKE: u64 = u64::MAX;
 /// How long an adaptive worker polls in vain before it sleeps.
-const SPIN_NS: u64 = 30_000;
+const SPIN_NS: u64 = 200_000;
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 
