@@ -30,8 +30,8 @@ fn say(guest: &Guest, command: &str) -> Result<String> {
 
 /// Listens on the ports of [`HELD`] without reading, so that what arrives stays in the buffers of the ring.
 fn hold(guest: &Guest) -> Result<()> {
-    let each = "(nc -l -p 900$n >/tmp/held$n </dev/null) >/dev/null 2>&1 &";
-    let listening = format!("[ $(netstat -ltn | grep -c :900) -ge {HELD} ]");
+    let each = "(nc -l -p $((9000 + n)) >/tmp/held$n </dev/null) >/dev/null 2>&1 &";
+    let listening = format!("[ $(netstat -ltn | grep -c :90[01]) -ge {HELD} ]");
     guest.run(&format!(
         "for n in $(seq {HELD}); do {each} done; until {listening}; do usleep 20000; done; killall -STOP nc"
     ))?;
@@ -68,7 +68,7 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     peer.run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
     source.begin_migration(target, SLOW)?;
     sleep(Duration::from_millis(1200));
-    peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 900$n </tmp/data) >/dev/null 2>&1 & done"))?;
+    peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 $((9000 + n)) </tmp/data) >/dev/null 2>&1 & done"))?;
     let stream = json!({"op": "echo_check", "proto": "tcp", "to": format!("10.0.0.2:{ECHO_PORT}"),
         "sizes": [20_000, 100, 1448, 60_000], "seconds": 4.0, "gap_ms": 5});
     peer.begin(&stream)?;
