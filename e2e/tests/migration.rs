@@ -106,7 +106,7 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
             all.push(migrate(lab, from, to)?);
         }
         println!("pings lost: {all:?}");
-        ensure!(all.iter().all(|&lost| lost <= 2), "pings lost: {all:?}");
+        ensure!(all.iter().all(|&lost| lost == 0), "pings lost: {all:?}");
         Ok(())
     })
 }
