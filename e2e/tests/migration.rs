@@ -46,15 +46,16 @@ fn check_held(guest: &Guest, sum: &str) -> Result<()> {
     Ok(())
 }
 
-/// Lines of the peer's ping, which runs until it is told to stop.
+/// Ends the peer's ping; gives how many were lost before the last one that was answered (one may still be under way),
+/// and how many there were.
 fn lost(peer: &Guest) -> Result<(u64, u64)> {
-    let report = say(peer, "killall -INT ping; usleep 300000; tail -n 3 /tmp/ping")?;
-    let number = |word: &str| -> Option<u64> {
-        report.split([',', '\n']).find(|part| part.contains(word))?.split_whitespace().next()?.parse().ok()
-    };
-    let sent = number("transmitted").with_context(|| report.clone())?;
-    let received = number("received").with_context(|| report.clone())?;
-    Ok((sent - received, sent))
+    peer.run("killall -INT ping; usleep 300000")?;
+    let seen = say(peer, "sed -n 's/.*seq=\\([0-9]*\\) .*/\\1/p' /tmp/ping")?;
+    let mut seen: Vec<u64> = seen.lines().map(str::parse).collect::<Result<_, _>>()?;
+    seen.sort_unstable();
+    ensure!(seen.windows(2).all(|pair| pair[0] != pair[1]), "pings were answered twice");
+    let sent = seen.last().context("no ping was answered")? + 1;
+    Ok((sent - seen.len() as u64, sent))
 }
 
 /// Migrates the guest at `from` to `to` under ping, a TCP stream and data that is held. Returns the pings lost.
