@@ -30,6 +30,12 @@ pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 /// Bytes of a dirty log: a bit for each page of 128 TiB of guest physical addresses.
 pub const MAX_DIRTY_LOG: u64 = 4 << 30;
 
+/// Frames kept for a guest while it is away in the end of a migration.
+pub const MAX_HELD_FRAMES: usize = 1024;
+
+/// Bytes of them.
+pub const MAX_HELD_BYTES: usize = 2 << 20;
+
 /// Ports of one switch.
 pub const MAX_PORTS: usize = 1024;
 

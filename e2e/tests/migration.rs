@@ -30,8 +30,8 @@ fn say(guest: &Guest, command: &str) -> Result<String> {
 
 /// Listens on the ports of [`HELD`] without reading, so that what arrives stays in the buffers of the ring.
 fn hold(guest: &Guest) -> Result<()> {
-    let each = "(nc -l -p 900$n >/tmp/held$n </dev/null) >/dev/null 2>&1 &";
-    let listening = format!("[ $(netstat -ltn | grep -c :900) -ge {HELD} ]");
+    let each = "(nc -l -p $((9000 + n)) >/tmp/held$n </dev/null) >/dev/null 2>&1 &";
+    let listening = format!("[ $(netstat -ltn | grep -c :90[01]) -ge {HELD} ]");
     guest.run(&format!(
         "for n in $(seq {HELD}); do {each} done; until {listening}; do usleep 20000; done; killall -STOP nc"
     ))?;
@@ -46,15 +46,16 @@ fn check_held(guest: &Guest, sum: &str) -> Result<()> {
     Ok(())
 }
 
-/// Lines of the peer's ping, which runs until it is told to stop.
+/// Ends the peer's ping; gives how many were lost before the last one that was answered (one may still be under way),
+/// and how many there were.
 fn lost(peer: &Guest) -> Result<(u64, u64)> {
-    let report = say(peer, "killall -INT ping; usleep 300000; tail -n 3 /tmp/ping")?;
-    let number = |word: &str| -> Option<u64> {
-        report.split([',', '\n']).find(|part| part.contains(word))?.split_whitespace().next()?.parse().ok()
-    };
-    let sent = number("transmitted").with_context(|| report.clone())?;
-    let received = number("received").with_context(|| report.clone())?;
-    Ok((sent - received, sent))
+    peer.run("killall -INT ping; usleep 300000")?;
+    let seen = say(peer, "sed -n 's/.*seq=\\([0-9]*\\) .*/\\1/p' /tmp/ping")?;
+    let mut seen: Vec<u64> = seen.lines().map(str::parse).collect::<Result<_, _>>()?;
+    seen.sort_unstable();
+    ensure!(seen.windows(2).all(|pair| pair[0] != pair[1]), "pings were answered twice");
+    let sent = seen.last().context("no ping was answered")? + 1;
+    Ok((sent - seen.len() as u64, sent))
 }
 
 /// Migrates the guest at `from` to `to` under ping, a TCP stream and data that is held. Returns the pings lost.
@@ -68,7 +69,7 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     peer.run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
     source.begin_migration(target, SLOW)?;
     sleep(Duration::from_millis(1200));
-    peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 900$n </tmp/data) >/dev/null 2>&1 & done"))?;
+    peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 $((9000 + n)) </tmp/data) >/dev/null 2>&1 & done"))?;
     let stream = json!({"op": "echo_check", "proto": "tcp", "to": format!("10.0.0.2:{ECHO_PORT}"),
         "sizes": [20_000, 100, 1448, 60_000], "seconds": 4.0, "gap_ms": 5});
     peer.begin(&stream)?;
@@ -97,6 +98,10 @@ fn features(lab: &Lab, port: &str) -> Result<Vec<Value>> {
     Ok(lab.switch()?.port(port)?.0["features"].as_array().cloned().unwrap_or_default())
 }
 
+/// Pings, one every 10 ms, that may be lost. None should be, and mostly none is; until that has been shown often enough on a
+/// loaded machine, the bar is what other switches lose on a quiet one.
+const TOLERATED: u64 = 2;
+
 #[test]
 fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
     lab::alone(lab, |lab| {
@@ -106,7 +111,7 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
             all.push(migrate(lab, from, to)?);
         }
         println!("pings lost: {all:?}");
-        ensure!(all.iter().all(|&lost| lost <= 2), "pings lost: {all:?}");
+        ensure!(all.iter().all(|&lost| lost <= TOLERATED), "pings lost: {all:?}");
         Ok(())
     })
 }

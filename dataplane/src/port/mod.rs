@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use crate::frame::{Burst, BurstStorage};
 use crate::port::stats::PortStats;
+use crate::port::vhost::hold::Hold;
 use crate::status::PortState;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::virtq::Fault;
@@ -81,6 +82,8 @@ pub struct Link {
     pub rx: Vec<RxEntry>,
     /// Queues that frames are spread over, by flow.
     pub tx: Vec<Arc<dyn TxQueue>>,
+    /// Where frames go while there is no such queue, if the port's guest is migrating; what it holds is for the guest.
+    pub hold: Option<Arc<Hold>>,
     /// Names of the features that the other side accepted.
     pub features: Vec<&'static str>,
     /// Guest memory mapped, in bytes.
@@ -92,7 +95,16 @@ pub struct Link {
 impl Link {
     /// A link over which nothing passes.
     pub fn down(state: PortState, reason: Option<String>) -> Self {
-        Self { state, reason, rx: Vec::new(), tx: Vec::new(), features: Vec::new(), memory_bytes: 0, coalesce: false }
+        Self {
+            state,
+            reason,
+            rx: Vec::new(),
+            tx: Vec::new(),
+            hold: None,
+            features: Vec::new(),
+            memory_bytes: 0,
+            coalesce: false,
+        }
     }
 }
 

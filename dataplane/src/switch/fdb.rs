@@ -100,6 +100,8 @@ pub enum Learned {
     Yes,
     /// The table or the port's share of it is full, or another thread is changing it.
     No,
+    /// It was behind another port until now.
+    Moved(PortId),
     /// It is configured to be behind another port.
     Elsewhere,
 }
@@ -213,7 +215,7 @@ impl Fdb {
                 self.owned(port).fetch_add(1, Ordering::Relaxed);
             }
             bucket.places[way].store(fresh.0, Ordering::Release);
-            return Learned::Yes;
+            return if place.port() == port { Learned::Yes } else { Learned::Moved(place.port()) };
         }
         if !self.admit(port, is_static) {
             return Learned::No;

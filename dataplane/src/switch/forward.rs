@@ -63,6 +63,8 @@ pub struct Forwarder {
     shared: u64,
     scratch: Scratch,
     recent: Recent,
+    /// For frames that were held, delivered in the midst of another burst.
+    spare: Option<Box<BurstStorage>>,
 }
 
 /// The last pair of stations: frames of a burst mostly belong to one. Good for one burst only.
@@ -89,6 +91,7 @@ impl Forwarder {
             shared: 0,
             scratch: Scratch::default(),
             recent: Recent::NONE,
+            spare: Some(Box::default()),
         }
     }
 
@@ -139,6 +142,35 @@ impl Forwarder {
         }
     }
 
+    /// Delivers to their own guests what was held for those whose rings run again.
+    pub fn release_returned(&mut self, snapshot: &Snapshot) {
+        for port in snapshot.ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
+            self.release(snapshot, port.id, port, None);
+        }
+    }
+
+    /// Delivers what was held at a port for a station, or for all, to where it is now.
+    #[cold]
+    fn release(&mut self, snapshot: &Snapshot, before: PortId, now: &PortView, station: Option<u64>) {
+        let Some(hold) = snapshot.port(before).and_then(|port| port.link.hold.as_ref()) else { return };
+        // Where nothing can be delivered it would be held again, with the first hold locked.
+        if now.link.tx.is_empty() {
+            return;
+        }
+        let Some(mut storage) = self.spare.take() else { return };
+        hold.release(station, |vid, bytes| {
+            let mut burst = storage.begin();
+            let mut frame = burst.start(VirtioNetHdr::LEN);
+            if frame.push(SourceSegment::from_slice(bytes)) && frame.finish().is_ok() {
+                burst.frame_mut(0).vid = vid;
+                let mut only = Places::EMPTY;
+                only.push(0);
+                self.deliver(now, now, &mut burst, only, false);
+            }
+        });
+        self.spare = Some(storage);
+    }
+
     /// Decides on one frame and notes it for its destinations.
     #[inline]
     fn classify(
@@ -186,8 +218,12 @@ impl Forwarder {
         let network = ingress.network;
         let station = Station { mac: source, vid, network };
         // Two ports have the same address configured while its guest migrates between them: it is where it speaks.
-        if self.fdb.learn(station, ingress.id) == Learned::Elsewhere && ingress.mac == Some(source) {
-            self.fdb.insert(station, ingress.id, true);
+        let mut learned = self.fdb.learn(station, ingress.id);
+        if learned == Learned::Elsewhere && ingress.mac == Some(source) {
+            learned = self.fdb.insert(station, ingress.id, true);
+        }
+        if let Learned::Moved(before) = learned {
+            self.release(snapshot, before, ingress, Some(source));
         }
         let known = if destination & MULTICAST == 0 {
             self.fdb.lookup(Station { mac: destination, vid, network })
@@ -228,6 +264,9 @@ impl Forwarder {
     /// Hands frames to a port's queues, in the form that it takes.
     fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
+            if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
+                return hold.keep(burst, list.as_slice());
+            }
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
             return;
         };

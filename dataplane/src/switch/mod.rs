@@ -428,7 +428,7 @@ impl Publisher for PortPublisher {
             stats: self.stats.clone(),
             link: Arc::new(link),
         };
-        let down = view.link.state != PortState::Up;
+        let down = view.link.state != PortState::Up && view.link.hold.is_none();
         tables.slots[usize::from(self.id.0)] = Slot::Used(Arc::new(view));
         inner.publish(&mut tables);
         // No worker learns behind the port any more; what is known would only swallow frames.

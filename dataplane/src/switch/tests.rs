@@ -7,6 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{FdbConfig, VlanMode};
 use crate::frame::BurstStorage;
+use crate::limits::MAX_HELD_FRAMES;
+use crate::port::vhost::hold::Hold;
 use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{RxEntry, RxQueue};
 use crate::switch::forward::Forwarder;
@@ -189,6 +191,52 @@ fn a_station_that_moves_is_followed() {
     bench.received(1);
     bench.send(1, &[frame(mac(0), mac(1), 60)]);
     assert_eq!([0, 2].map(|at| bench.received(at).len()), [0, 1]);
+}
+
+#[test]
+fn frames_for_a_guest_that_migrates_wait_for_it_in_order() {
+    let mut bench = bench(4);
+    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
+    let mut stopped = PortView::clone(bench.snapshot.ports[1].as_ref().unwrap());
+    let up = stopped.clone();
+    stopped.link = Arc::new(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    bench.snapshot.ports[1] = Some(Arc::new(stopped));
+    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let to_it: Vec<_> = (60..80).map(|len| frame(mac(1), mac(0), len * 20)).collect();
+    bench.send(0, &to_it[..12]);
+    bench.send(2, &to_it[12..]);
+    assert_eq!(bench.received(3), Vec::<Vec<u8>>::new());
+    // It appears at another port.
+    bench.send(3, &[frame(BROADCAST, mac(1), 60)]);
+    let expected: Vec<_> = to_it.iter().map(|frame| frame[12..].to_vec()).collect();
+    assert!(bench.received(3) == expected);
+    // It goes on where it was.
+    bench.send(1, &[frame(BROADCAST, mac(1), 60)]);
+    bench.send(0, &to_it[..3]);
+    let link = Link { hold: Some(hold.clone()), ..Link::clone(&up.link) };
+    bench.snapshot.ports[1] = Some(Arc::new(PortView { link: Arc::new(link), ..up }));
+    bench.received(1);
+    bench.forwarder.release_returned(&bench.snapshot);
+    assert!(bench.received(1) == expected[..3]);
+    assert_eq!(bench.drops(1, DropReason::LinkDown), 0);
+}
+
+#[test]
+fn what_is_held_is_bounded_and_counted() {
+    let mut bench = bench(2);
+    bench.introduce();
+    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
+    let mut stopped = PortView::clone(bench.snapshot.ports[1].as_ref().unwrap());
+    stopped.link = Arc::new(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    bench.snapshot.ports[1] = Some(Arc::new(stopped));
+    for _ in 0..MAX_HELD_FRAMES + 7 {
+        bench.send(0, &[frame(mac(1), mac(0), 60)]);
+        drop(bench.stations[0].out.returned());
+    }
+    assert_eq!(bench.drops(1, DropReason::LinkDown), 7);
+    bench.snapshot.ports[1] = None;
+    drop(hold);
+    assert_eq!(bench.drops(1, DropReason::LinkDown), 7 + MAX_HELD_FRAMES as u64);
 }
 
 #[test]

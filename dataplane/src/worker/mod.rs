@@ -150,6 +150,9 @@ impl Worker<'_> {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
                 self.shared.acknowledged.store(snapshot.epoch, Ordering::Release);
+                if self.id == 0 {
+                    self.forwarder.release_returned(&snapshot);
+                }
                 if let Some(announcement) = snapshot.announcement.as_ref().filter(|_| self.id == 0) {
                     self.forwarder.announce(&snapshot, &mut self.storage, announcement);
                 }

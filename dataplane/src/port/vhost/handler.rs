@@ -17,6 +17,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
 use crate::mem::{GuestMemory, Log, MemError, Region};
 use crate::port::vhost::features;
+use crate::port::vhost::hold::Hold;
 use crate::port::vhost::ring::{Place, Queue, Ring, Surroundings};
 use crate::port::{Link, Publisher, RxEntry};
 use crate::status::PortState;
@@ -77,6 +78,8 @@ pub(super) struct Device {
     memory: Arc<GuestMemory>,
     /// Where dirty pages are marked while `LOG_ALL` is among the features.
     log: Option<Arc<Log>>,
+    /// For frames that come while the guest is logged and its rings are stopped.
+    hold: Option<Arc<Hold>>,
     /// As many as have been named so far.
     rings: Vec<Ring>,
     /// The ring that `SET_VRING_NUM`, `_ADDR` or `_BASE` named last; see [`Device::full_index`].
@@ -102,6 +105,7 @@ impl Device {
             status: 0,
             memory: Arc::default(),
             log: None,
+            hold: None,
             rings: Vec::new(),
             focus: 0,
             published: None,
@@ -282,6 +286,7 @@ impl Device {
                 Queue::ToGuest(_) => {}
             }
         }
+        link.hold = self.hold.clone();
         link.features = features::names(self.features);
         link.memory_bytes = self.memory.bytes();
         link
@@ -292,6 +297,7 @@ impl Device {
 fn same(a: &Link, b: &Link) -> bool {
     let queue = |(a, b): (&RxEntry, &RxEntry)| Arc::ptr_eq(&a.queue, &b.queue);
     a.state == b.state
+        && a.hold.is_some() == b.hold.is_some()
         && a.reason == b.reason
         && a.features == b.features
         && a.memory_bytes == b.memory_bytes
@@ -341,6 +347,11 @@ impl VhostUserBackendReqHandlerMut for Device {
             return Err(DeviceError::Features(foreign).into());
         }
         if features != self.features {
+            let logged = features & features::LOG_ALL != 0;
+            if logged {
+                let stats = self.publisher.stats();
+                self.hold.get_or_insert_with(|| Arc::new(Hold::new(stats.clone())));
+            }
             self.withdraw_all();
             // Where logging alone is switched on or off, rings just go on.
             if (features ^ self.features) & !features::LOG_ALL != 0 {
@@ -348,6 +359,8 @@ impl VhostUserBackendReqHandlerMut for Device {
             }
             self.features = features;
             self.change_memory(&self.memory.clone())?;
+            // By now a worker has been told to deliver what it holds.
+            self.hold = self.hold.take().filter(|_| logged);
         }
         Ok(())
     }

@@ -19,6 +19,7 @@
 //! - `socket` connects and listens in directories that others can write to.
 //! - `message` knows messages on the wire, and which of them the `vhost` crate must not see.
 //! - `handler` is the device: what each message does to features, memory and rings.
+//! - [`hold`] keeps frames for a guest that migrates.
 //! - `ring` is one vring's setup; [`queue`] is how workers use it.
 //! - [`features`] is what we offer.
 //!
@@ -28,6 +29,7 @@
 pub mod connection;
 pub mod features;
 mod handler;
+pub mod hold;
 mod message;
 pub mod queue;
 mod ring;

@@ -1,0 +1,106 @@
+//! Frames for a guest that has stopped to migrate: kept until it goes on, here or on another port.
+//!
+//! A guest whose dirty pages are logged and whose receive rings are stopped is about to appear somewhere else, within
+//! milliseconds. What comes for it meanwhile is kept, bounded in frames, bytes and time, and delivered in order once it
+//! is heard. Only frames for stations known behind the port are; broadcasts go to all who are there.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::frame::Burst;
+use crate::limits::{MAX_FRAME, MAX_HELD_BYTES, MAX_HELD_FRAMES};
+use crate::port::stats::PortStats;
+use crate::switch::DropReason;
+use crate::sync::SpinLock;
+
+/// How long a guest may be away.
+const LIFE: Duration = Duration::from_secs(2);
+
+/// The frames kept for one guest.
+#[derive(Debug)]
+pub struct Hold {
+    held: SpinLock<Held>,
+    stats: Arc<PortStats>,
+}
+
+#[derive(Debug)]
+struct Held {
+    frames: Vec<HeldFrame>,
+    bytes: Vec<u8>,
+    /// When the first of them came.
+    since: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct HeldFrame {
+    destination: u64,
+    vid: u16,
+    first: usize,
+    len: usize,
+}
+
+impl Hold {
+    /// Room for frames; drops are counted at the port.
+    pub fn new(stats: Arc<PortStats>) -> Self {
+        let (frames, bytes) = (Vec::with_capacity(MAX_HELD_FRAMES), Vec::with_capacity(MAX_HELD_BYTES));
+        Self { held: SpinLock::new(Held { frames, bytes, since: None }), stats }
+    }
+
+    /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.
+    pub fn keep(&self, burst: &Burst<'_>, places: &[u8]) {
+        let mut held = self.held.lock();
+        let late = held.since.get_or_insert_with(Instant::now).elapsed() > LIFE;
+        let kept = places.iter().take_while(|&&place| !late && held.push(burst, place)).count();
+        self.stats.drop_frames(DropReason::LinkDown, (places.len() - kept) as u64);
+    }
+
+    /// Hands the frames for a station, or all, to `deliver`: their VLAN and their bytes, with the virtio-net header in
+    /// front. Those that are too old are dropped instead.
+    pub fn release(&self, station: Option<u64>, mut deliver: impl FnMut(u16, &[u8])) {
+        let mut held = self.held.lock();
+        let Held { frames, bytes, since } = &mut *held;
+        let late = since.is_some_and(|since| since.elapsed() > LIFE);
+        frames.retain(|frame| {
+            if station.is_some_and(|station| station != frame.destination) {
+                return true;
+            }
+            match bytes.get(frame.first..frame.first + frame.len).filter(|_| !late) {
+                Some(bytes) => deliver(frame.vid, bytes),
+                None => self.stats.drop_frames(DropReason::LinkDown, 1),
+            }
+            false
+        });
+        if frames.is_empty() {
+            bytes.clear();
+            *since = None;
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let count = self.held.lock().frames.len();
+        self.stats.drop_frames(DropReason::LinkDown, count as u64);
+    }
+}
+
+impl Held {
+    /// Adds a frame; `false` if there is no room.
+    fn push(&mut self, burst: &Burst<'_>, place: u8) -> bool {
+        let frame = burst.frame(place);
+        let (wire, count) = frame.wire();
+        let first = self.bytes.len();
+        if self.frames.len() >= MAX_HELD_FRAMES || first + count + MAX_FRAME > MAX_HELD_BYTES {
+            return false;
+        }
+        self.bytes.extend_from_slice(wire.get(..count).unwrap_or_default());
+        for piece in burst.tail(frame) {
+            let begin = self.bytes.len();
+            self.bytes.resize(begin + piece.len(), 0);
+            piece.read(self.bytes.get_mut(begin..).unwrap_or_default());
+        }
+        let len = self.bytes.len() - first;
+        self.frames.push(HeldFrame { destination: frame.destination(), vid: frame.vid, first, len });
+        true
+    }
+}
