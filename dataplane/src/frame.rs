@@ -8,6 +8,7 @@ use crate::limits::{BURST, MAX_BURST_SEGMENTS, MAX_CHAIN, MAX_FRAME, SNAPSHOT};
 use crate::mem::{SLACK, SegmentArena, Segments, SourceSegment, Wide};
 use crate::switch::DropReason;
 use crate::wire::offload::{Offload, VirtioNetHdr};
+use crate::wire::vlan::{self, TAG_LEN};
 
 /// Bytes before the snapshot: room for a VLAN tag, and for the virtio-net header: at first the one that came, then the
 /// one that goes out.
@@ -16,11 +17,6 @@ const HEADROOM: usize = 16;
 const HEADER: usize = VirtioNetHdr::LEN;
 /// Length of the Ethernet header without a tag.
 pub const ETHERNET_HEADER: usize = 14;
-/// Length of an 802.1Q tag.
-const TAG: usize = 4;
-/// Ethertype of an 802.1Q tag.
-const TPID: [u8; 2] = [0x81, 0x00];
-
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 const NEEDS_CSUM: u8 = 1;
 
@@ -132,8 +128,8 @@ impl Frame {
     /// The 802.1Q tag control information, if the frame carries a tag at the moment.
     #[inline]
     pub fn tag(&self) -> Option<u16> {
-        // A frame that ends within its tag has none.
-        let room = self.end - self.start >= (ETHERNET_HEADER + 2) as u16;
+        // A frame that ends before the EtherType behind its tag has none: without it, it would be no frame.
+        let room = self.end - self.start >= (ETHERNET_HEADER + TAG_LEN) as u16;
         match *self.ethernet() {
             [.., 0x81, 0x00, high, low] if room => Some(u16::from_be_bytes([high, low])),
             _ => None,
@@ -156,19 +152,16 @@ impl Frame {
         if let Some(tci) = current {
             self.priority = tci & 0xf000;
         }
-        match (current.is_some(), tagged) {
-            (true, false) => {
-                self.buffer.copy_within(start..start + 12, start + TAG);
-                self.start += TAG as u16;
-                self.shift_offload(-(TAG as i16));
-            }
-            (false, true) => {
-                self.buffer.copy_within(start..start + 12, start - TAG);
-                self.start -= TAG as u16;
-                self.write_tag(start - TAG);
-                self.shift_offload(TAG as i16);
-            }
-            _ => self.write_tag(start),
+        if current.is_some()
+            && let Some((stripped, _)) = vlan::strip_tag(&mut self.buffer, start)
+        {
+            self.start = stripped as u16;
+            self.shift_offload(-(TAG_LEN as i16));
+        }
+        let start = usize::from(self.start);
+        if tagged && let Some(inserted) = vlan::insert_tag(&mut self.buffer, start, self.priority | self.vid) {
+            self.start = inserted as u16;
+            self.shift_offload(TAG_LEN as i16);
         }
         self.write_header();
     }
@@ -190,15 +183,10 @@ impl Frame {
         }
     }
 
-    fn write_tag(&mut self, start: usize) {
-        let tci = (self.priority | self.vid).to_be_bytes();
-        self.buffer[start + 12..start + 16].copy_from_slice(&[TPID[0], TPID[1], tci[0], tci[1]]);
-    }
-
     /// Length of the layer-3 packet, of each segment for a super-packet, in bytes.
     #[inline]
     pub fn packet_len(&self) -> usize {
-        let tag = if self.tag().is_some() { TAG } else { 0 };
+        let tag = if self.tag().is_some() { TAG_LEN } else { 0 };
         match self.offload.gso {
             None => self.len() - ETHERNET_HEADER - tag,
             Some(gso) => self.segment_header() + usize::from(gso.size) - ETHERNET_HEADER - tag,
@@ -208,14 +196,14 @@ impl Frame {
     /// Bytes of all headers of a super-packet, as far as its snapshot tells.
     fn segment_header(&self) -> usize {
         use crate::wire::offload::{Csum, GsoKind};
-        let Csum::Partial { start, .. } = self.offload.csum else { return ETHERNET_HEADER + TAG };
+        let Csum::Partial { start, .. } = self.offload.csum else { return ETHERNET_HEADER + TAG_LEN };
         let transport = match self.offload.gso.map(|gso| gso.kind) {
             Some(GsoKind::Tcp4 | GsoKind::Tcp6) => {
                 self.head().get(usize::from(start) + 12).map_or(20, |offset| usize::from(offset >> 4) * 4)
             }
             _ => 8,
         };
-        (usize::from(start) + transport).max(ETHERNET_HEADER + TAG)
+        (usize::from(start) + transport).max(ETHERNET_HEADER + TAG_LEN)
     }
 }
 

@@ -317,6 +317,20 @@ fn vlans_access_and_trunk() {
 }
 
 #[test]
+fn a_frame_that_ends_within_its_tag_is_not_cut_shorter() {
+    for len in 16..18 {
+        let access = Port { vlan: VlanMode::Access(10), ..Port::default() };
+        let mut bench = Bench::new(&[Port::default(), access, Port::default()]);
+        (1..3).for_each(|at| bench.post(at, 8, 2048));
+        let mut short = frame(BROADCAST, mac(0), 18);
+        short[24..28].copy_from_slice(&[0x81, 0x00, 0, 10]);
+        short.truncate(12 + len);
+        bench.send(0, std::slice::from_ref(&short));
+        assert_eq!((bench.received(1).len(), bench.received(2)), (0, vec![short[12..].to_vec()]), "{len} bytes");
+    }
+}
+
+#[test]
 fn others_addresses_and_multicast_sources_are_refused() {
     let mut bench = Bench::new(&[Port { only_source: Some(mac(0)), ..Port::default() }, Port::default()]);
     bench.post(1, 8, 2048);
