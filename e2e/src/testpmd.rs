@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{ChildStdin, Command};
 use std::time::Duration;
 
@@ -160,9 +160,4 @@ fn parse(text: &str) -> Counts {
         tx_frames: number("TX-packets:"),
         tx_bytes: number("TX-bytes:"),
     }
-}
-
-/// Whether the program is there.
-pub fn is_installed() -> bool {
-    Path::new("/usr/bin/dpdk-testpmd").exists()
 }
