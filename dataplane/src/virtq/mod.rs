@@ -53,6 +53,8 @@ faults! {
     WrongDirection = 7, "a descriptor's direction is wrong for its queue";
     /// More buffers in one chain than any driver makes.
     ChainTooLong = 8, "a descriptor chain has more than 1024 buffers";
+    /// Chains whose many buffers hold next to nothing, so that frames cost far more than their bytes.
+    Wasteful = 9, "it takes more than 32768 buffers to receive one burst of frames";
 }
 
 impl Fault {

@@ -10,7 +10,7 @@ use crate::limits::{BURST, MAX_RING};
 use crate::mem::{GuestMemory, Segment, Wide};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
-use crate::virtq::ring::{Ahead, Chain, Ring, Work};
+use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
 use crate::virtq::{Fault, RingConfig, RingError};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver polls.
@@ -178,12 +178,12 @@ impl Ring for SplitRing {
 
     #[inline]
     fn try_lock(&self, direction: Direction) -> Option<SplitWork<'_>> {
-        Some(SplitWork { ring: self, direction, position: self.position.try_lock()?, taken: 0, completed: 0 })
+        Some(SplitWork::new(self, direction, self.position.try_lock()?))
     }
 
     #[inline]
     fn lock(&self, direction: Direction) -> SplitWork<'_> {
-        SplitWork { ring: self, direction, position: self.position.lock(), taken: 0, completed: 0 }
+        SplitWork::new(self, direction, self.position.lock())
     }
 
     fn enable_notification(&self) -> bool {
@@ -235,9 +235,15 @@ pub struct SplitWork<'r> {
     taken: u32,
     /// Of those, chains completed.
     completed: u32,
+    walked: Walked,
 }
 
 impl<'r> SplitWork<'r> {
+    #[inline]
+    fn new(ring: &'r SplitRing, direction: Direction, position: SpinGuard<'r, Position>) -> Self {
+        Self { ring, direction, position, taken: 0, completed: 0, walked: Walked::default() }
+    }
+
     /// Chains left to take, looking anew only if fewer than `wanted` are known of.
     #[inline]
     fn left(&mut self, wanted: u32) -> Result<u32, Fault> {
@@ -305,7 +311,8 @@ impl<'r> Work<'r> for SplitWork<'r> {
             return Ok(None);
         }
         let id = self.head(self.taken);
-        let bytes = self.walk().run(id, &mut self.position.hints, sink)?;
+        let (bytes, buffers) = self.walk().run(id, &mut self.position.hints, sink)?;
+        self.walked.add(buffers)?;
         self.taken += 1;
         Ok(Some((Chain { id, ..Chain::default() }, bytes)))
     }

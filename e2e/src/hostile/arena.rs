@@ -208,7 +208,7 @@ impl Arena {
             now.fds,
         );
         ensure!(now.fds == before.fds, "descriptors went from {} to {}", before.fds, now.fds);
-        ensure!(now.threads == before.threads, "threads went from {} to {}", before.threads, now.threads);
+        ensure!(now.threads <= before.threads, "threads went from {} to {}", before.threads, now.threads);
         let grown = now.resident_kib.saturating_sub(before.resident_kib);
         ensure!(grown <= GROWTH_KIB, "memory went from {} to {} KiB", before.resident_kib, now.resident_kib);
         Ok(())

@@ -228,15 +228,21 @@ impl Frontend {
         true
     }
 
-    /// The next frame received: what follows its Ethernet header, and where it came from.
+    /// The next frame received: where it came from, and what follows its Ethernet header; nothing if it is not of our
+    /// own EtherType.
     pub fn receive(&mut self) -> Option<(u64, Vec<u8>)> {
         let (slot, len) = self.rx.reap()?;
         let from = self.rx.buffer(slot % self.rx.size);
         let frame = self.memory.read(from, (len as usize).min(BUFFER as usize));
         self.rx.post(BUFFER as u32);
-        let source = frame.get(HEADER + 6..HEADER + 12)?;
-        let source = source.iter().fold(0, |mac, &byte| mac << 8 | u64::from(byte));
-        Some((source, frame.get(HEADER + ETHERNET..)?.to_vec()))
+        let source = frame
+            .get(HEADER + 6..HEADER + 12)
+            .unwrap_or_default()
+            .iter()
+            .fold(0, |mac, &byte| mac << 8 | u64::from(byte));
+        let payload =
+            frame.get(HEADER + ETHERNET..).filter(|_| frame.get(HEADER + 12..HEADER + ETHERNET) == Some(&ETHERTYPE));
+        Some((source, payload.unwrap_or_default().to_vec()))
     }
 
     /// Waits for a frame with that payload, passing over all others.

@@ -182,7 +182,7 @@ fn send(guest: &mut Frontend, way: &mut Way, templates: &Templates, shared: &Sha
 fn receive(guest: &mut Frontend, way: &mut Way, from: u64, shared: &Shared) -> u64 {
     let mut count = 0;
     while let Some((source, payload)) = guest.receive() {
-        if source != from {
+        if source != from || payload.is_empty() {
             continue;
         }
         let number = payload.last_chunk::<8>().map(|number| u64::from_le_bytes(*number));

@@ -340,7 +340,7 @@ const LONG: &[Case] = &[
             evil.start_queues();
             evil.settle()
         },
-        TOO_LONG,
+        Refused("more than 32768 buffers"),
     ),
 ];
 

@@ -119,6 +119,8 @@ enum End {
 enum Failure {
     #[error("the frontend sent half a header")]
     HalfHeader,
+    #[error("the frontend does not read our replies")]
+    Unread,
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("{0:?}: {1}")]
@@ -176,12 +178,9 @@ impl Connection {
         if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
             return;
         }
-        match listener.socket.accept() {
-            Ok((stream, _)) => match stream.set_nonblocking(false) {
-                Ok(()) => self.serve(stream),
-                Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
-            },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        match listener.accept() {
+            Ok(Some(stream)) => self.serve(stream),
+            Ok(None) => {}
             Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
         }
     }
@@ -251,6 +250,10 @@ impl Connection {
                 let stopped = self.stopped(0);
                 return Ok(if stopped { End::Stopped } else { End::HungUp });
             };
+            // The crate would try for ever.
+            if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
+                return Err(Failure::Unread);
+            }
             if !answer(header, &stream, &device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
@@ -285,6 +288,9 @@ impl Connection {
                 // Closed with our replies unread: gone all the same.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    return Err(MessageError::Descriptors.into());
+                }
                 Err(error) => return Err(error.into()),
             }
             if self.stopped(PARTIAL_MS) {
