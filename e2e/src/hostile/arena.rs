@@ -10,7 +10,7 @@ use crate::hostile::pair::{Mark, Pair};
 use crate::hostile::queue::Layout;
 use crate::machine::{self, Exclusive};
 use crate::scratch::Scratch;
-use crate::switch::{Port, Switch, Usage};
+use crate::switch::{Switch, Usage};
 use crate::wait;
 
 /// Name of the hostile frontend's port.
@@ -25,13 +25,13 @@ pub const PAIR_MACS: [u64; 2] = [0x0200_0000_0001, 0x0200_0000_0002];
 /// How long the pair is measured alone.
 const CALM: Duration = Duration::from_millis(400);
 /// The least time over which it is measured beside a case: less says nothing on a machine with other work.
-const WINDOW: Duration = Duration::from_millis(60);
+const WINDOW: Duration = Duration::from_millis(40);
 /// The switch says what was wrong well before that.
 const VERDICT: Duration = Duration::from_secs(6);
 /// The pair may do no worse than that beside a case. Both sides of all frontends share one CPU, and the machine may have
 /// other work: a case that really held the switch up would show far less.
 const LEAST_RATE: f64 = 0.2;
-const LONGEST_STALL: Duration = Duration::from_millis(700);
+const LONGEST_STALL: Duration = Duration::from_millis(300);
 /// Memory may grow by that much over all cases.
 const GROWTH_KIB: u64 = 6 << 10;
 
@@ -142,11 +142,11 @@ impl Arena {
         if self.evil.setup != setup {
             self.evil.reconnect(setup).with_context(|| format!("before {name}"))?;
         }
-        let before = [self.switch.port(EVIL)?, self.switch.port("peer")?];
+        let before = self.drops(expect)?;
         let (mark, begin) = (self.mark(), Instant::now());
         act(&mut self.evil).with_context(|| format!("in {name}"))?;
         self.evil.tx.notify();
-        self.expect(expect, &before).with_context(|| format!("after {name}"))?;
+        self.expect(expect, before).with_context(|| format!("after {name}"))?;
         if let Some(left) = WINDOW.checked_sub(begin.elapsed()) {
             std::thread::sleep(left);
         }
@@ -159,22 +159,26 @@ impl Arena {
         .with_context(|| format!("the port is of no use after {name}"))
     }
 
-    fn expect(&self, expect: Expect, before: &[Port; 2]) -> Result<()> {
-        let (mut last, what) = (None, format!("{expect:?}"));
-        let done = wait::until_true(&what, VERDICT, || {
-            let [evil, peer] = [self.switch.port(EVIL)?, self.switch.port("peer")?];
-            let met = match expect {
-                Expect::Refused(reason) => evil.0["reason"].as_str().is_some_and(|shown| shown.contains(reason)),
-                Expect::Dropped(reason) => [&evil, &peer]
-                    .into_iter()
-                    .zip(before)
-                    .any(|(now, before)| now.dropped_for(reason) > before.dropped_for(reason)),
-                Expect::Unharmed => true,
-            };
-            last = Some(evil);
-            Ok(met)
+    /// Frames dropped for the expected reason, if that is to be a drop.
+    fn drops(&self, expect: Expect) -> Result<u64> {
+        match expect {
+            Expect::Dropped(reason) => {
+                Ok(self.switch.port(EVIL)?.dropped_for(reason) + self.switch.port("peer")?.dropped_for(reason))
+            }
+            _ => Ok(0),
+        }
+    }
+
+    fn expect(&self, expect: Expect, before: u64) -> Result<()> {
+        let what = format!("{expect:?}");
+        let done = wait::until_true(&what, VERDICT, || match expect {
+            Expect::Refused(reason) => {
+                Ok(self.switch.port(EVIL)?.0["reason"].as_str().is_some_and(|shown| shown.contains(reason)))
+            }
+            Expect::Dropped(_) => Ok(self.drops(expect)? > before),
+            Expect::Unharmed => Ok(true),
         });
-        done.with_context(|| format!("the port is {:?}", last.map(|port| port.0)))
+        done.with_context(|| format!("the port is {:?}", self.switch.port(EVIL).map(|port| port.0)))
     }
 
     /// Demands that the hostile frontend's port passes frames, in both directions.
