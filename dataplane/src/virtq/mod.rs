@@ -7,6 +7,7 @@ pub mod notify;
 pub mod packed;
 pub mod ring;
 pub mod split;
+mod suppress;
 
 use std::sync::Arc;
 

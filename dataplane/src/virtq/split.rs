@@ -4,14 +4,14 @@
 //! available, take some of them, write their used elements, and publish all with one store.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::limits::{BURST, MAX_RING};
 use crate::mem::{GuestMemory, Segment, Wide};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
 use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
-use crate::virtq::{Fault, RingConfig, RingError};
+use crate::virtq::{Fault, RingConfig, RingError, suppress};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver polls.
 const NO_INTERRUPT: u16 = 1;
@@ -123,15 +123,19 @@ impl SplitRing {
     }
 
     #[inline]
-    fn load(&self, place: *mut u16) -> u16 {
+    fn atomic(&self, place: *mut u16) -> &AtomicU16 {
         // SAFETY: every `place` comes from the methods above: inside an area that `map` checked, and aligned.
-        u16::from_le(unsafe { AtomicU16::from_ptr(place) }.load(Ordering::Acquire))
+        unsafe { AtomicU16::from_ptr(place) }
+    }
+
+    #[inline]
+    fn load(&self, place: *mut u16) -> u16 {
+        u16::from_le(self.atomic(place).load(Ordering::Acquire))
     }
 
     #[inline]
     fn store(&self, place: *mut u16, value: u16) {
-        // SAFETY: as in `load`.
-        unsafe { AtomicU16::from_ptr(place) }.store(value.to_le(), Ordering::Release);
+        self.atomic(place).store(value.to_le(), Ordering::Release);
     }
 }
 
@@ -165,7 +169,12 @@ impl SplitRing {
 
     fn store_event(&self, index: u16) {
         self.store(self.avail_event(), index);
-        self.mark_used([(RING_HEADER + (usize::from(self.mask) + 1) * USED_ELEMENT, 2)]);
+        self.mark_used([self.event_range()]);
+    }
+
+    /// Where the available event is in the used ring's area.
+    fn event_range(&self) -> (usize, usize) {
+        (RING_HEADER + (usize::from(self.mask) + 1) * USED_ELEMENT, 2)
     }
 }
 
@@ -188,14 +197,13 @@ impl Ring for SplitRing {
 
     fn enable_notification(&self) -> bool {
         let Some(position) = self.position.try_lock() else { return true };
-        if self.config.event_idx {
-            self.store_event(position.next);
+        let (place, request, mark) = if self.config.event_idx {
+            (self.avail_event(), position.next, self.event_range())
         } else {
-            self.store_flags(0);
-        }
-        // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
-        fence(Ordering::SeqCst);
-        self.load(self.avail_index()) != position.next
+            (self.used_flags(), 0, (0, RING_HEADER))
+        };
+        let (place, index) = (self.atomic(place), self.atomic(self.avail_index()));
+        suppress::arm(place, request, index, position.next, || self.mark_used([mark]))
     }
 
     fn disable_notification(&self) {
@@ -355,12 +363,9 @@ impl<'r> Work<'r> for SplitWork<'r> {
     fn needs_notification(&mut self) -> bool {
         let (old, new) = (self.position.decided, self.position.next);
         self.position.decided = new;
-        // The used index must be visible before we look whether anyone waits for it.
-        fence(Ordering::SeqCst);
         if !self.ring.config.event_idx {
-            return self.ring.load(self.ring.avail_flags()) & NO_INTERRUPT == 0;
+            return suppress::wanted_by_flags(self.ring.atomic(self.ring.avail_flags()), NO_INTERRUPT);
         }
-        let event = self.ring.load(self.ring.used_event());
-        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        suppress::wanted_by_event(self.ring.atomic(self.ring.used_event()), old, new)
     }
 }

@@ -30,7 +30,7 @@ const WINDOW: Duration = Duration::from_millis(40);
 const VERDICT: Duration = Duration::from_secs(6);
 /// The pair may do no worse than that beside a case. Both sides of all frontends share one CPU, and the machine may have
 /// other work: a case that really held the switch up would show far less.
-const LEAST_RATE: f64 = 0.2;
+const LEAST_RATE: f64 = 0.1;
 const LONGEST_STALL: Duration = Duration::from_millis(300);
 /// Memory may grow by that much over all cases.
 const GROWTH_KIB: u64 = 6 << 10;

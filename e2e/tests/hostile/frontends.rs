@@ -213,21 +213,38 @@ fn claims_and_wakes() -> Result<()> {
         keep_on(Duration::from_millis(300), kick).map(drop)
     };
     arena.case("waking without work", PLAIN, kicks, Unharmed, Recover::Reset)?;
-    let endless = |evil: &mut Frontend| {
-        // Each read takes one of it, and there are 2^63.
-        // SAFETY: the call takes no pointers.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_SEMAPHORE | libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-        ensure!(fd >= 0, "no eventfd");
-        // SAFETY: the descriptor is new and ours alone.
-        let mut event = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-        std::io::Write::write_all(&mut event, &(1u64 << 63).to_ne_bytes())?;
-        evil.channel.send(&Message::number(SET_VRING_KICK, 1).with(&[event.as_raw_fd()]));
-        evil.settle()?;
-        std::thread::sleep(Duration::from_millis(300));
-        Ok(())
-    };
-    arena.case("waking without end", PLAIN, endless, Unharmed, Recover::Reset)?;
+    arena.case("waking without end", PLAIN, wake_without_end, Unharmed, Recover::Reset)?;
     arena.finish()
+}
+
+/// Gives the switch an eventfd to be woken by of which each read takes one, and there are 2^63.
+fn wake_without_end(evil: &mut Frontend) -> Result<()> {
+    // SAFETY: the call takes no pointers.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_SEMAPHORE | libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    ensure!(fd >= 0, "no eventfd");
+    // SAFETY: the descriptor is new and ours alone.
+    let mut event = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    std::io::Write::write_all(&mut event, &(1u64 << 63).to_ne_bytes())?;
+    evil.channel.send(&Message::number(SET_VRING_KICK, 1).with(&[event.as_raw_fd()]));
+    evil.settle()
+}
+
+/// Nor does it keep a worker awake that has nothing else to do.
+#[test]
+fn waking_without_end_costs_nothing() -> Result<()> {
+    let _turn = e2e::machine::exclusive()?;
+    let scratch = e2e::scratch::Scratch::new("awake")?;
+    let switch = e2e::switch::Switch::start(&[])?;
+    let path = scratch.join("evil");
+    switch.add_port(&format!("evil=vhost-user:{}", path.display()))?;
+    let mut evil = Frontend::start(&path, EVIL_MAC, PLAIN)?;
+    wake_without_end(&mut evil)?;
+    let (begin, before) = (Instant::now(), switch.usage()?.cpu);
+    std::thread::sleep(Duration::from_secs(1));
+    let share = (switch.usage()?.cpu - before).as_secs_f64() / begin.elapsed().as_secs_f64();
+    println!("an idle switch costs {:.1} % of a CPU", share * 100.0);
+    ensure!(share < 0.2, "an idle switch costs {:.0} % of a CPU", share * 100.0);
+    Ok(())
 }
 
 /// A port that listens is connected to as fast as this machine can; a frontend that means it gets in all the same.

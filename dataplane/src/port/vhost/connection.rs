@@ -67,16 +67,7 @@ impl VhostPort {
         publisher: Arc<dyn Publisher>,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop { event: EventFd::new()?, stream: Mutex::new(None) });
-        let mut connection = Connection {
-            path,
-            queues,
-            mtu,
-            publisher,
-            stop: stop.clone(),
-            shown: None,
-            failure: None,
-            log: LogGate::default(),
-        };
+        let mut connection = Connection::new(path, queues, mtu, publisher, stop.clone());
         let port = name.to_owned();
         let run = move || {
             let _span = tracing::info_span!("vhost-user", port).entered();
@@ -104,6 +95,18 @@ impl Drop for VhostPort {
             tracing::error!("the thread of a vhost-user port panicked");
         }
     }
+}
+
+/// Serves one frontend over a connection that is there already, until it hangs up. Returns why the connection failed, if
+/// it did. For fuzzers: there is no thread, and nothing is tried again.
+#[doc(hidden)]
+pub fn serve_once(stream: UnixStream, publisher: Arc<dyn Publisher>) -> Option<String> {
+    let stop = match EventFd::new() {
+        Ok(event) => Arc::new(Stop { event, stream: Mutex::new(None) }),
+        Err(error) => return Some(error.to_string()),
+    };
+    let mut connection = Connection::new(PathBuf::new(), None, None, publisher, stop);
+    connection.session(stream).err().map(|failure| failure.to_string())
 }
 
 /// What a connection ended with.
@@ -147,6 +150,16 @@ struct Connection {
 }
 
 impl Connection {
+    fn new(
+        path: PathBuf,
+        queues: Option<u16>,
+        mtu: Option<u16>,
+        publisher: Arc<dyn Publisher>,
+        stop: Arc<Stop>,
+    ) -> Self {
+        Self { path, queues, mtu, publisher, stop, shown: None, failure: None, log: LogGate::default() }
+    }
+
     fn run_client(&mut self) {
         loop {
             match socket::connect(&self.path) {
