@@ -35,14 +35,40 @@ fn silence_and_haste() -> Result<()> {
     let half = |evil: &mut Frontend| say(evil, &words(&[SET_FEATURES, 1, 8]));
     arena.case("half a message", PLAIN, half, Refused("half a message"), Recover::Reconnect)?;
     arena.case("a frontend that does not read", PLAIN, never_read, Refused("does not read"), Recover::Reconnect)?;
-    let again = |evil: &mut Frontend| -> Result<()> { (0..5).try_for_each(|_| evil.accept().map(drop)) };
+    let flap = |evil: &mut Frontend| -> Result<()> { (0..5).try_for_each(|_| evil.accept().map(drop)) };
     let act = |evil: &mut Frontend| {
         evil.channel = Channel::new(UnixStream::pair()?.0)?;
-        again(evil)
+        flap(evil)
     };
     arena.case("connecting again and again", PLAIN, act, Unharmed, Recover::Reconnect)?;
+    // Where a driver stops and another one starts fewer rings, the addresses of the first must be gone.
+    let again = |evil: &mut Frontend| {
+        evil.stop_queues()?;
+        evil.channel.send(&Message::number(SET_VRING_KICK, 1).with(&[evil.tx.kick.as_raw_fd()]));
+        evil.settle()
+    };
+    arena.case("a ring without addresses", PLAIN, again, Refused("started without addresses"), Recover::Reset)?;
     hang_up_anywhere(&mut arena)?;
+    descriptors_with_everything(&mut arena)?;
     arena.finish()
+}
+
+/// Descriptors along with every request there is (CVE-2019-14818). None may be left in the switch.
+fn descriptors_with_everything(arena: &mut Arena) -> Result<()> {
+    let (memory, event) = (memfd(4096)?, eventfd()?);
+    let fds = [&memory, &event, &memory, &event].map(AsRawFd::as_raw_fd);
+    let mark = arena.mark();
+    arena.evil.channel = Channel::new(UnixStream::pair()?.0)?;
+    for &request in REQUESTS {
+        let channel = arena.evil.accept()?;
+        // The second one comes with the payload rather than with the header.
+        channel.send(&Message::new(request, vec![0; 8]).with(&fds));
+        let _ = channel.bytes(&words(&[request, 1, 8]), &[]);
+        let _ = channel.bytes(&[0; 8], &fds);
+    }
+    arena.judge("descriptors with everything", mark)?;
+    arena.evil.reconnect(PLAIN)?;
+    arena.probe()
 }
 
 fn say(evil: &mut Frontend, bytes: &[u8]) -> Result<()> {

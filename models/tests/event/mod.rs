@@ -1,35 +1,24 @@
 //! An eventfd: it remembers a signal until somebody has waited for it.
 
-use loom::sync::{Condvar, Mutex};
+use loom::sync::Notify;
 
 /// A counter that is either zero or not.
-#[derive(Default)]
-pub(crate) struct Event {
-    signalled: Mutex<bool>,
-    changed: Condvar,
+pub(crate) struct Event(Notify);
+
+impl Default for Event {
+    fn default() -> Self {
+        Self(Notify::new())
+    }
 }
 
 impl Event {
     /// Makes it readable.
     pub(crate) fn signal(&self) {
-        if let Ok(mut signalled) = self.signalled.lock() {
-            *signalled = true;
-            self.changed.notify_all();
-        }
+        self.0.notify();
     }
 
     /// Waits until it is readable, and reads it. Loom reports it if nobody ever signals.
     pub(crate) fn wait(&self) {
-        let mut guard = self.signalled.lock();
-        loop {
-            match guard {
-                Ok(mut signalled) if *signalled => {
-                    *signalled = false;
-                    return;
-                }
-                Ok(signalled) => guard = self.changed.wait(signalled),
-                Err(_) => return,
-            }
-        }
+        self.0.wait();
     }
 }
