@@ -14,6 +14,7 @@ pub struct QueueCounters {
     frames: AtomicU64,
     bytes: AtomicU64,
     notifications: AtomicU64,
+    ticks: AtomicU64,
 }
 
 impl QueueCounters {
@@ -28,6 +29,17 @@ impl QueueCounters {
     #[inline]
     pub fn notified(&self) {
         self.notifications.store(self.notifications.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
+    /// Adds time that its worker spent on a burst.
+    #[inline]
+    pub fn spent(&self, ticks: u64) {
+        self.ticks.store(self.ticks.load(Ordering::Relaxed).wrapping_add(ticks), Ordering::Relaxed);
+    }
+
+    /// Time spent on it, in ticks of the workers' clock.
+    pub fn ticks(&self) -> u64 {
+        self.ticks.load(Ordering::Relaxed)
     }
 
     /// Frames, bytes, notifications.

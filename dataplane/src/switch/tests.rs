@@ -480,6 +480,30 @@ fn super_packets_pass_whole_or_are_segmented() {
     }
 }
 
+/// The counter that proves one copy: one for what passes as it is, two for what has to be rebuilt.
+#[test]
+fn copies_are_counted_where_they_are_made() {
+    let without = Port { features: VERSION_1 | MRG_RXBUF, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), without]);
+    bench.introduce();
+    let counted = |bench: &mut Bench| {
+        let copies = std::mem::take(bench.forwarder.meters().1);
+        (copies.delivered, copies.extra)
+    };
+    counted(&mut bench);
+    bench.post(1, 20, 4096);
+    bench.post(2, 40, 4096);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 1514)]);
+    assert_eq!(counted(&mut bench), (2, 0));
+    bench.send(0, &[super_packet(20_000, 1448)]);
+    assert_eq!(counted(&mut bench), (1, 0));
+    let mut other = super_packet(20_000, 1448);
+    other[12..18].copy_from_slice(&mac(2).to_be_bytes()[2..]);
+    bench.send(0, &[other]);
+    let segments = 20_000_u64.div_ceil(1448);
+    assert_eq!(counted(&mut bench), (segments, segments));
+}
+
 #[test]
 fn a_super_packet_that_lies_is_not_converted() {
     let mut bench = Bench::new(&[Port::default(), Port { features: VERSION_1, ..Port::default() }]);

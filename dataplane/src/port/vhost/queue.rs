@@ -18,6 +18,7 @@ use crate::virtq::notify::EventFd;
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
 use crate::virtq::{Fault, Vring};
 use crate::wire::offload::Offload;
+use crate::worker::meter::Stage;
 
 /// All that is needed to work a ring, but the ring.
 #[derive(Debug, Clone)]
@@ -301,13 +302,14 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         scratch: &mut Scratch,
     ) -> Result<Result<(), DropReason>, Fault> {
-        let Scratch { rebuilt, filled } = scratch;
+        let Scratch { rebuilt, filled, copies, .. } = scratch;
         if self.accepts.takes(frame.offload()) {
             let out = Outgoing { offload: *frame.offload(), head: frame.head(), tail: burst.tail(frame) };
             return self.put(work, sent, filled, out);
         }
         let mut outcome = Ok(Ok(()));
         let converted = rebuilt.convert(burst, frame, self.accepts, |offload, head, payload| {
+            copies.extra += 1;
             let tail = [SourceSegment::from_slice(payload)];
             outcome = self.put(work, sent, filled, Outgoing { offload, head, tail: &tail });
             matches!(outcome, Ok(Ok(())))
@@ -433,6 +435,8 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         if let Some(dirty) = sent.dirty.take() {
             dirty.finish();
         }
+        scratch.probe.enter(Stage::Publish);
+        scratch.copies.delivered += sent.frames;
         if work.publish() {
             let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
