@@ -49,12 +49,17 @@ impl QueueCounters {
     }
 }
 
+/// Lines of the cache of its own: several workers write to it, while others read what would be beside it.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Apart<T>(T);
+
 /// All counters of a port. They outlive its links.
 #[derive(Debug)]
 pub struct PortStats {
     rx: Box<[QueueCounters]>,
     tx: Box<[QueueCounters]>,
-    drops: [AtomicU64; DropReason::COUNT],
+    drops: Apart<[AtomicU64; DropReason::COUNT]>,
     /// Times the other side connected.
     pub connects: AtomicU64,
     /// Faults of the other side.
@@ -70,7 +75,7 @@ impl Default for PortStats {
         Self {
             rx: counters(),
             tx: counters(),
-            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            drops: Apart(std::array::from_fn(|_| AtomicU64::new(0))),
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
@@ -93,12 +98,12 @@ impl PortStats {
     /// Counts frames dropped.
     #[inline]
     pub fn drop_frames(&self, reason: DropReason, frames: u64) {
-        self.drops[reason as usize].fetch_add(frames, Ordering::Relaxed);
+        self.drops.0[reason as usize].fetch_add(frames, Ordering::Relaxed);
     }
 
     /// Frames dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
-        self.drops[reason as usize].load(Ordering::Relaxed)
+        self.drops.0[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Records a fault. The port serves no frame until [`PortStats::clear_fault`].

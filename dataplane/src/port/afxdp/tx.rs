@@ -212,7 +212,10 @@ impl Transmitter {
 
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut state = self.state.lock();
+        let Some(mut state) = self.state.lock_in_time() else {
+            self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            return Ok(());
+        };
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {

@@ -429,7 +429,10 @@ impl<'a, 'm> Source<'a, 'm> {
 
 impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut work = self.ring.lock(Direction::ToGuest);
+        let Some(mut work) = self.ring.lock_in_time(Direction::ToGuest) else {
+            self.setup.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            return Ok(());
+        };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
         let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
         if let Some(dirty) = sent.dirty.take() {
@@ -437,12 +440,19 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         }
         scratch.probe.enter(Stage::Publish);
         scratch.copies.delivered += sent.frames;
+        let mut call = None;
         if work.publish() {
             let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
-            if self.setup.notify(&mut work) {
+            call = self.setup.call.as_ref().filter(|_| work.needs_notification());
+            if call.is_some() {
                 counters.notified();
             }
+        }
+        // The guest that wakes may take our CPU: not while other workers wait for the ring.
+        drop(work);
+        if let Some(call) = call {
+            call.signal();
         }
         outcome
     }
