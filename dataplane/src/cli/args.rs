@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use sluice::config::{PortConfig, PortText, WorkerMode, parse_cpu};
+use sluice::config::{PortConfig, PortQueue, PortText, WorkerMode, parse_cpu, parse_switch, parse_worker};
 
 /// Where the control socket is unless said otherwise.
 pub(crate) const DEFAULT_CONTROL: &str = "/run/sluice/control.sock";
@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Show and flush the forwarding table
     #[command(subcommand)]
     Fdb(FdbCommand),
+    /// Show workers and their load, and pin queues to them
+    #[command(subcommand)]
+    Worker(WorkerCommand),
     /// Show counters, once or as rates
     Stats(StatsArgs),
     /// Show the switch and its workers
@@ -87,6 +90,9 @@ pub(crate) struct RunArgs {
     /// How workers wait: adaptive, poll or interrupt [default: adaptive]
     #[arg(long)]
     pub(crate) mode: Option<WorkerMode>,
+    /// Move queues from busy workers to idle ones [default: on]
+    #[arg(long, value_name = "on|off", value_parser = |text: &str| parse_switch("rebalance", text))]
+    pub(crate) rebalance: Option<bool>,
     /// Control socket [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
@@ -148,8 +154,29 @@ pub(crate) enum FdbCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkerCommand {
+    /// List the workers, and the queues they serve with their load
+    List,
+    /// Have a worker serve a queue, or all queues of a port, whatever the load; for later runs, too
+    Pin {
+        #[arg(value_name = "PORT[:QUEUE]")]
+        queue: PortQueue,
+        #[arg(value_parser = parse_worker)]
+        worker: usize,
+    },
+    /// Let load decide again
+    Unpin {
+        #[arg(value_name = "PORT[:QUEUE]")]
+        queue: PortQueue,
+    },
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct StatsArgs {
+    /// Show where the workers' time goes: cycles per frame by stage and port, sizes of bursts, copies
+    #[arg(long)]
+    pub(crate) cycles: bool,
     /// Show rates, again and again
     #[arg(long)]
     pub(crate) watch: bool,

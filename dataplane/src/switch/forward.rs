@@ -14,6 +14,7 @@ use crate::switch::snapshot::{Announcement, PortView, Snapshot};
 use crate::wire::flow::flow_hash;
 use crate::wire::offload::VirtioNetHdr;
 use crate::wire::rarp;
+use crate::worker::meter::{Copies, Probe, Stage};
 
 const MULTICAST: u64 = 1 << 40;
 
@@ -127,8 +128,15 @@ impl Forwarder {
         }
     }
 
+    /// What the worker measures itself with.
+    #[inline]
+    pub fn meters(&mut self) -> (&mut Probe, &mut Copies) {
+        (&mut self.scratch.probe, &mut self.scratch.copies)
+    }
+
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        self.scratch.probe.enter(Stage::Classify);
         self.recent = Recent::NONE;
         self.shared = 0;
         let captured = ingress.stats.capture.is_on();
@@ -151,6 +159,7 @@ impl Forwarder {
             }
         }
         self.note_run(run);
+        self.scratch.probe.enter(Stage::Deliver);
         let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
             let id = self.touched[index];
@@ -162,6 +171,7 @@ impl Forwarder {
             }
         }
         self.touched.clear();
+        self.scratch.probe.enter(Stage::Publish);
     }
 
     /// Sends, as if it came from the port, what a station would to make itself known.
@@ -309,6 +319,7 @@ impl Forwarder {
     fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
+                self.scratch.copies.extra += u64::from(list.count);
                 return hold.keep(burst, list.as_slice());
             }
             egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
@@ -344,6 +355,7 @@ impl Forwarder {
         if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch) {
             egress.stats.set_fault(fault);
         }
+        self.scratch.probe.enter(Stage::Deliver);
     }
 
     /// Spreads frames over a port's queues so that a flow, in both directions, keeps to one.

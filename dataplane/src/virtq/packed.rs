@@ -185,6 +185,11 @@ impl Ring for PackedRing {
         PackedWork::new(self, direction, self.position.lock())
     }
 
+    #[inline]
+    fn lock_in_time(&self, direction: Direction) -> Option<PackedWork<'_>> {
+        Some(PackedWork::new(self, direction, self.position.lock_in_time()?))
+    }
+
     fn enable_notification(&self) -> bool {
         let Some(position) = self.position.try_lock() else { return true };
         if self.config.event_idx {

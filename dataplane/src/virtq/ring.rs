@@ -33,8 +33,11 @@ pub trait Ring: Send + Sync + std::fmt::Debug + Sized + 'static {
     /// Takes the ring for one burst, if no other worker has it.
     fn try_lock(&self, direction: Direction) -> Option<Self::Work<'_>>;
 
-    /// Takes the ring for one burst, after another worker that has it.
+    /// Takes the ring for one burst, after another worker that has it, however long that takes.
     fn lock(&self, direction: Direction) -> Self::Work<'_>;
+
+    /// Takes the ring for one burst, after another worker that has it, unless that one does not come to an end.
+    fn lock_in_time(&self, direction: Direction) -> Option<Self::Work<'_>>;
 
     /// Asks the driver to notify us of the next chain, and returns whether there is one already.
     fn enable_notification(&self) -> bool;

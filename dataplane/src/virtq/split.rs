@@ -190,6 +190,11 @@ impl Ring for SplitRing {
         SplitWork { ring: self, direction, position: self.position.lock(), taken: 0, completed: 0 }
     }
 
+    #[inline]
+    fn lock_in_time(&self, direction: Direction) -> Option<SplitWork<'_>> {
+        Some(SplitWork { ring: self, direction, position: self.position.lock_in_time()?, taken: 0, completed: 0 })
+    }
+
     fn enable_notification(&self) -> bool {
         let Some(position) = self.position.try_lock() else { return true };
         if self.config.event_idx {

@@ -116,6 +116,10 @@ impl RxQueue for TapRx {
     }
 
     fn drain_event(&self) {}
+
+    fn copies(&self) -> u64 {
+        1
+    }
 }
 
 /// Frames for the host.
@@ -154,6 +158,7 @@ impl TxQueue for TapTx {
                 continue;
             }
             let converted = scratch.rebuilt.convert(burst, frame, HOST, |offload, head, payload| {
+                scratch.copies.extra += 1;
                 account(self.write(offload, head, &[SourceSegment::from_slice(payload)]));
                 true
             });
@@ -163,6 +168,7 @@ impl TxQueue for TapTx {
         }
         // Several workers may send to the host at once; the kernel orders them, the counters are approximate then.
         stats.tx(0).add(count, bytes);
+        scratch.copies.delivered += count;
         Ok(())
     }
 
