@@ -158,6 +158,10 @@ impl Switch {
             })?;
             lock(&switch.threads).push(thread);
         }
+        let pulses = inner.workers.iter().map(|worker| worker.pulse.clone()).collect();
+        let watched = inner.clone();
+        let watchdog = worker::watchdog::start(pulses, move || watched.stopping.load(Ordering::Acquire))?;
+        lock(&switch.threads).push(watchdog);
         let housekeeper = report::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
@@ -216,6 +220,7 @@ impl Switch {
             worker.wake.signal();
         }
         for thread in std::mem::take(&mut *lock(&self.threads)) {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }

@@ -4,6 +4,7 @@
 //! it takes anything away. A worker allocates nothing, logs nothing, and waits for nobody but, in its sleep, for work.
 
 pub mod stats;
+pub mod watchdog;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use crate::switch::fdb::Fdb;
 use crate::switch::forward::Forwarder;
 use crate::switch::snapshot::{Plan, Served, Snapshot};
 use crate::sync::Mailbox;
-use crate::virtq::notify::EventFd;
+use crate::virtq::notify::{EventFd, Pulse};
 use stats::{Clock, WorkerStats};
 
 /// Event data of a worker's own wake-up in its epoll instance.
@@ -38,6 +39,8 @@ pub struct WorkerShared {
     pub stop: AtomicBool,
     /// Counters.
     pub stats: WorkerStats,
+    /// For the watchdog.
+    pub pulse: Arc<Pulse>,
     /// CPU it is pinned to.
     pub cpu: Option<usize>,
 }
@@ -54,6 +57,7 @@ impl WorkerShared {
             wake: EventFd::new()?,
             stop: AtomicBool::new(false),
             stats: WorkerStats::default(),
+            pulse: Arc::default(),
             cpu,
         })
     }
@@ -109,6 +113,7 @@ pub fn start(
         if ready.send(pinned).is_err() || failed {
             return;
         }
+        shared.pulse.begin();
         let worker =
             Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.

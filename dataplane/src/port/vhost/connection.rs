@@ -20,10 +20,14 @@ use crate::port::vhost::message::{self, HEADER, Header, MessageError};
 use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
+use crate::virtq::Fault;
 use crate::virtq::notify::EventFd;
 
 /// Pause before each attempt to reach the frontend.
 const RETRY_MS: u16 = 50;
+
+/// The same after a frontend has held up a worker, which then is less than a hundredth of its time.
+const PENALTY_MS: u16 = 15_000;
 
 /// Pause between looks at a header of which only a part has come.
 const PARTIAL_MS: u16 = 5;
@@ -75,6 +79,7 @@ impl VhostPort {
             stop: stop.clone(),
             shown: None,
             failure: None,
+            pause: RETRY_MS,
             log: LogGate::default(),
         };
         let port = name.to_owned();
@@ -141,6 +146,8 @@ struct Connection {
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
     failure: Option<String>,
+    /// Pause before the next attempt, in milliseconds.
+    pause: u16,
     log: LogGate,
 }
 
@@ -151,7 +158,7 @@ impl Connection {
                 Ok(stream) => self.serve(stream),
                 Err(error) => self.waiting(&error),
             }
-            if self.stopped(RETRY_MS) {
+            if self.rest() {
                 return self.show(PortState::Down, "stopped".to_owned());
             }
         }
@@ -164,7 +171,7 @@ impl Connection {
             if let Some(listener) = &listener {
                 self.accept(listener);
             }
-            if self.stopped(RETRY_MS) {
+            if self.rest() {
                 return self.show(PortState::Down, "stopped".to_owned());
             }
         }
@@ -184,6 +191,12 @@ impl Connection {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
         }
+    }
+
+    /// Pauses before the next attempt. Returns whether we are to stop.
+    fn rest(&mut self) -> bool {
+        let pause = std::mem::replace(&mut self.pause, RETRY_MS);
+        self.stopped(pause)
     }
 
     fn stopped(&self, milliseconds: u16) -> bool {
@@ -225,9 +238,16 @@ impl Connection {
         let end = panic::catch_unwind(AssertUnwindSafe(|| self.session(stream))).unwrap_or(Err(Failure::Panicked));
         *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.publisher.forget_stations();
+        let fault = self.publisher.stats().fault();
         self.publisher.stats().clear_fault();
+        if fault == Some(Fault::NotifyBlocked) {
+            self.pause = PENALTY_MS;
+        }
         let (state, reason) = match end {
             Ok(End::Stopped) => return,
+            Ok(End::HungUp) if fault == Some(Fault::NotifyBlocked) => {
+                (PortState::Failed, Fault::NotifyBlocked.to_string())
+            }
             Ok(End::HungUp) => (PortState::Connecting, "the frontend hung up".to_owned()),
             Err(failure) => (PortState::Failed, failure.to_string()),
         };

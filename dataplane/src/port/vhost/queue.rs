@@ -64,8 +64,8 @@ impl QueueSetup {
     fn notify<'r>(&self, work: &mut impl Work<'r>) -> bool {
         let Some(call) = &self.call else { return false };
         let wanted = work.needs_notification();
-        if wanted {
-            call.signal();
+        if wanted && !call.notify() {
+            self.stats.set_fault(Fault::NotifyBlocked);
         }
         wanted
     }
