@@ -90,6 +90,9 @@ pub(crate) struct RunArgs {
     /// Control socket [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
+    /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_root: Option<PathBuf>,
     /// Where to keep the ports [default: /var/lib/sluice]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,

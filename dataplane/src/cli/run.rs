@@ -84,11 +84,12 @@ impl Setup {
         let control = absolute(args.control.or(file.control).unwrap_or_else(|| DEFAULT_CONTROL.into()))?;
         ControlSocket::check_path(&control).map_err(Failure::Usage)?;
         let state_dir = absolute(args.state.or(file.state).unwrap_or_else(|| DEFAULT_STATE.into()))?;
+        let socket_root = args.socket_root.or(file.socket_root).map(absolute).transpose()?;
         for port in &args.ports {
             port.check_folder().map_err(Failure::failed)?;
         }
         Ok(Self {
-            switch: SwitchConfig { workers, mode, fdb: file.fdb },
+            switch: SwitchConfig { workers, mode, fdb: file.fdb, socket_root },
             about: About { mode, control, state_dir },
             group: file.group,
             metrics: args.metrics.or(file.metrics),

@@ -20,6 +20,8 @@ pub struct FileConfig {
     pub control: Option<PathBuf>,
     /// `[control] group`: name or number of the group that may use the control socket.
     pub group: Option<String>,
+    /// `[control] socket_root`: folder that the sockets of all vhost-user ports have to be in.
+    pub socket_root: Option<PathBuf>,
     /// `[state] dir`.
     pub state: Option<PathBuf>,
     /// `[metrics] listen`; metrics are off without it.
@@ -124,6 +126,7 @@ struct Sections {
 struct ControlSection {
     socket: Option<Spanned<Word>>,
     group: Option<Word>,
+    socket_root: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -191,6 +194,7 @@ impl Sections {
         Ok(FileConfig {
             control: self.control.socket.as_ref().map(absolute).transpose()?,
             group: self.control.group.map(|word| word.0),
+            socket_root: self.control.socket_root.as_ref().map(absolute).transpose()?,
             state: self.state.dir.as_ref().map(absolute).transpose()?,
             metrics: self.metrics.listen.as_ref().map(listen).transpose()?,
             mode: self.switch.mode.as_ref().map(mode).transpose()?,

@@ -268,6 +268,9 @@ pub struct SwitchConfig {
     pub mode: WorkerMode,
     /// Bounds of the forwarding table.
     pub fdb: FdbConfig,
+    /// Folder that the sockets of all vhost-user ports have to be in, where no link is followed. Without it they can be
+    /// anywhere.
+    pub socket_root: Option<PathBuf>,
 }
 
 /// Checks that workers can be placed as asked: not too many, and no two on one CPU.

@@ -239,7 +239,7 @@ mod tests {
                 })
             })
             .collect();
-        threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+        threads.into_iter().for_each(|thread| assert!(thread.join().is_ok()));
         assert!(memories[0].is_lost() && !memories[1].is_lost());
         assert_eq!(counts[0].0.load(Ordering::SeqCst), 1, "told once");
         assert_eq!(counts[1].0.load(Ordering::SeqCst), 0);

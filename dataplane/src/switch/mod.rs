@@ -15,6 +15,7 @@ mod tests;
 pub mod vlan;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -25,7 +26,7 @@ use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::VhostPort;
+use crate::port::vhost::{SocketPlace, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
@@ -83,6 +84,7 @@ struct Inner {
     workers: Vec<Arc<WorkerShared>>,
     tables: Mutex<Tables>,
     stopping: AtomicBool,
+    socket_root: Option<PathBuf>,
     housekeeper: report::Housekeeper,
 }
 
@@ -145,6 +147,7 @@ impl Switch {
             workers: workers.into_iter().map(Arc::new).collect(),
             tables: Mutex::default(),
             stopping: AtomicBool::new(false),
+            socket_root: config.socket_root.clone(),
             housekeeper: report::Housekeeper::default(),
         });
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
@@ -286,8 +289,11 @@ impl Inner {
         publisher.publish(Link::down(PortState::Connecting, None));
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
-                    .map(Driver::Vhost)
+                let place = match &self.socket_root {
+                    Some(root) => SocketPlace::under(root, path.clone()).map_err(std::io::Error::other)?,
+                    None => path.into(),
+                };
+                VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
