@@ -12,6 +12,7 @@ use toml::Spanned;
 
 use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
 use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
+use crate::sandbox::{SandboxMode, parse_kinds};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -24,6 +25,10 @@ pub struct FileConfig {
     pub socket_root: Option<PathBuf>,
     /// `[state] dir`.
     pub state: Option<PathBuf>,
+    /// `[sandbox] mode`.
+    pub sandbox: Option<SandboxMode>,
+    /// `[sandbox] kinds`: kinds of port that can be added.
+    pub kinds: Option<Vec<String>>,
     /// `[metrics] listen`; metrics are off without it.
     pub metrics: Option<SocketAddr>,
     /// `[switch] mode`.
@@ -115,6 +120,7 @@ impl Wrong {
 struct Sections {
     control: ControlSection,
     state: StateSection,
+    sandbox: SandboxSection,
     metrics: MetricsSection,
     switch: SwitchSection,
     worker: Vec<WorkerSection>,
@@ -133,6 +139,13 @@ struct ControlSection {
 #[serde(deny_unknown_fields, default)]
 struct StateSection {
     dir: Option<Spanned<Word>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SandboxSection {
+    mode: Option<Spanned<Word>>,
+    kinds: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -187,6 +200,8 @@ struct PortSection {
 impl Sections {
     fn check(self) -> Result<FileConfig, Wrong> {
         let mode = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
+        let sandbox = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
+        let kinds = |word: &Spanned<Word>| at(word, parse_kinds(&word.as_ref().0));
         let listen = |word: &Spanned<Word>| {
             let text = &word.as_ref().0;
             at(word, text.parse().map_err(|_| format!("listen must be like 127.0.0.1:9090, not '{text}'")))
@@ -196,6 +211,8 @@ impl Sections {
             group: self.control.group.map(|word| word.0),
             socket_root: self.control.socket_root.as_ref().map(absolute).transpose()?,
             state: self.state.dir.as_ref().map(absolute).transpose()?,
+            sandbox: self.sandbox.mode.as_ref().map(sandbox).transpose()?,
+            kinds: self.sandbox.kinds.as_ref().map(kinds).transpose()?,
             metrics: self.metrics.listen.as_ref().map(listen).transpose()?,
             mode: self.switch.mode.as_ref().map(mode).transpose()?,
             fdb: self.switch.fdb()?,

@@ -271,6 +271,10 @@ pub struct SwitchConfig {
     /// Folder that the sockets of all vhost-user ports have to be in, where no link is followed. Without it they can be
     /// anywhere.
     pub socket_root: Option<PathBuf>,
+    /// Kinds of port that can be added; all without it.
+    pub kinds: Option<Vec<String>>,
+    /// Workers confine themselves; see [`crate::sandbox`].
+    pub confine_workers: bool,
 }
 
 /// Checks that workers can be placed as asked: not too many, and no two on one CPU.

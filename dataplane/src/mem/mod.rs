@@ -347,7 +347,10 @@ pub(crate) mod tests {
         };
         assert!(matches!(Region::map(pipe, 0, 4096, 0, 0), Err(MemError::NotMemory("pipe"))));
         let foreign = File::open("/sys/kernel/notes").unwrap();
-        assert!(matches!(Region::map(foreign, 0, 8, 0, 0), Err(MemError::NotMemory("file of a file system that is not this host's own"))));
+        assert!(matches!(
+            Region::map(foreign, 0, 8, 0, 0),
+            Err(MemError::NotMemory("file of a file system that is not this host's own"))
+        ));
         assert!(matches!(Region::map(memfd(4096), 0, 4097, 0, 0), Err(MemError::BeyondFile { .. })));
         assert!(matches!(Region::map(memfd(4096), 0, 4096, 0, 1), Err(MemError::BeyondFile { .. })));
         assert!(matches!(Region::map(memfd(4096), u64::MAX, 4096, 0, 0), Err(MemError::Wraps)));

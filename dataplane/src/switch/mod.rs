@@ -85,6 +85,7 @@ struct Inner {
     tables: Mutex<Tables>,
     stopping: AtomicBool,
     socket_root: Option<PathBuf>,
+    kinds: Option<Vec<String>>,
     housekeeper: report::Housekeeper,
 }
 
@@ -148,12 +149,13 @@ impl Switch {
             tables: Mutex::default(),
             stopping: AtomicBool::new(false),
             socket_root: config.socket_root.clone(),
+            kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
         });
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
-            let thread = worker::start(id, shared.clone(), config.mode, inner.fdb.clone(), first.clone());
+            let thread = worker::start(id, shared.clone(), config, inner.fdb.clone(), first.clone());
             let cpu = shared.cpu;
             let thread = thread.map_err(|e| match cpu {
                 Some(cpu) => std::io::Error::new(e.kind(), format!("cannot run a worker on CPU {cpu}: {e}")),
@@ -285,6 +287,13 @@ impl Inner {
         config: &PortConfig,
         stats: &Arc<PortStats>,
     ) -> std::io::Result<Driver> {
+        let kind = config.target.kind();
+        if self.kinds.as_ref().is_some_and(|kinds| kinds.iter().all(|known| known != kind)) {
+            return Err(std::io::Error::other(format!(
+                "this switch has given up what {kind} ports need; add '{kind}' to kinds of [sandbox] in its file and \
+                 restart it"
+            )));
+        }
         let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
         publisher.publish(Link::down(PortState::Connecting, None));
         match &config.target {

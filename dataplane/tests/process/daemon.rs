@@ -19,14 +19,18 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// `sluice run` with more arguments.
     pub(crate) fn start(args: &[&str]) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), &[], args)
+        Self::start_in(tempfile::tempdir().unwrap(), args)
     }
 
-    /// The same in a folder that is there already, and by another program.
-    pub(crate) fn start_in(dir: TempDir, by: &[&str], args: &[&str]) -> Self {
-        let mut words: Vec<_> = by.iter().map(|word| (*word).to_owned()).collect();
-        words.push(env!("CARGO_BIN_EXE_sluice").to_owned());
-        let mut command = Command::new(&words[0]);
+    /// The same in a folder that is there already.
+    pub(crate) fn start_in(dir: TempDir, args: &[&str]) -> Self {
+        Self::start_by(dir, &[], Path::new(env!("CARGO_BIN_EXE_sluice")), args)
+    }
+
+    /// The same by another command, and from another place.
+    pub(crate) fn start_by(dir: TempDir, by: &[&str], program: &Path, args: &[&str]) -> Self {
+        let words: Vec<_> = by.iter().copied().chain(program.to_str()).collect();
+        let mut command = Command::new(words[0]);
         command.args(&words[1..]).arg("run").args(args).env_remove("SLUICE_SOCKET").env_remove("SLUICE_LOG");
         command.arg("--control").arg(dir.path().join("ctl.sock")).arg("--state").arg(dir.path().join("state"));
         let log = std::fs::File::create(dir.path().join("log")).unwrap();

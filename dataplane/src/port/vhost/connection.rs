@@ -179,7 +179,10 @@ impl Connection {
 
     /// Waits for a frontend and serves it.
     fn accept(&mut self, listener: &Listener) {
-        self.show(PortState::Connecting, self.told(format!("waiting for a frontend on {}", self.place.path().display())));
+        self.show(
+            PortState::Connecting,
+            self.told(format!("waiting for a frontend on {}", self.place.path().display())),
+        );
         if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
             return;
         }

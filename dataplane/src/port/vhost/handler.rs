@@ -21,8 +21,8 @@ use crate::port::vhost::hold::Hold;
 use crate::port::vhost::ring::{Place, Queue, Ring, Surroundings};
 use crate::port::{Link, Publisher, RxEntry};
 use crate::status::PortState;
-use crate::virtq::{Fault, RingError};
 use crate::virtq::notify::{EventFd, NotifyError};
+use crate::virtq::{Fault, RingError};
 
 /// Vrings of one device.
 const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
@@ -336,7 +336,6 @@ impl Drop for Device {
         self.publisher.publish(Link::down(PortState::Down, None));
     }
 }
-
 
 impl VhostUserBackendReqHandlerMut for Device {
     fn set_owner(&mut self) -> Result<()> {

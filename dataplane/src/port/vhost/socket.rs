@@ -302,7 +302,10 @@ mod tests {
         // SAFETY: the path is a C string.
         assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
         assert!(matches!(check("vm/fifo"), Err(SocketError::Foreign(_, "a pipe"))));
-        assert!(matches!(super::connect(&SocketPlace::from(Path::new("/dev/null"))), Err(SocketError::Foreign(_, "a device"))));
+        assert!(matches!(
+            super::connect(&SocketPlace::from(Path::new("/dev/null"))),
+            Err(SocketError::Foreign(_, "a device"))
+        ));
         assert!(matches!(check("vm/none"), Err(SocketError::Absent(_))));
         check("vm/s").unwrap();
         assert!(under("../other").is_ok_and(|place| super::connect(&place).is_err()));
