@@ -167,9 +167,9 @@ pub(super) fn confine_process() -> io::Result<String> {
     let control = control()?;
     // Workers install theirs when it is too late to tell.
     worker()?;
-    install(&control)?;
-    // Where both refuse, the newer one says with which error.
-    install(&no_clone3)?;
+    install(&control, LOG)?;
+    // Where both refuse, the newer one says with which error. Every start of a thread tries it, so that is not logged.
+    install(&no_clone3, 0)?;
     let calls = |lists: [&[i64]; 2]| lists.into_iter().map(<[i64]>::len).sum::<usize>();
     let worker = calls([WORKER, WORKER_BEFORE]);
     Ok(format!(" (workers {worker} system calls, others {})", worker + calls([CONTROL, CONTROL_BEFORE])))
@@ -180,7 +180,7 @@ pub(super) fn confine_process() -> io::Result<String> {
 /// # Errors
 /// If the kernel refuses.
 pub fn confine_worker() -> io::Result<()> {
-    install(&worker()?)
+    install(&worker()?, LOG)
 }
 
 fn worker() -> io::Result<BpfProgram> {
@@ -189,6 +189,8 @@ fn worker() -> io::Result<BpfProgram> {
     // For what a worker cannot have allocated, and for memory that was lost: never with a file.
     let anonymous = libc::MAP_ANONYMOUS as u64;
     rules.insert(SYS_mmap, vec![rule([not_executable(2)?, is(3, anonymous, anonymous)?])?]);
+    // What the standard library asks before it closes a descriptor, in builds with its checks.
+    rules.insert(libc::SYS_fcntl, vec![rule([is(1, libc::F_GETFD as u64, u32::MAX.into())?])?]);
     filter(rules, errno(libc::EPERM), SeccompAction::Allow)
 }
 
@@ -236,18 +238,21 @@ fn filter(
     SeccompFilter::new(rules, others, listed, arch).and_then(BpfProgram::try_from).map_err(failed)
 }
 
-/// Refusals are logged. Without the other flag old kernels slow the thread down, as if it ran somebody's own code.
-fn install(program: &BpfProgram) -> io::Result<()> {
+/// Has refusals logged by the kernel.
+const LOG: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_LOG;
+/// Without it old kernels slow the thread down, as if it ran somebody's own code.
+const PLAIN: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+
+fn install(program: &BpfProgram, log: libc::c_ulong) -> io::Result<()> {
     let filter = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(io::Error::other)?,
         filter: program.as_ptr().cast::<libc::sock_filter>().cast_mut(),
     };
-    let wanted = libc::SECCOMP_FILTER_FLAG_LOG | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
-    for flags in [wanted, 0] {
+    // The flags are of kernels 4.14 and 4.17.
+    for flags in [log | PLAIN, 0] {
         // SAFETY: the program and its description outlive the call, which copies both. The crate's instructions have the
         // kernel's layout.
-        let done =
-            unsafe { libc::syscall(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, std::ptr::from_ref(&filter)) };
+        let done = unsafe { libc::syscall(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const filter) };
         if done == 0 {
             return Ok(());
         }

@@ -83,10 +83,20 @@ impl Daemon {
         assert!(added.status.success(), "{added:?}");
     }
 
+    fn port(&self, name: &str) -> Value {
+        let output = self.call(&["port", "show", name, "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// One of its counters.
+    pub(crate) fn number(&self, name: &str, key: &str) -> u64 {
+        let port = self.port(name);
+        port[key].as_u64().unwrap_or_else(|| panic!("no {key} in {port}"))
+    }
+
     /// State and reason of a port.
     pub(crate) fn state(&self, name: &str) -> (String, String) {
-        let output = self.call(&["port", "show", name, "--json"]);
-        let port: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let port = self.port(name);
         let word = |key: &str| port[key].as_str().unwrap_or_default().to_owned();
         (word("state"), word("reason"))
     }

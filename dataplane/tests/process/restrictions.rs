@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
+use std::process::Command;
 
 use crate::daemon::Daemon;
 use crate::vm::Vm;
@@ -184,4 +185,57 @@ fn core_dumps_leave_guests_out() {
     }
     assert!(seen > 0, "no guest memory is mapped");
     drop(vm);
+}
+
+/// A network namespace with a cable in it, gone with this.
+struct Namespace(String);
+
+impl Namespace {
+    fn with_cable(name: &str, other: &str) -> Self {
+        let namespace = Self(format!("sluice-process-{}", std::process::id()));
+        ip(&["netns", "add", &namespace.0]);
+        ip(&["-n", &namespace.0, "link", "add", name, "type", "veth", "peer", "name", other]);
+        for end in [name, other] {
+            ip(&["-n", &namespace.0, "link", "set", end, "up"]);
+        }
+        namespace
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    assert!(Command::new("ip").args(arguments).status().unwrap().success(), "ip {arguments:?}");
+}
+
+#[test]
+fn uplinks_and_taps_can_be_added_later() {
+    if !is_root() {
+        return;
+    }
+    let namespace = Namespace::with_cable("up0", "far0");
+    let dir = tempfile::tempdir().unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_sluice"));
+    let mut daemon = Daemon::start_by(dir, &["ip", "netns", "exec", &namespace.0], program, &["--sandbox", "strict"]);
+    for (name, spec) in [("up", "up=afxdp:up0"), ("host", "host=tap:sluice0")] {
+        let added = daemon.call(&["port", "add", spec]);
+        assert!(added.status.success(), "{added:?}");
+        daemon.wait_up(name);
+    }
+    let mut vm = daemon.boot("vm", 1);
+    vm.send(None, "to all");
+    for name in ["up", "host"] {
+        daemon.eventually("frame", |daemon| daemon.number(name, "tx_frames") > 0);
+    }
+    ip(&["-n", &namespace.0, "link", "set", "far0", "down"]);
+    daemon.eventually("lost link", |daemon| daemon.state("up").0 != "up");
+    ip(&["-n", &namespace.0, "link", "set", "far0", "up"]);
+    daemon.wait_up("up");
+    for name in ["up", "host"] {
+        assert!(daemon.call(&["port", "del", name]).status.success());
+    }
 }
