@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use sluice::config::{PortConfig, PortQueue, PortText, WorkerMode, parse_cpu, parse_switch, parse_worker};
+use sluice::sandbox::SandboxMode;
 
 /// Where the control socket is unless said otherwise.
 pub(crate) const DEFAULT_CONTROL: &str = "/run/sluice/control.sock";
@@ -96,6 +97,13 @@ pub(crate) struct RunArgs {
     /// Control socket [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
+    /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_root: Option<PathBuf>,
+    /// How much the process gives up once it has started: auto (what the kernel can do), strict (all, or it does not
+    /// start) or off [default: auto]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) sandbox: Option<SandboxMode>,
     /// Where to keep the ports [default: /var/lib/sluice]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,

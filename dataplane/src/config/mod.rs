@@ -272,11 +272,26 @@ pub struct SwitchConfig {
     pub fdb: FdbConfig,
     /// Move queues from busy workers to idle ones.
     pub rebalance: bool,
+    /// Folder that the sockets of all vhost-user ports have to be in, where no link is followed. Without it they can be
+    /// anywhere.
+    pub socket_root: Option<PathBuf>,
+    /// Kinds of port that can be added; all without it.
+    pub kinds: Option<Vec<String>>,
+    /// Workers confine themselves; see [`crate::sandbox`].
+    pub confine_workers: bool,
 }
 
 impl Default for SwitchConfig {
     fn default() -> Self {
-        Self { workers: Vec::new(), mode: WorkerMode::default(), fdb: FdbConfig::default(), rebalance: true }
+        Self {
+            workers: Vec::new(),
+            mode: WorkerMode::default(),
+            fdb: FdbConfig::default(),
+            rebalance: true,
+            socket_root: None,
+            kinds: None,
+            confine_workers: false,
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod tests;
 pub mod vlan;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -29,7 +30,7 @@ use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::VhostPort;
+use crate::port::vhost::{SocketPlace, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
@@ -98,6 +99,8 @@ struct Inner {
     workers: Vec<Arc<WorkerShared>>,
     tables: Mutex<Tables>,
     stopping: AtomicBool,
+    socket_root: Option<PathBuf>,
+    kinds: Option<Vec<String>>,
     housekeeper: report::Housekeeper,
     loads: Mutex<load::Loads>,
     /// Move queues by load.
@@ -164,6 +167,8 @@ impl Switch {
             workers: workers.into_iter().map(Arc::new).collect(),
             tables: Mutex::default(),
             stopping: AtomicBool::new(false),
+            socket_root: config.socket_root.clone(),
+            kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
             loads: Mutex::default(),
             rebalance: config.rebalance,
@@ -171,7 +176,7 @@ impl Switch {
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
-            let thread = worker::start(id, shared.clone(), config.mode, inner.fdb.clone(), first.clone());
+            let thread = worker::start(id, shared.clone(), config, inner.fdb.clone(), first.clone());
             let cpu = shared.cpu;
             let thread = thread.map_err(|e| match cpu {
                 Some(cpu) => std::io::Error::new(e.kind(), format!("cannot run a worker on CPU {cpu}: {e}")),
@@ -179,6 +184,10 @@ impl Switch {
             })?;
             lock(&switch.threads).push(thread);
         }
+        let pulses = inner.workers.iter().map(|worker| worker.pulse.clone()).collect();
+        let watched = inner.clone();
+        let watchdog = worker::watchdog::start(pulses, move || watched.stopping.load(Ordering::Acquire))?;
+        lock(&switch.threads).push(watchdog);
         let housekeeper = report::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
@@ -237,6 +246,7 @@ impl Switch {
             worker.wake.signal();
         }
         for thread in std::mem::take(&mut *lock(&self.threads)) {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -298,12 +308,22 @@ impl Inner {
         config: &PortConfig,
         stats: &Arc<PortStats>,
     ) -> std::io::Result<Driver> {
+        let kind = config.target.kind();
+        if self.kinds.as_ref().is_some_and(|kinds| kinds.iter().all(|known| known != kind)) {
+            return Err(std::io::Error::other(format!(
+                "this switch has given up what {kind} ports need; add '{kind}' to kinds of [sandbox] in its file and \
+                 restart it"
+            )));
+        }
         let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
         publisher.publish(Link::down(PortState::Connecting, None));
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
-                    .map(Driver::Vhost)
+                let place = match &self.socket_root {
+                    Some(root) => SocketPlace::under(root, path.clone()).map_err(std::io::Error::other)?,
+                    None => path.into(),
+                };
+                VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {

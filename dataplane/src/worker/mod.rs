@@ -5,18 +5,19 @@
 
 pub mod meter;
 pub mod stats;
+pub mod watchdog;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::config::WorkerMode;
+use crate::config::{SwitchConfig, WorkerMode};
 use crate::frame::BurstStorage;
 use crate::switch::fdb::Fdb;
 use crate::switch::forward::Forwarder;
 use crate::switch::snapshot::{Plan, Served, Snapshot};
 use crate::sync::Mailbox;
-use crate::virtq::notify::EventFd;
+use crate::virtq::notify::{EventFd, Pulse};
 use meter::Stage;
 use stats::{Clock, WorkerStats};
 
@@ -40,6 +41,8 @@ pub struct WorkerShared {
     pub stop: AtomicBool,
     /// Counters.
     pub stats: WorkerStats,
+    /// For the watchdog.
+    pub pulse: Arc<Pulse>,
     /// CPU it is pinned to.
     pub cpu: Option<usize>,
 }
@@ -56,6 +59,7 @@ impl WorkerShared {
             wake: EventFd::new()?,
             stop: AtomicBool::new(false),
             stats: WorkerStats::default(),
+            pulse: Arc::default(),
             cpu,
         })
     }
@@ -96,21 +100,24 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) 
 /// Starts a worker. It ends after `stop` was set and it was woken.
 ///
 /// # Errors
-/// If the thread cannot be started, or not on that CPU.
+/// If the thread cannot be started, or not on that CPU, or not be confined.
 pub fn start(
     id: usize,
     shared: Arc<WorkerShared>,
-    mode: WorkerMode,
+    config: &SwitchConfig,
     fdb: Arc<Fdb>,
     first: Arc<Snapshot>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let (mode, confined) = (config.mode, config.confine_workers);
     let (ready, started) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name(format!("sl-worker-{id}")).spawn(move || {
         let pinned = shared.cpu.map_or(Ok(()), pin);
+        let pinned = pinned.and_then(|()| if confined { crate::sandbox::confine_worker() } else { Ok(()) });
         let failed = pinned.is_err();
         if ready.send(pinned).is_err() || failed {
             return;
         }
+        shared.pulse.begin();
         let worker =
             Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.

@@ -65,8 +65,8 @@ impl QueueSetup {
     fn notify<'r>(&self, work: &mut impl Work<'r>) -> bool {
         let Some(call) = &self.call else { return false };
         let wanted = work.needs_notification();
-        if wanted {
-            call.signal();
+        if wanted && !call.notify() {
+            self.stats.set_fault(Fault::NotifyBlocked);
         }
         wanted
     }
@@ -453,8 +453,8 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         }
         // The guest that wakes may take our CPU: not while other workers wait for the ring.
         drop(work);
-        if let Some(call) = call {
-            call.signal();
+        if call.is_some_and(|call| !call.notify()) {
+            self.setup.stats.set_fault(Fault::NotifyBlocked);
         }
         outcome
     }
