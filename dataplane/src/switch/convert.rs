@@ -2,6 +2,7 @@
 //!
 //! The receiver decides: what its driver accepted at its last reset is what it gets. Most frames pass as they are.
 
+use crate::capture::Outcomes;
 use crate::frame::{Burst, Frame};
 use crate::limits::{MAX_CHAIN, MAX_FRAME};
 use crate::port::vhost::queue::Filled;
@@ -50,11 +51,13 @@ pub struct Scratch {
     pub rebuilt: Rebuilt,
     /// Chains that one frame fills.
     pub filled: Filled,
+    /// What a queue has dropped of the burst that it was given.
+    pub outcomes: Outcomes,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { rebuilt: Rebuilt::default(), filled: Filled::with_capacity(MAX_CHAIN) }
+        Self { rebuilt: Rebuilt::default(), filled: Filled::with_capacity(MAX_CHAIN), outcomes: Outcomes::default() }
     }
 }
 

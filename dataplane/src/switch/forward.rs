@@ -99,8 +99,8 @@ impl Forwarder {
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.recent = Recent::NONE;
         self.shared = 0;
-        let captured = ingress.stats.capture.is_on();
-        let mut count = burst.count() as u8;
+        let offered = burst.count() as u8;
+        let mut count = offered;
         if let Some(policer) = &ingress.policers.rx {
             let admitted = policer.admit((0..count).map(|place| burst.frame(place).len()));
             if admitted < count {
@@ -108,14 +108,15 @@ impl Forwarder {
                 count = admitted;
             }
         }
+        self.scratch.outcomes.clear();
         for place in 0..count {
-            let outcome = self.classify(snapshot, ingress, burst, place);
-            if let Err(reason) = outcome {
+            if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
                 ingress.stats.drop_frames(reason, 1);
+                self.scratch.outcomes.dropped(place, reason);
             }
-            if captured {
-                ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
-            }
+        }
+        if ingress.stats.capture.is_on() {
+            self.record_arrival(ingress, burst, offered, count);
         }
         let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
@@ -128,6 +129,16 @@ impl Forwarder {
             }
         }
         self.touched.clear();
+    }
+
+    /// Shows a burst, of which the first `admitted` frames were switched, to who looks at the port.
+    #[cold]
+    fn record_arrival(&mut self, ingress: &PortView, burst: &Burst<'_>, offered: u8, admitted: u8) {
+        let mut all = Places::EMPTY;
+        (0..offered).for_each(|place| all.push(place));
+        (admitted..offered).for_each(|place| self.scratch.outcomes.dropped(place, DropReason::RateRx));
+        let outcomes = &self.scratch.outcomes;
+        ingress.stats.capture.record(burst, all.as_slice(), Direction::Rx, |place| outcomes.reason(place));
     }
 
     /// Sends, as if it came from the port, what a station would to make itself known.
@@ -267,29 +278,36 @@ impl Forwarder {
             if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
                 return hold.keep(burst, list.as_slice());
             }
-            egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
-            return;
+            return refuse(egress, burst, list.as_slice(), DropReason::LinkDown);
         };
         let mut ready = if unchanged { list } else { adapt(egress, burst, &list) };
         if let Some(policer) = &egress.policers.tx {
             let admitted = policer.admit(ready.as_slice().iter().map(|place| burst.frame(*place).len()));
             if admitted < ready.count {
-                egress.stats.drop_frames(DropReason::RateTx, u64::from(ready.count - admitted));
+                refuse(
+                    egress,
+                    burst,
+                    ready.as_slice().get(usize::from(admitted)..).unwrap_or_default(),
+                    DropReason::RateTx,
+                );
                 ready.count = admitted;
             }
         }
         if ingress.link.coalesce && ready.count > 1 {
             ready.coalesce(burst, self.shared, first.prefers());
         }
-        if egress.stats.capture.is_on() {
-            for &place in ready.as_slice() {
-                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, None);
-            }
+        let captured = egress.stats.capture.is_on();
+        if captured {
+            self.scratch.outcomes.clear();
         }
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);
         } else {
             self.spread(egress, burst, ready);
+        }
+        if captured {
+            let outcomes = &self.scratch.outcomes;
+            egress.stats.capture.record(burst, ready.as_slice(), Direction::Tx, |place| outcomes.reason(place));
         }
     }
 
@@ -337,12 +355,18 @@ fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
             ready.push(place);
             continue;
         };
-        egress.stats.drop_frames(reason, 1);
-        if egress.stats.capture.is_on() {
-            egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
-        }
+        refuse(egress, burst, &[place], reason);
     }
     ready
+}
+
+/// Drops frames that cannot go to a port.
+#[cold]
+fn refuse(egress: &PortView, burst: &Burst<'_>, places: &[u8], reason: DropReason) {
+    egress.stats.drop_frames(reason, places.len() as u64);
+    if egress.stats.capture.is_on() {
+        egress.stats.capture.record(burst, places, Direction::Tx, |_| Some(reason));
+    }
 }
 
 /// Gives a frame the form that it has behind a port.

@@ -247,9 +247,13 @@ impl<R: Ring> GuestRx<R> {
                 // Nothing behind it fits either, most likely, and order is kept.
                 Err(DropReason::Full) => {
                     self.setup.stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
+                    frames[place..].iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Full));
                     break;
                 }
-                Err(reason) => self.setup.stats.drop_frames(reason, 1),
+                Err(reason) => {
+                    self.setup.stats.drop_frames(reason, 1);
+                    scratch.outcomes.dropped(index, reason);
+                }
             }
         }
         Ok(())
@@ -301,7 +305,7 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         scratch: &mut Scratch,
     ) -> Result<Result<(), DropReason>, Fault> {
-        let Scratch { rebuilt, filled } = scratch;
+        let Scratch { rebuilt, filled, .. } = scratch;
         if self.accepts.takes(frame.offload()) {
             let out = Outgoing { offload: *frame.offload(), head: frame.head(), tail: burst.tail(frame) };
             return self.put(work, sent, filled, out);
