@@ -103,12 +103,18 @@ fn has_dpdk() -> bool {
 }
 
 /// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
-fn dpdk_stages() -> [Stage; 2] {
+fn dpdk_stages() -> [Stage; 3] {
+    let lint =
+        cargo(&["clippy", "-p", "sluice", "--features", "dpdk", "--all-targets", "--quiet", "--", "-D", "warnings"]);
     let unit = cargo(&["test", "-p", "sluice", "--features", "dpdk", "--lib", "--bins", "--quiet", "dpdk"]);
     let mut systems = cargo(&["test", "-p", "e2e", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
     systems.args(["over_a_wire", "a_network_is_a_vlan"]);
     systems.env("SLUICE_BIN", "target/debug/sluice").env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
-    [Stage { name: "dpdk", command: unit }, Stage { name: "uplink-dpdk", command: systems }]
+    [
+        Stage { name: "dpdk-clippy", command: lint },
+        Stage { name: "dpdk", command: unit },
+        Stage { name: "uplink-dpdk", command: systems },
+    ]
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {

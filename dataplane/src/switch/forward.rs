@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::capture::Direction;
+use crate::capture::{Direction, Outcomes};
 use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame};
 use crate::limits::{BURST, MAX_PORTS};
 use crate::mem::SourceSegment;
@@ -61,6 +61,8 @@ pub struct Forwarder {
     touched: Vec<PortId>,
     /// Bits of the frames of a burst that go to more than one port.
     shared: u64,
+    /// What was decided on the frames of a burst. Not the scratch's: frames that were held are sent in between.
+    arrivals: Outcomes,
     scratch: Scratch,
     recent: Recent,
     /// For frames that were held, delivered in the midst of another burst.
@@ -89,6 +91,7 @@ impl Forwarder {
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
             shared: 0,
+            arrivals: Outcomes::default(),
             scratch: Scratch::default(),
             recent: Recent::NONE,
             spare: Some(Box::default()),
@@ -108,11 +111,11 @@ impl Forwarder {
                 count = admitted;
             }
         }
-        self.scratch.outcomes.clear();
+        self.arrivals.clear();
         for place in 0..count {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place) {
                 ingress.stats.drop_frames(reason, 1);
-                self.scratch.outcomes.dropped(place, reason);
+                self.arrivals.dropped(place, reason);
             }
         }
         if ingress.stats.capture.is_on() {
@@ -136,8 +139,8 @@ impl Forwarder {
     fn record_arrival(&mut self, ingress: &PortView, burst: &Burst<'_>, offered: u8, admitted: u8) {
         let mut all = Places::EMPTY;
         (0..offered).for_each(|place| all.push(place));
-        (admitted..offered).for_each(|place| self.scratch.outcomes.dropped(place, DropReason::RateRx));
-        let outcomes = &self.scratch.outcomes;
+        (admitted..offered).for_each(|place| self.arrivals.dropped(place, DropReason::RateRx));
+        let outcomes = &self.arrivals;
         ingress.stats.capture.record(burst, all.as_slice(), Direction::Rx, |place| outcomes.reason(place));
     }
 

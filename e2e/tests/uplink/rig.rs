@@ -45,6 +45,10 @@ pub(crate) struct Rig {
 impl Rig {
     fn new() -> Result<Self> {
         let (ends, between) = ([Namespace::new()?, Namespace::new()?], Namespace::new()?);
+        for end in &ends {
+            // The switches' hosts have nothing to say of their own, such as which multicast groups they are in.
+            end.run("for k in all default; do echo 1 >/proc/sys/net/ipv6/conf/$k/disable_ipv6; done")?;
+        }
         let mut near = Lab::around(Switch::start_in(&ends[0], &[])?)?;
         let far = Switch::start_in(&ends[1], &[])?;
         for number in 1..=2 {

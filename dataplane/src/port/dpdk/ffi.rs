@@ -65,8 +65,10 @@ fn start() -> Result<()> {
 
 fn initialize() -> Result<()> {
     let chosen = std::env::var(ENVIRONMENT).unwrap_or_else(|_| DEFAULT_ARGUMENTS.into());
+    // SAFETY: no pointers. Where this runs we may run.
+    let cpu = unsafe { libc::sched_getcpu() }.max(0);
     let fixed = ["sluice", "--no-telemetry", "--iova-mode=va", "--log-level=error", "--lcores"];
-    let arguments = fixed.into_iter().map(String::from).chain([format!("0@{}", allowed_cpu())]);
+    let arguments = fixed.into_iter().map(String::from).chain([format!("0@{cpu}")]);
     let arguments: Vec<CString> = arguments
         .chain(chosen.split_whitespace().map(String::from))
         .filter_map(|text| CString::new(text).ok())
@@ -78,16 +80,6 @@ fn initialize() -> Result<()> {
     let count = pointers.len() as c_int - 1;
     // SAFETY: terminated strings, and a terminated array of them, which it reorders.
     check(unsafe { sl_init(count, pointers.leak().as_mut_ptr()) }).map(drop)
-}
-
-/// A CPU that we may use.
-fn allowed_cpu() -> usize {
-    // SAFETY: the kernel fills the local set, and CPU_ISSET checks its index.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::sched_getaffinity(0, size_of_val(&set), &raw mut set);
-        (0..libc::CPU_SETSIZE as usize).find(|cpu| libc::CPU_ISSET(*cpu, &set)).unwrap_or(0)
-    }
 }
 
 /// A device that was started. Dropping it removes it from DPDK.

@@ -27,16 +27,11 @@ use queue::{Receiver, Transmitter};
 const LOOK: Duration = Duration::from_millis(200);
 
 /// A running DPDK port. The device is removed when it is dropped.
+#[derive(Debug)]
 pub struct DpdkPort {
     stop: Arc<AtomicBool>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
-}
-
-impl std::fmt::Debug for DpdkPort {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DpdkPort").finish_non_exhaustive()
-    }
 }
 
 impl DpdkPort {
