@@ -107,7 +107,47 @@ pub struct CapturePoint {
     /// Workers try to read it and never wait; it is written when a capture begins and ends.
     wanted: RwLock<Option<CaptureOptions>>,
     lost: AtomicU64,
-    lanes: [SpinLock<Vec<u8>>; LANES],
+    lanes: [SpinLock<Lane>; LANES],
+}
+
+/// A buffer for records. Its memory is there from the start, so that a worker neither waits for it nor clears it first.
+#[derive(Debug, Default)]
+struct Lane {
+    bytes: Box<[u8]>,
+    used: usize,
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self { bytes: vec![0xff; LANE].into_boxed_slice(), used: 0 }
+    }
+
+    /// The records.
+    fn records(&self) -> &[u8] {
+        self.bytes.get(..self.used).unwrap_or_default()
+    }
+
+    /// Adds a record: a header and the first `size` bytes of a frame. `false` if there is no room.
+    fn add(&mut self, header: &[u8; HEADER], burst: &Burst<'_>, frame: &Frame, size: usize) -> bool {
+        let Some(room) = self.bytes.get_mut(self.used..).and_then(|rest| rest.get_mut(..HEADER + size)) else {
+            return false;
+        };
+        let (front, mut rest) = room.split_at_mut(HEADER);
+        front.copy_from_slice(header);
+        let head = frame.head().get(..size).unwrap_or(frame.head());
+        let (front, tail) = rest.split_at_mut(head.len());
+        front.copy_from_slice(head);
+        rest = tail;
+        for piece in burst.tail(frame) {
+            if rest.is_empty() {
+                break;
+            }
+            let count = piece.read(rest);
+            rest = rest.get_mut(count..).unwrap_or_default();
+        }
+        self.used += HEADER + size;
+        true
+    }
 }
 
 impl CapturePoint {
@@ -140,27 +180,20 @@ impl CapturePoint {
                 continue;
             }
             let size = frame.len().min(wanted.snap_length);
-            match lane.get_or_insert_with(|| self.lane()) {
-                // Never beyond its capacity, so that a worker does not allocate.
-                Some((lane, time)) if lane.capacity() - lane.len() >= HEADER + size => {
-                    lane.extend_from_slice(time);
-                    lane.extend_from_slice(&[direction as u8, reason.map_or(DELIVERED, |reason| reason as u8)]);
-                    lane.extend_from_slice(&(frame.len() as u32).to_ne_bytes());
-                    lane.extend_from_slice(&(size as u32).to_ne_bytes());
-                    copy(burst, frame, size, lane);
-                }
-                _ => {
-                    self.lost.fetch_add(1, Ordering::Relaxed);
-                }
+            let kept = lane.get_or_insert_with(|| self.lane()).as_mut().is_some_and(|(lane, time)| {
+                lane.add(&header(*time, direction, reason, frame.len(), size), burst, frame, size)
+            });
+            if !kept {
+                self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 
     /// A buffer that nobody uses at the moment, and the time.
-    fn lane(&self) -> Option<(SpinGuard<'_, Vec<u8>>, [u8; 8])> {
+    fn lane(&self) -> Option<(SpinGuard<'_, Lane>, u64)> {
         let lane = self.lanes.iter().find_map(|lane| lane.try_lock())?;
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        Some((lane, time.to_ne_bytes()))
+        Some((lane, time))
     }
 
     fn want(&self, options: Option<CaptureOptions>) {
@@ -168,19 +201,15 @@ impl CapturePoint {
     }
 }
 
-/// Appends the first `size` bytes of a frame.
-fn copy(burst: &Burst<'_>, frame: &Frame, size: usize, to: &mut Vec<u8>) {
-    let end = to.len() + size;
-    to.extend_from_slice(frame.head().get(..size).unwrap_or(frame.head()));
-    for piece in burst.tail(frame) {
-        let at = to.len();
-        if at == end {
-            break;
-        }
-        to.resize(end.min(at + piece.len()), 0);
-        piece.read(&mut to[at..]);
-    }
-    to.resize(end, 0);
+/// What a record begins with; see [`parse`].
+fn header(time: u64, direction: Direction, reason: Option<DropReason>, len: usize, size: usize) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(&time.to_ne_bytes());
+    header[8] = direction as u8;
+    header[9] = reason.map_or(DELIVERED, |reason| reason as u8);
+    header[10..14].copy_from_slice(&(len as u32).to_ne_bytes());
+    header[14..].copy_from_slice(&(size as u32).to_ne_bytes());
+    header
 }
 
 /// A running capture of a port. It ends when dropped.
@@ -188,7 +217,7 @@ fn copy(burst: &Burst<'_>, frame: &Frame, size: usize, to: &mut Vec<u8>) {
 pub struct Capture {
     stats: Arc<PortStats>,
     /// A buffer to put in the place of a full one.
-    spare: Vec<u8>,
+    spare: Lane,
 }
 
 impl Capture {
@@ -199,25 +228,25 @@ impl Capture {
             return None;
         }
         point.lost.store(0, Ordering::Relaxed);
-        point.lanes.iter().for_each(|lane| *lane.lock() = buffer());
+        point.lanes.iter().for_each(|lane| *lane.lock() = Lane::new());
         let snap_length = options.snap_length.min(MAX_FRAME);
         point.want(Some(CaptureOptions { snap_length, ..options }));
         point.is_on.store(true, Ordering::Release);
-        Some(Self { stats, spare: buffer() })
+        Some(Self { stats, spare: Lane::new() })
     }
 
     /// Takes the frames that have passed since the last time, in order.
     pub fn drain(&mut self) -> Vec<Captured> {
         let mut frames = Vec::new();
         for lane in &self.stats.capture.lanes {
-            if lane.lock().is_empty() {
+            if lane.lock().used == 0 {
                 continue;
             }
             // For the length of the swap, workers pass this buffer over.
             std::mem::swap(&mut *lane.lock(), &mut self.spare);
-            let mut rest = self.spare.as_slice();
+            let mut rest = self.spare.records();
             frames.extend(std::iter::from_fn(|| parse(&mut rest)));
-            self.spare.clear();
+            self.spare.used = 0;
         }
         frames.sort_by_key(|frame| frame.time_ns);
         frames
@@ -237,13 +266,6 @@ impl Drop for Capture {
         point.lanes.iter().for_each(|lane| drop(std::mem::take(&mut *lane.lock())));
         point.is_taken.store(false, Ordering::Release);
     }
-}
-
-/// An empty buffer whose memory is there already: workers have no time to wait for the kernel to find it.
-fn buffer() -> Vec<u8> {
-    let mut buffer = vec![0xff; LANE];
-    buffer.clear();
-    buffer
 }
 
 /// Takes the first record off.

@@ -156,7 +156,12 @@ fn the_wire_goes_and_comes_under_guests() -> Result<()> {
             rig.wait_up()?;
         }
         rig.near.wait_reachable(0, "10.0.0.2")?;
-        rig.near.check_echo(0, "tcp", "10.0.0.2", &[1 << 20])
+        rig.near.check_echo(0, "tcp", "10.0.0.2", &[1 << 20])?;
+        // Uplinks close their books when an interface is gone.
+        for log in [rig.near.switch()?.log(), rig.far.log()] {
+            ensure!(log.contains("there is no interface up0") && !log.contains("not accounted for"), "{log}");
+        }
+        Ok(())
     })
 }
 
