@@ -122,7 +122,8 @@ fn rate(rounds: usize) -> Result<()> {
             let peer = Peer::start(ours, &space, &pairs, &scratch)?;
             driver.wait_ready()?;
             std::thread::sleep(Duration::from_secs(1));
-            driver.start_circulating(8)?;
+            // All of them fit into either driver's ring: none is lost, or fewer and fewer would circulate.
+            driver.start_circulating(3)?;
             std::thread::sleep(Duration::from_secs(1));
             let received =
                 |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
@@ -133,6 +134,11 @@ fn rate(rounds: usize) -> Result<()> {
             let [user, system] = [0, 1].map(|at| (after[at] - spent[at]) * 1e9 / frames);
             let name = if ours { "sluice" } else { "testpmd" };
             println!("{name:>10} {:>8.3} {user:>16.0} {system:>16.0}", frames / seconds / 1e6);
+            if let Peer::Sluice(switch) = &peer {
+                let dropped = |name| switch.port(name).map(|port| port.0["drops"].clone());
+                let names = ["vm0", "up0", "vm1", "up1"];
+                println!("{:>10} {:?}", "drops", names.into_iter().map(dropped).collect::<Result<Vec<_>>>()?);
+            }
         }
     }
     Ok(())
@@ -191,7 +197,7 @@ fn flap(rounds: usize) -> Result<()> {
     driver.wait_ready()?;
     driver.start_circulating(4)?;
     std::thread::sleep(Duration::from_secs(1));
-    let (mut quiet, mut flapping) = (0.0, 0.0);
+    let mut rates = [Vec::new(), Vec::new()];
     for round in 0..2 * rounds {
         let flaps = AtomicU32::new(0);
         let stop = AtomicBool::new(round % 2 == 0);
@@ -202,20 +208,24 @@ fn flap(rounds: usize) -> Result<()> {
             thread.join().map_err(|_| anyhow::anyhow!("the flapping failed"))??;
             rate
         })?;
-        println!("{} flaps: {:.3} Mpps", flaps.load(Ordering::Relaxed), rate / 1e6);
-        *(if round % 2 == 0 { &mut quiet } else { &mut flapping }) += rate;
+        println!("{:>4} flaps: {:.3} Mpps", flaps.load(Ordering::Relaxed), rate / 1e6);
+        rates[round % 2].push(rate);
     }
-    let up = lab.switch()?.port("up")?;
-    println!("flapping costs {:.1} %; the uplink is {}", (1.0 - flapping / quiet) * 100.0, up.state());
-    println!("{}", lab.switch()?.log_tail().lines().last().unwrap_or_default());
-    Ok(())
+    let [quiet, flapping] = rates.map(median);
+    println!("flapping costs {:.1} % of the median", (1.0 - flapping / quiet) * 100.0);
+    lab.switch()?.wait_port("up", "up")
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).copied().unwrap_or_default()
 }
 
 fn per_second(driver: &mut Testpmd) -> Result<f64> {
     let received =
         |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
     let (before, began) = (received(driver)?, Instant::now());
-    std::thread::sleep(Duration::from_secs(SECONDS));
+    std::thread::sleep(Duration::from_secs(1));
     Ok((received(driver)? - before) as f64 / began.elapsed().as_secs_f64())
 }
 

@@ -87,7 +87,7 @@ impl Rig {
             // A tap of DPDK's, which a bridge joins to the wire. Its driver knows no jumbo frames.
             switch.add_port(&format!("up=dpdk:net_tap0,iface=tap0{trunk}"))?;
             end.run(&format!(
-                "set -e; ip link add join mtu {MTU} type bridge; ip link set join addrgenmode none up
+                "set -e; ip link add join mtu {MTU} type bridge mcast_snooping 0; ip link set join addrgenmode none up
                  for port in tap0 up0; do ip link set $port master join addrgenmode none up; done"
             ))?;
         }
