@@ -147,6 +147,8 @@ enum Driver {
     Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
     Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
     Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
+    #[cfg(feature = "dpdk")]
+    Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -331,6 +333,13 @@ impl Inner {
                 let options = afxdp::Options { mode, queues, replace, busy_poll };
                 AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
             }
+            #[cfg(feature = "dpdk")]
+            PortTarget::Dpdk { device } => {
+                crate::port::dpdk::DpdkPort::start(&config.name, device, config.queues, config.mtu, publisher)
+                    .map(Driver::Dpdk)
+            }
+            #[cfg(not(feature = "dpdk"))]
+            PortTarget::Dpdk { .. } => Err(std::io::ErrorKind::Unsupported.into()),
         }
     }
 

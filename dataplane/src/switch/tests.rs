@@ -419,6 +419,38 @@ fn what_does_not_fit_is_counted() {
 }
 
 #[test]
+fn a_capture_tells_what_became_of_frames() {
+    use crate::capture::{Capture, CaptureOptions, Direction};
+    let down = Port { up: false, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), down]);
+    bench.introduce();
+    let mut captures: Vec<_> = bench
+        .stations
+        .iter()
+        .map(|station| Capture::start(station.stats.clone(), CaptureOptions::default()).unwrap())
+        .collect();
+    let mut seen = |port: usize| {
+        let frames = captures[port].drain().into_iter();
+        frames.map(|frame| (frame.direction, frame.length, frame.drop_reason)).collect::<Vec<_>>()
+    };
+    // One buffer for two frames, a port that is down, and a frame to oneself.
+    bench.post(1, 1, 200);
+    bench.send(
+        0,
+        &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61), frame(mac(2), mac(0), 62), frame(mac(0), mac(0), 63)],
+    );
+    let rx = |len, reason| (Direction::Rx, len, reason);
+    let tx = |len, reason| (Direction::Tx, len, reason);
+    assert_eq!(seen(0), [rx(60, None), rx(61, None), rx(62, None), rx(63, Some(DropReason::SamePort))]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, Some(DropReason::Full))]);
+    assert_eq!(seen(2), [tx(62, Some(DropReason::LinkDown))]);
+    // What one burst has dropped is not said of the next.
+    bench.post(1, 2, 200);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61)]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, None)]);
+}
+
+#[test]
 fn frames_that_are_none_are_dropped_at_the_door() {
     let mut bench = bench(2);
     let mut oversize = frame(mac(1), mac(0), 60);
