@@ -1,6 +1,7 @@
 //! `cargo xtask …`: the only entry point people need.
 
 mod demo;
+mod fuzz;
 mod setup;
 mod stage;
 mod test;
@@ -26,6 +27,8 @@ enum Task {
     },
     /// Boot two guests, let them talk through the switch, and show it.
     Demo(demo::Options),
+    /// Let fuzzers look for inputs that break the switch.
+    Fuzz(fuzz::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
 }
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Task::Setup { check: true } => setup::check(),
         Task::Setup { check: false } => setup::ensure(),
         Task::Demo(options) => demo::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Test(options) => test::run(&options),
     };
     match result {

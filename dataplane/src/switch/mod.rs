@@ -373,7 +373,7 @@ impl Inner {
             worker.mailbox.put(snapshot.clone());
             worker.wake.signal();
         }
-        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.load(Ordering::Acquire) >= snapshot.epoch;
+        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.reached(snapshot.epoch);
         let patience = Instant::now();
         while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
             // A worker is never away for longer than a few bursts.
