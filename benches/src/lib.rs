@@ -1,3 +1,5 @@
 //! Tools for measuring the switch.
 
+pub mod cpu;
 pub mod driver;
+pub mod load;
