@@ -3,3 +3,4 @@
 pub mod cpu;
 pub mod driver;
 pub mod load;
+pub mod suite;

@@ -44,6 +44,11 @@ impl Lab {
             Ok("ovs-tso") => Fabric::Ovs(Ovs::start(true)?),
             _ => Fabric::Sluice(Switch::start(arguments)?),
         };
+        Self::around(fabric)
+    }
+
+    /// A lab around a switch that was started by the caller.
+    pub fn around(fabric: Fabric) -> Result<Self> {
         Ok(Self { guests: Vec::new(), fabric, scratch: Scratch::new("lab")? })
     }
 

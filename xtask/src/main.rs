@@ -1,5 +1,6 @@
 //! `cargo xtask …`: the only entry point people need.
 
+mod bench;
 mod demo;
 mod setup;
 mod stage;
@@ -8,7 +9,7 @@ mod test;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Set up, demonstrate and test Sluice.
+/// Set up, demonstrate, test and measure Sluice.
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 struct Arguments {
@@ -28,6 +29,8 @@ enum Task {
     Demo(demo::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
+    /// Measure the switch beside its peers; writes tables and plots.
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::ensure(),
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
