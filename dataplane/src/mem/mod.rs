@@ -6,6 +6,7 @@
 //! raw copies, never through references.
 
 mod log;
+pub(crate) mod prefetch;
 mod segment;
 
 pub use log::{Log, Marks};

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::mem::GuestMemory;
+use crate::mem::prefetch::{prefetch_read, prefetch_write};
 
 /// A validated range of memory that stays mapped for `'m`.
 #[derive(Debug, Clone, Copy)]
@@ -191,15 +192,15 @@ impl<'m> Wide<'m> {
     /// Asks for the first two cache lines, to read them soon.
     #[inline]
     pub fn prefetch_read(self) {
-        prefetch::<false>(self.segment.ptr.as_ptr());
-        prefetch::<false>(self.segment.ptr.as_ptr().wrapping_add(64));
+        prefetch_read(self.segment.ptr.as_ptr());
+        prefetch_read(self.segment.ptr.as_ptr().wrapping_add(64));
     }
 
     /// Asks for the first two cache lines, to write them soon.
     #[inline]
     pub fn prefetch_write(self) {
-        prefetch::<true>(self.segment.ptr.as_ptr());
-        prefetch::<true>(self.segment.ptr.as_ptr().wrapping_add(64));
+        prefetch_write(self.segment.ptr.as_ptr());
+        prefetch_write(self.segment.ptr.as_ptr().wrapping_add(64));
     }
 
     /// Copies up to `count` of the first bytes to `to`; returns how many. `to` may get [`SLACK`] bytes of anything
@@ -245,23 +246,6 @@ unsafe fn copy_chunks(from: *const u8, to: *mut u8, count: usize) {
         }
         done += CHUNK;
     }
-}
-
-/// Hints that a cache line is wanted soon, to write it or just to read it. Any address will do.
-#[inline(always)]
-fn prefetch<const WRITE: bool>(place: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint: it neither faults nor changes anything. The one for writing has no intrinsic on the
-    // baseline processor, where it does nothing.
-    unsafe {
-        if WRITE {
-            std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags, readonly));
-        } else {
-            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(place.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = place;
 }
 
 /// Storage for the segments of a burst, reused. Between bursts it holds nothing that anyone can reach.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use crate::limits::{BURST, MAX_RING};
+use crate::mem::prefetch::{prefetch_read, prefetch_write};
 use crate::mem::{GuestMemory, Segment, Wide};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
@@ -20,6 +21,9 @@ const NO_NOTIFY: u16 = 1;
 /// Bytes before the rings' elements: flags and index, 16 bits each.
 const RING_HEADER: usize = 4;
 const USED_ELEMENT: usize = 8;
+/// What fits into a cache line of 64 bytes.
+const DESCRIPTORS_PER_LINE: u16 = 4;
+const USED_PER_LINE: usize = 8;
 
 /// A split ring over host pointers.
 #[derive(Debug)]
@@ -259,6 +263,26 @@ impl<'r> SplitWork<'r> {
         self.ring.load(self.ring.avail_element(self.position.next.wrapping_add(taken as u16)))
     }
 
+    /// Asks for what the next burst, from available index `first` on, needs of the ring: the driver's CPU had it last.
+    #[inline]
+    fn foresee(&self, first: u16) {
+        let ring = self.ring;
+        let known = self.position.seen.wrapping_sub(first).min(BURST as u16);
+        // One burst farther, so that reading the elements below does not wait.
+        prefetch_read(ring.avail_element(first.wrapping_add(BURST as u16)));
+        let mut line = u16::MAX;
+        for index in 0..known {
+            let head = ring.load(ring.avail_element(first.wrapping_add(index)));
+            if head / DESCRIPTORS_PER_LINE != line {
+                line = head / DESCRIPTORS_PER_LINE;
+                ring.table.prefetch(head);
+            }
+        }
+        for index in (0..known).step_by(USED_PER_LINE) {
+            prefetch_write(ring.used_element(first.wrapping_add(index)));
+        }
+    }
+
     #[inline]
     fn walk(&self) -> Walk<'r> {
         Walk {
@@ -289,6 +313,7 @@ impl<'r> Work<'r> for SplitWork<'r> {
             ahead.push(head, walk.single(head, &mut hints), self.direction);
         }
         self.position.hints = hints;
+        self.foresee(self.position.next.wrapping_add((self.taken + count) as u16));
         Ok(())
     }
 
