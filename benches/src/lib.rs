@@ -3,4 +3,5 @@
 pub mod cpu;
 pub mod driver;
 pub mod load;
+pub mod pair;
 pub mod suite;

@@ -14,8 +14,9 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
+use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{Error as QueueError, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -252,7 +253,12 @@ fn serve(switch: &Arc<Switch>, port: usize, socket: &str, ended: &AtomicBool) ->
             continue;
         }
         // A guest that hangs up ends this program: it is there for one measurement.
-        return daemon.wait().map_err(|error| anyhow::anyhow!("{error}"));
+        return match daemon.wait() {
+            Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
+                Ok(())
+            }
+            Err(error) => Err(anyhow::anyhow!("{error}")),
+        };
     }
     Ok(())
 }

@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use super::memory::Memory;
 use super::ring::Layout;
+use crate::cpu;
 
 /// Most that it moves at a time, like a switch.
 const BURST: u64 = 32;
@@ -26,6 +28,11 @@ impl End {
         // Nobody has to wake us.
         let flags = layout.used() + if layout.packed { 2 } else { 0 };
         memory.u16(flags).store(1, Ordering::Relaxed);
+        if !layout.packed {
+            for slot in 0..layout.size {
+                memory.u16(layout.used() + 4 + 8 * usize::from(slot)).store(slot, Ordering::Relaxed);
+            }
+        }
         Self { memory, layout, done: 0 }
     }
 
@@ -68,15 +75,44 @@ impl End {
     }
 }
 
-/// Moves what is sent into one ring to the other, for each pair, until told to stop.
-pub(super) fn run(pairs: &mut [(End, End)], stop: &AtomicBool) {
-    while !stop.load(Ordering::Relaxed) {
-        for (from, to) in pairs.iter_mut() {
-            let count = from.waiting().min(to.waiting());
-            if count > 0 {
-                to.finish(count);
-                from.finish(count);
+/// The thread that says so.
+#[derive(Debug)]
+pub(super) struct Loopback {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loopback {
+    /// Starts it on a CPU: each pair is a ring that is sent into, and the one where it arrives.
+    pub(super) fn start(pairs: impl Iterator<Item = (End, End)>, cpu: usize) -> Self {
+        let mut pairs: Vec<_> = pairs.collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            if let Err(error) = cpu::pin(cpu) {
+                eprintln!("the loopback runs on any CPU: {error}");
             }
+            while !stopped.load(Ordering::Relaxed) {
+                pairs.iter_mut().for_each(|(from, to)| pass(from, to));
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Loopback {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
+    }
+}
+
+fn pass(from: &mut End, to: &mut End) {
+    let count = from.waiting().min(to.waiting());
+    if count > 0 {
+        to.finish(count);
+        from.finish(count);
     }
 }

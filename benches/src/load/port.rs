@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::frames::{HEADER, MARK, Mark, STAMP, Stream};
 use super::memory::Memory;
+use super::pace::Pace;
 use super::plan::{Plan, Role};
 use super::ring::{Direction, Layout, Ring};
 
@@ -306,6 +307,43 @@ impl Port {
             sender.ring.reap();
             sender.ring.posted() == sender.ring.reaped()
         })
+    }
+
+    /// Sends what is due by now. What finds no room is left out, and counted.
+    pub(super) fn send_due(&mut self, pace: &mut Pace, now: u64) -> u32 {
+        let due = pace.due(now);
+        if due == 0 {
+            return 0;
+        }
+        let begun = *pace;
+        let sent = self.send(due, |ahead| begun.time_of(ahead));
+        pace.advance(due);
+        self.held_back += due - u64::from(sent);
+        sent
+    }
+
+    /// Sends at most `allowed` frames, as many as the rings have room for; `time` as for [`Sender::send`].
+    pub(super) fn send(&mut self, allowed: u64, time: impl Fn(u64) -> u64) -> u32 {
+        let mut sent = 0;
+        for _ in 0..self.senders.len() {
+            let queues = self.senders.len();
+            let sender = &mut self.senders[self.turn];
+            if u64::from(sender.ring.free()) < (allowed - sent).min(sender.ring.layout().size.into()) {
+                sender.ring.reap();
+            }
+            let count = u64::from(sender.ring.free()).min(allowed - sent);
+            if count > 0 {
+                let before = sent;
+                sender.send(count as u16, |ahead| time(before + ahead));
+                sent += count;
+            }
+            self.turn = (self.turn + 1) % queues;
+            if sent == allowed {
+                break;
+            }
+        }
+        self.sent += sent;
+        sent as u32
     }
 
     /// Counts from here on.

@@ -2,16 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use sluice::worker::stats::Clock;
 use vhost::vhost_user::Frontend;
 
 use super::frontend::{self, Listener};
-use super::loopback::{self, End};
+use super::loopback::{End, Loopback};
 use super::pace::Pace;
 use super::plan::{Plan, Role};
 use super::port::Port;
@@ -79,22 +76,6 @@ fn guests(plan: &Plan) -> Result<Vec<Port>> {
     (0..plan.total_ports()).map(|port| Port::new(plan, port as u16)).collect()
 }
 
-/// A switch that does nothing, on a thread of its own.
-#[derive(Debug)]
-struct Loopback {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Loopback {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 /// Guests with running rings.
 pub struct Generator {
     // Dropped in this order: the switch lets go before memory does.
@@ -159,16 +140,9 @@ impl Generator {
             let layout = if send { port.senders[0].ring.layout() } else { port.receivers[0].ring.layout() };
             End::new(port.memory.clone(), *layout)
         };
-        let mut pairs: Vec<_> = ports.iter().map(|port| (end(port, true), end(&ports[port.peer], false))).collect();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || {
-            if let Err(error) = cpu::pin(cpu) {
-                eprintln!("the loopback runs on any CPU: {error}");
-            }
-            loopback::run(&mut pairs, &stopped);
-        });
-        Ok(Self::new(plan, ports, Vec::new(), Some(Loopback { stop, thread: Some(thread) })))
+        let pairs = ports.iter().map(|port| (end(port, true), end(&ports[port.peer], false)));
+        let loopback = Loopback::start(pairs, cpu);
+        Ok(Self::new(plan, ports, Vec::new(), Some(loopback)))
     }
 
     /// Makes all addresses known, warms up, measures, and waits for the last frames. Runs on the calling thread, which
@@ -353,7 +327,7 @@ impl Generator {
     #[inline]
     fn send(&mut self, index: usize, now: u64) -> u32 {
         if let Some(pace) = &mut self.paces[index] {
-            return send_due(&mut self.ports[index], pace, now);
+            return self.ports[index].send_due(pace, now);
         }
         if self.ports[index].role != Role::Pair {
             return 0;
@@ -368,7 +342,7 @@ impl Generator {
             return 0;
         }
         let stamped = self.plan.latency.is_some();
-        send_some(&mut self.ports[index], allowed, |_| if stamped { now } else { 0 })
+        self.ports[index].send(allowed, |_| if stamped { now } else { 0 })
     }
 
     /// What needs no looking at each time: ports beside, and frames that got lost.
@@ -439,43 +413,6 @@ impl Generator {
             ports: (0..self.ports.len()).map(port).collect(),
         }
     }
-}
-
-/// Sends what is due by now. What finds no room is left out, and counted.
-fn send_due(port: &mut Port, pace: &mut Pace, now: u64) -> u32 {
-    let due = pace.due(now);
-    if due == 0 {
-        return 0;
-    }
-    let begun = *pace;
-    let sent = send_some(port, due, |ahead| begun.time_of(ahead));
-    pace.advance(due);
-    port.held_back += due - u64::from(sent);
-    sent
-}
-
-/// Sends at most `allowed` frames, as many as the rings have room for.
-fn send_some(port: &mut Port, allowed: u64, time: impl Fn(u64) -> u64) -> u32 {
-    let mut sent = 0;
-    for _ in 0..port.senders.len() {
-        let queues = port.senders.len();
-        let sender = &mut port.senders[port.turn];
-        if u64::from(sender.ring.free()) < (allowed - sent).min(sender.ring.layout().size.into()) {
-            sender.ring.reap();
-        }
-        let count = u64::from(sender.ring.free()).min(allowed - sent);
-        if count > 0 {
-            let before = sent;
-            sender.send(count as u16, |ahead| time(before + ahead));
-            sent += count;
-        }
-        port.turn = (port.turn + 1) % queues;
-        if sent == allowed {
-            break;
-        }
-    }
-    port.sent += sent;
-    sent as u32
 }
 
 /// Average length of a frame.
