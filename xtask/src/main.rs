@@ -1,5 +1,6 @@
 //! `cargo xtask …`: the only entry point people need.
 
+mod bench;
 mod demo;
 mod fuzz;
 mod setup;
@@ -9,7 +10,7 @@ mod test;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Set up, demonstrate and test Sluice.
+/// Set up, demonstrate, test and measure Sluice.
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 struct Arguments {
@@ -31,6 +32,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
+    /// Measure the switch beside its peers; writes tables and plots.
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
