@@ -46,6 +46,7 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
             inner.housekeeper.sleep();
             inner.fdb.set_now(began.elapsed().as_secs() as u32);
             inner.fdb.age();
+            inner.end_holds();
             let now: Vec<_> = inner.workers.iter().map(|worker| worker.stats.times()).collect();
             let share = |(new, old): (&(u64, u64), &(u64, u64))| {
                 100.0 * new.0.saturating_sub(old.0) as f64 / new.1.saturating_sub(old.1).max(1) as f64
