@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use proptest::prelude::*;
 use sluice_binding_sidecar::config::Config;
@@ -91,6 +92,29 @@ fn twice_is_once_also_through_kubevirt() {
             assert_eq!(again.matches(&format!("path='{}'", nic.path)).count(), 1);
         }
         assert_eq!(again.matches("rx_queue_size='1024'").count(), nics.len());
+    }
+}
+
+/// Less what KubeVirt itself writes against the schema: empty elements, and a prefix without its declaration.
+#[test]
+fn libvirts_schema_knows_what_we_write() {
+    const SCHEMA: &str = "/usr/share/libvirt/schemas/domain.rng";
+    let xmllint = Command::new("xmllint").arg("--version").output().is_ok();
+    if !xmllint || !Path::new(SCHEMA).exists() {
+        assert!(std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "this needs libvirt-clients");
+        eprintln!("skipped: needs libvirt-clients");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for name in CASES.iter().filter(|name| **name != "commandline") {
+        let mut result = apply(&fs::read_to_string(case(name, "xml")).unwrap(), &nics_of(name)).unwrap();
+        for empty in ["<bios></bios>", "<baseBoard></baseBoard>", "<chassis></chassis>"] {
+            result = result.replace(empty, "");
+        }
+        let file = folder.path().join(name);
+        fs::write(&file, result).unwrap();
+        let output = Command::new("xmllint").args(["--noout", "--relaxng", SCHEMA]).arg(file).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 }
 

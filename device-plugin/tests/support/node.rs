@@ -57,7 +57,9 @@ impl Node {
 
     /// Starts the plugin, with short times, folders that are our own, and these arguments more.
     pub async fn plugin(&self, arguments: &[&str]) -> Plugin {
-        let binary = option_env!("CARGO_BIN_EXE_sluice-device-plugin").expect("other crates have to say where it is");
+        let Some(binary) = option_env!("CARGO_BIN_EXE_sluice-device-plugin") else {
+            panic!("other crates have to say where it is");
+        };
         let owner = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         Plugin::start(self, binary.as_ref(), &[&["--owner", &owner], arguments].concat()).await
     }

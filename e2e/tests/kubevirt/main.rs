@@ -26,18 +26,21 @@ use vm::Vm;
 /// What the two guests are, and where the second one is after it has migrated.
 const ADDRESSES: [&str; 2] = ["10.60.0.1", "10.60.0.2"];
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn vms_get_ports_talk_migrate_and_leave_nothing() -> Result<()> {
+#[test]
+fn vms_get_ports_talk_migrate_and_leave_nothing() -> Result<()> {
     let _turn = machine::exclusive()?;
-    let mut cluster = Cluster::start().await?;
-    let mut vms = Vec::new();
-    let told = match story(&mut cluster, &mut vms).await {
-        Ok(()) => return Ok(()),
-        Err(error) => error,
-    };
-    println!("{told:#}\n{}", cluster.diagnosis());
-    vms.iter().for_each(|vm| println!("{}", vm.pod.diagnosis()));
-    Err(told)
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let mut cluster = Cluster::start().await?;
+        let mut vms = Vec::new();
+        let told = match story(&mut cluster, &mut vms).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        println!("{told:#}\n{}", cluster.diagnosis());
+        vms.iter().for_each(|vm| println!("{}", vm.pod.diagnosis()));
+        Err(told)
+    })
 }
 
 async fn story(cluster: &mut Cluster, vms: &mut Vec<Vm>) -> Result<()> {
