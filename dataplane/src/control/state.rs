@@ -1,7 +1,8 @@
 //! What a switch remembers over a restart: its ports, in a directory of its own.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -56,8 +57,8 @@ struct Table {
 pub struct StateStore {
     dir: PathBuf,
     ports: Vec<PortConfig>,
-    /// Its lock goes when the process does, however that ends.
-    _lock: File,
+    /// Goes when the process does, however that ends, unless another process was given it.
+    lock: File,
 }
 
 impl StateStore {
@@ -69,7 +70,19 @@ impl StateStore {
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
-        let lock = lock(dir)?;
+        Self::read(dir, lock(dir)?)
+    }
+
+    /// As [`StateStore::open`], with the lock that another process hands over, which writes no more.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn adopt(dir: &Path, lock: OwnedFd) -> Result<Self, StateError> {
+        Self::read(dir, lock.into())
+    }
+
+    fn read(dir: &Path, lock: File) -> Result<Self, StateError> {
+        let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         let path = dir.join(TABLE);
         let ports = match fs::read_to_string(&path) {
             Ok(text) => read_table(&text).or_else(|problem| put_aside(&path, &problem)).map_err(unusable)?,
@@ -79,7 +92,20 @@ impl StateStore {
             }
             Err(error) => return Err(unusable(error)),
         };
-        Ok(Self { dir: dir.into(), ports, _lock: lock })
+        Ok(Self { dir: dir.into(), ports, lock })
+    }
+
+    /// The directory, and the lock that makes it ours.
+    pub fn place(&self) -> (&Path, &File) {
+        (&self.dir, &self.lock)
+    }
+
+    /// Leaves our pid in the lock, once it was handed over for good.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn sign(&mut self) -> io::Result<()> {
+        sign(&mut self.lock)
     }
 
     /// The ports written down.
@@ -131,9 +157,14 @@ fn lock(dir: &Path) -> Result<File, StateError> {
         }
         Err(TryLockError::Error(source)) => return Err(unusable(source)),
     }
-    file.set_len(0).map_err(unusable)?;
-    writeln!(file, "{}", std::process::id()).map_err(unusable)?;
+    sign(&mut file).map_err(unusable)?;
     Ok(file)
+}
+
+fn sign(lock: &mut File) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    writeln!(lock, "{}", std::process::id())
 }
 
 /// The ports of a table, or why it cannot be understood.

@@ -37,6 +37,11 @@ impl Log {
         Ok(Self { region: Region::map(file, 0, size, 0, offset)? })
     }
 
+    /// Its file, size and offset.
+    pub fn source(&self) -> Option<(&File, u64, u64)> {
+        self.region.source().map(|(file, offset)| (file, self.region.len, offset))
+    }
+
     /// Pages that there are bits for.
     fn pages(&self) -> u64 {
         self.region.len * 8

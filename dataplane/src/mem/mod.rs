@@ -118,6 +118,12 @@ impl Region {
         Ok(Self { gpa, len, uva, lead: lead as usize, map })
     }
 
+    /// Its file, and where in it the region begins.
+    pub fn source(&self) -> Option<(&File, u64)> {
+        let source = self.map.file_offset()?;
+        Some((source.file(), source.start() + self.lead as u64))
+    }
+
     fn host(&self, offset: u64) -> *mut u8 {
         debug_assert!(offset < self.len);
         self.map.as_ptr().wrapping_add(self.lead + offset as usize)
@@ -250,6 +256,11 @@ impl GuestMemory {
     /// Bytes mapped.
     pub fn bytes(&self) -> u64 {
         self.regions.iter().map(|r| r.len).sum()
+    }
+
+    /// Its regions, by guest physical address.
+    pub fn each_region(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().map(AsRef::as_ref)
     }
 
     /// Number of regions.

@@ -7,6 +7,7 @@ pub mod convert;
 mod drops;
 pub mod fdb;
 pub mod forward;
+mod handover;
 pub mod policer;
 mod report;
 pub mod snapshot;
@@ -21,11 +22,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
+use crate::handover::StatsRecord;
 use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::VhostPort;
+use crate::port::vhost::{Adopted, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
@@ -35,6 +37,8 @@ use snapshot::{Announcement, Plan, PortView, Served, Snapshot};
 use vlan::VlanPolicy;
 
 pub use drops::DropReason;
+pub use handover::HandoverError;
+pub(crate) use handover::{Frozen, Packed, Stations, Taken, news};
 
 /// Why a port was not added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +101,8 @@ struct Tables {
     epoch: u64,
     /// For the next snapshot.
     announcement: Option<Announcement>,
+    /// Workers are shown nothing, since the ports belong to another process.
+    frozen: bool,
 }
 
 /// A place for a port.
@@ -122,8 +128,10 @@ struct Entry {
 /// The kinds of port, running until dropped.
 #[derive(Debug)]
 enum Driver {
-    Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
-    Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
+    Vhost(VhostPort),
+    /// Taken over from another process, and not started yet.
+    Adopted(Box<Adopted>),
+    Tap(TapPort),
     Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
 }
 
@@ -138,15 +146,20 @@ impl Switch {
     /// # Errors
     /// If a thread cannot be started or pinned.
     pub fn start(config: &SwitchConfig) -> std::io::Result<Arc<Self>> {
+        Self::start_with(config, false)
+    }
+
+    fn start_with(config: &SwitchConfig, frozen: bool) -> std::io::Result<Arc<Self>> {
         let cpus = if config.workers.is_empty() { vec![None] } else { config.workers.clone() };
         let workers: Vec<_> = cpus.into_iter().take(MAX_WORKERS).map(WorkerShared::new).collect::<Result<_, _>>()?;
         let inner = Arc::new(Inner {
             fdb: Arc::new(Fdb::new(config.fdb)),
             workers: workers.into_iter().map(Arc::new).collect(),
-            tables: Mutex::default(),
+            tables: Mutex::new(Tables { frozen, ..Tables::default() }),
             stopping: AtomicBool::new(false),
             housekeeper: report::Housekeeper::default(),
         });
+        inner.fdb.set_now(report::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
@@ -168,9 +181,22 @@ impl Switch {
     /// # Errors
     /// [`PortError`]; nothing is left behind then.
     pub fn add_port(&self, config: PortConfig) -> Result<(), PortError> {
+        self.add_with(config, None, Inner::start_driver)
+    }
+
+    /// Adds a port whose driver is made by `start`, to go on with these counts.
+    fn add_with(
+        &self,
+        config: PortConfig,
+        counts: Option<&StatsRecord>,
+        start: impl FnOnce(Arc<Inner>, PortId, &PortConfig, &Arc<PortStats>) -> std::io::Result<Driver>,
+    ) -> Result<(), PortError> {
         let name = config.name.clone();
         let (id, stats) = self.inner.reserve(&config)?;
-        let driver = self.inner.clone().start_driver(id, &config, &stats);
+        if let Some(counts) = counts {
+            stats.restore(counts);
+        }
+        let driver = start(self.inner.clone(), id, &config, &stats);
         let mut tables = lock(&self.inner.tables);
         match driver {
             Ok(driver) => {
@@ -271,14 +297,20 @@ impl Inner {
         }
     }
 
+    /// The way to the workers of a port's driver, which is connecting.
+    fn publisher(self: &Arc<Self>, id: PortId, stats: &Arc<PortStats>) -> Arc<PortPublisher> {
+        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(self), id, stats: stats.clone() });
+        publisher.publish(Link::down(PortState::Connecting, None));
+        publisher
+    }
+
     fn start_driver(
         self: Arc<Self>,
         id: PortId,
         config: &PortConfig,
         stats: &Arc<PortStats>,
     ) -> std::io::Result<Driver> {
-        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
-        publisher.publish(Link::down(PortState::Connecting, None));
+        let publisher = self.publisher(id, stats);
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
                 VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
@@ -307,15 +339,15 @@ impl Inner {
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
-    /// Shows the tables to the workers and waits until all use them.
-    fn publish(&self, tables: &mut Tables) {
+    /// Shows the tables to the workers and waits until all use them. Returns whether they do.
+    fn publish(&self, tables: &mut Tables) -> bool {
         tables.epoch += 1;
-        let announcement = tables.announcement.take();
+        let announcement = if tables.frozen { None } else { tables.announcement.take() };
         let snapshot = match self.snapshot(tables) {
             Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
             Err(e) => {
                 tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
-                return;
+                return false;
             }
         };
         for worker in &self.workers {
@@ -332,10 +364,12 @@ impl Inner {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
+        true
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
-        let ports: Vec<_> = tables.slots.iter().map(Slot::view).collect();
+        let slots = if tables.frozen { &[][..] } else { &tables.slots };
+        let ports: Vec<_> = slots.iter().map(Slot::view).collect();
         let mut networks = vec![Vec::new(); tables.networks.len()];
         for port in ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
             if let Some(members) = networks.get_mut(usize::from(port.network)) {

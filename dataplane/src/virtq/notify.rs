@@ -1,7 +1,7 @@
 //! Event file descriptors: how a ring's two sides wake each other.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,12 @@ impl EventFd {
         let buffer = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: 8 };
         // SAFETY: reads eight bytes into a local; when there is nothing to read it stays as it is.
         unsafe { libc::preadv2(self.0.as_raw_fd(), &buffer, 1, -1, libc::RWF_NOWAIT) };
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

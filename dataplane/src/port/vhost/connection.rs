@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
@@ -15,12 +15,14 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::config::SocketMode;
+use crate::handover::{Fds, VhostRecord};
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
+use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
+use crate::port::vhost::pause::{Orders, Paused};
 use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
-use crate::virtq::notify::EventFd;
 
 /// Pause before each attempt to reach the frontend.
 const RETRY_MS: u16 = 50;
@@ -37,17 +39,24 @@ const STACK: usize = 256 * 1024;
 /// A vhost-user port: the thread that looks after one frontend.
 #[derive(Debug)]
 pub struct VhostPort {
-    stop: Arc<Stop>,
+    orders: Arc<Orders>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// How the thread is told to end, whatever it waits for.
-#[derive(Debug)]
-struct Stop {
-    /// Readable from the moment of the request on.
-    event: EventFd,
-    /// The connection, while there is one; shutting it down ends a wait within a message.
-    stream: Mutex<Option<UnixStream>>,
+/// What a port is started with.
+pub struct Setup {
+    /// Its name.
+    pub name: String,
+    /// The socket that it connects to, or listens on.
+    pub path: PathBuf,
+    /// Which of the two.
+    pub mode: SocketMode,
+    /// Bounds the queue pairs that frames to the guest are spread over.
+    pub queues: Option<u16>,
+    /// What the port is configured to.
+    pub mtu: Option<u16>,
+    /// Its way to the workers.
+    pub publisher: Arc<dyn Publisher>,
 }
 
 impl VhostPort {
@@ -66,27 +75,24 @@ impl VhostPort {
         mtu: Option<u16>,
         publisher: Arc<dyn Publisher>,
     ) -> io::Result<Self> {
-        let stop = Arc::new(Stop { event: EventFd::new()?, stream: Mutex::new(None) });
-        let mut connection = Connection {
-            path,
-            queues,
-            mtu,
-            publisher,
-            stop: stop.clone(),
-            shown: None,
-            failure: None,
-            log: LogGate::default(),
-        };
-        let port = name.to_owned();
-        let run = move || {
+        let setup = Setup { name: name.into(), path, mode, queues, mtu, publisher };
+        Self::spawn(Connection::new(setup, Arc::new(Orders::new()?)), None)
+    }
+
+    fn spawn(mut connection: Connection, session: Option<Session>) -> io::Result<Self> {
+        let (orders, port) = (connection.orders.clone(), connection.name.clone());
+        let thread = thread::Builder::new().name(format!("sl-{port}")).stack_size(STACK);
+        let thread = thread.spawn(move || {
             let _span = tracing::info_span!("vhost-user", port).entered();
-            match mode {
-                SocketMode::Client => connection.run_client(),
-                SocketMode::Server => connection.run_server(),
-            }
-        };
-        let thread = thread::Builder::new().name(format!("sl-{name}")).stack_size(STACK).spawn(run)?;
-        Ok(Self { stop, thread: Some(thread) })
+            connection.run(session);
+        })?;
+        Ok(Self { orders, thread: Some(thread) })
+    }
+
+    /// Has the port's thread stand still between two messages until what this returns is dropped, and say what the
+    /// port consists of. Frames flow on.
+    pub fn pause(&self) -> Paused {
+        self.orders.pause()
     }
 
     /// Ends the thread, whatever it is doing, and waits for it. The port's link is down afterwards.
@@ -95,14 +101,62 @@ impl VhostPort {
 
 impl Drop for VhostPort {
     fn drop(&mut self) {
-        self.stop.event.signal();
-        if let Some(stream) = &*self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            // It fails only if the other side has already hung up.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.orders.end();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread of a vhost-user port panicked");
         }
+    }
+}
+
+/// A port that was handed over by another process, which it does not disturb: nothing is said to the frontend before
+/// [`Adopted::start`], and if this is dropped instead, the other process can go on.
+pub struct Adopted {
+    connection: Connection,
+    session: Option<Session>,
+    listener: Option<(OwnedFd, (u64, u64))>,
+}
+
+impl std::fmt::Debug for Adopted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adopted").field("name", &self.connection.name).finish_non_exhaustive()
+    }
+}
+
+impl Adopted {
+    /// Maps the guest's memory and puts the connection together.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if the record is not what a port can be made of.
+    pub fn new(setup: Setup, record: VhostRecord, fds: &mut Fds) -> Result<Self, AdoptError> {
+        let listener = record.listener.map(|(socket, device, inode)| {
+            let socket = fds.take(socket).ok_or(AdoptError::Descriptor("a listening socket"))?;
+            Ok::<_, AdoptError>((socket, (device, inode)))
+        });
+        let listener = listener.transpose()?.filter(|_| setup.mode == SocketMode::Server);
+        let mut connection = Connection::new(setup, Arc::new(Orders::new()?));
+        let session = record.device.map(|device| Session::adopt(connection.device(), device, fds)).transpose()?;
+        if session.is_none() {
+            connection.show(PortState::Connecting, "taken over without a connection".to_owned());
+        }
+        Ok(Self { connection, session, listener })
+    }
+
+    /// Makes the rings' queues, from where each ring stands now. The workers must not serve them yet.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if a ring cannot go on.
+    pub fn go_on(&self, bases: &[u32]) -> Result<(), AdoptError> {
+        self.session.as_ref().map_or(Ok(()), |session| session.go_on(bases))
+    }
+
+    /// Serves the frontend from now on.
+    ///
+    /// # Errors
+    /// If the process has no thread left.
+    pub fn start(mut self) -> io::Result<VhostPort> {
+        let path = &self.connection.path;
+        self.connection.listener = self.listener.map(|(socket, made)| Listener::adopt(socket, path, made));
+        VhostPort::spawn(self.connection, self.session)
     }
 }
 
@@ -132,11 +186,15 @@ enum Failure {
 }
 
 struct Connection {
+    name: String,
     path: PathBuf,
+    mode: SocketMode,
     queues: Option<u16>,
     mtu: Option<u16>,
     publisher: Arc<dyn Publisher>,
-    stop: Arc<Stop>,
+    orders: Arc<Orders>,
+    /// In server mode, once it could be made.
+    listener: Option<Listener>,
     /// The link as we published it last, unless a device did since.
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
@@ -145,40 +203,48 @@ struct Connection {
 }
 
 impl Connection {
-    fn run_client(&mut self) {
-        loop {
-            match socket::connect(&self.path) {
-                Ok(stream) => self.serve(stream),
-                Err(error) => self.waiting(&error),
-            }
-            if self.stopped(RETRY_MS) {
-                return self.show(PortState::Down, "stopped".to_owned());
-            }
-        }
+    fn new(setup: Setup, orders: Arc<Orders>) -> Self {
+        let Setup { name, path, mode, queues, mtu, publisher } = setup;
+        let (shown, failure, log) = (None, None, LogGate::default());
+        Self { name, path, mode, queues, mtu, publisher, orders, listener: None, shown, failure, log }
     }
 
-    fn run_server(&mut self) {
-        let mut listener = None;
-        loop {
-            listener = listener.or_else(|| Listener::bind(&self.path).map_err(|error| self.waiting(&error)).ok());
-            if let Some(listener) = &listener {
-                self.accept(listener);
+    /// The port's whole life. Begins with a connection if one was handed over.
+    fn run(&mut self, adopted: Option<Session>) {
+        if let Some(session) = adopted {
+            self.serve(|port| port.session(session));
+        }
+        while !self.stopped(0) {
+            match self.mode {
+                SocketMode::Client => match socket::connect(&self.path) {
+                    Ok(stream) => self.connected(stream),
+                    Err(error) => self.waiting(&error),
+                },
+                SocketMode::Server => self.accept(),
             }
             if self.stopped(RETRY_MS) {
-                return self.show(PortState::Down, "stopped".to_owned());
+                break;
             }
         }
+        self.show(PortState::Down, "stopped".to_owned());
     }
 
     /// Waits for a frontend and serves it.
-    fn accept(&mut self, listener: &Listener) {
+    fn accept(&mut self) {
+        if self.listener.is_none() {
+            self.listener = Listener::bind(&self.path).map_err(|error| self.waiting(&error)).ok();
+        }
+        let Some(listener) = &self.listener else { return };
+        let fds = [self.orders.as_raw_fd(), listener.socket.as_raw_fd()];
         self.show(PortState::Connecting, self.told(format!("waiting for a frontend on {}", self.path.display())));
-        if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
+        // Orders are looked at right after this.
+        if !socket::wait(fds, None).is_ok_and(|[_, ready]| ready) {
             return;
         }
-        match listener.socket.accept() {
+        let Some(accepted) = self.listener.as_ref().map(|listener| listener.socket.accept()) else { return };
+        match accepted {
             Ok((stream, _)) => match stream.set_nonblocking(false) {
-                Ok(()) => self.serve(stream),
+                Ok(()) => self.connected(stream),
                 Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
             },
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -186,8 +252,37 @@ impl Connection {
         }
     }
 
+    /// Waits, and obeys orders, for that long at most. Returns whether we are to stop.
     fn stopped(&self, milliseconds: u16) -> bool {
-        socket::wait([self.stop.event.as_raw_fd()], Some(milliseconds)).is_ok_and(|[stop]| stop)
+        self.stopped_in(milliseconds, None)
+    }
+
+    /// As [`Connection::stopped`], within a connection.
+    fn stopped_in(&self, milliseconds: u16, session: Option<(&UnixStream, &Mutex<Device>)>) -> bool {
+        if socket::wait([self.orders.as_raw_fd()], Some(milliseconds)).is_ok_and(|[woken]| woken) {
+            self.orders.obey(|| self.pack(session));
+        }
+        self.orders.ended()
+    }
+
+    /// What the port consists of.
+    fn pack(&self, session: Option<(&UnixStream, &Mutex<Device>)>) -> io::Result<Parcel> {
+        let mut parcel = Parcel::default();
+        if let Some((stream, device)) = session {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            parcel.record.device = Some(device.export(stream.as_fd(), &mut parcel.fds)?);
+            parcel.standing = device.standing();
+        }
+        if let Some(listener) = &self.listener {
+            let (device, inode) = listener.made();
+            parcel.record.listener = Some((parcel.fds.put(listener.socket.as_fd())?, device, inode));
+        }
+        Ok(parcel)
+    }
+
+    /// A device for a new connection.
+    fn device(&self) -> Device {
+        Device::new(self.publisher.clone(), self.queues, self.mtu, self.failure.as_deref())
     }
 
     fn show(&mut self, state: PortState, reason: String) {
@@ -214,16 +309,25 @@ impl Connection {
         }
     }
 
-    /// Serves one frontend until it goes, and cleans up after it.
-    fn serve(&mut self, stream: UnixStream) {
+    /// Serves a frontend that has just connected.
+    fn connected(&mut self, stream: UnixStream) {
         self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.log.pass() {
             tracing::info!(path = %self.path.display(), suppressed, "connected");
         }
+        self.serve(|port| {
+            let device = Arc::new(Mutex::new(port.device()));
+            let handler = BackendReqHandler::from_stream(stream.try_clone()?, device.clone());
+            port.converse(stream, &device, handler)
+        });
+    }
+
+    /// Serves one frontend until it goes, and cleans up after it.
+    fn serve(&mut self, session: impl FnOnce(&Self) -> Result<End, Failure>) {
         self.shown = None;
         // A fault of ours, provoked by this frontend, must cost no more than one of its own.
-        let end = panic::catch_unwind(AssertUnwindSafe(|| self.session(stream))).unwrap_or(Err(Failure::Panicked));
-        *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let end = panic::catch_unwind(AssertUnwindSafe(|| session(self))).unwrap_or(Err(Failure::Panicked));
+        self.orders.connected(None);
         self.publisher.forget_stations();
         self.publisher.stats().clear_fault();
         let (state, reason) = match end {
@@ -238,20 +342,27 @@ impl Connection {
         self.show(state, reason);
     }
 
-    /// The life of one connection. When this returns, workers have let go of its rings and its memory is unmapped.
-    fn session(&mut self, stream: UnixStream) -> Result<End, Failure> {
+    /// The rest of the life of a connection that was handed over.
+    fn session(&self, session: Session) -> Result<End, Failure> {
+        let Session { stream, device, handler, .. } = session;
+        self.converse(stream, &device, handler)
+    }
+
+    /// The life of one connection. When it is over, workers have let go of its rings and its memory is unmapped.
+    fn converse(
+        &self,
+        stream: UnixStream,
+        device: &Mutex<Device>,
+        mut handler: BackendReqHandler<Mutex<Device>>,
+    ) -> Result<End, Failure> {
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
-        let device = Device::new(self.publisher.clone(), self.queues, self.mtu, self.failure.as_deref());
-        let device = Arc::new(Mutex::new(device));
-        let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, device.clone());
+        self.orders.connected(Some(stream.try_clone()?));
         loop {
-            let Some(header) = self.next(&stream)? else {
-                let stopped = self.stopped(0);
-                return Ok(if stopped { End::Stopped } else { End::HungUp });
+            let Some(header) = self.next(&stream, device)? else {
+                return Ok(if self.orders.ended() { End::Stopped } else { End::HungUp });
             };
-            if !answer(header, &stream, &device)? {
+            if !answer(header, &stream, device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
         }
@@ -259,20 +370,20 @@ impl Connection {
 
     /// Waits for a message and returns its header, which stays in the stream. `None` if the frontend has hung up or we
     /// are to stop.
-    fn next(&self, stream: &UnixStream) -> Result<Option<Header>, Failure> {
-        let fds = [self.stop.event.as_raw_fd(), stream.as_raw_fd()];
+    fn next(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
+        let fds = [self.orders.as_raw_fd(), stream.as_raw_fd()];
         loop {
-            let [stop, readable] = socket::wait(fds, None)?;
-            if stop {
+            let [woken, readable] = socket::wait(fds, None)?;
+            if woken && self.stopped_in(0, Some((stream, device))) {
                 return Ok(None);
             }
-            if readable {
-                return self.whole_header(stream);
+            if readable && !woken {
+                return self.whole_header(stream, device);
             }
         }
     }
 
-    fn whole_header(&self, stream: &UnixStream) -> Result<Option<Header>, Failure> {
+    fn whole_header(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
         let mut bytes = [0; HEADER];
         loop {
@@ -287,7 +398,7 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
-            if self.stopped(PARTIAL_MS) {
+            if self.stopped_in(PARTIAL_MS, Some((stream, device))) {
                 return Ok(None);
             }
         }

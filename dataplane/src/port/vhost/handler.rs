@@ -25,7 +25,7 @@ use crate::virtq::RingError;
 use crate::virtq::notify::{EventFd, NotifyError};
 
 /// Vrings of one device.
-const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
+pub(super) const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
 
 /// Shown while the frontend is there and the guest's driver is not.
 const WAITING: &str = "connected; waiting for the guest's driver";
@@ -72,18 +72,18 @@ pub(super) struct Device {
     mtu: Option<u16>,
     /// Shown until the link is up.
     note: String,
-    features: u64,
-    protocol: u64,
-    status: u8,
-    memory: Arc<GuestMemory>,
+    pub(super) features: u64,
+    pub(super) protocol: u64,
+    pub(super) status: u8,
+    pub(super) memory: Arc<GuestMemory>,
     /// Where dirty pages are marked while `LOG_ALL` is among the features.
-    log: Option<Arc<Log>>,
+    pub(super) log: Option<Arc<Log>>,
     /// For frames that come while the guest is logged and its rings are stopped.
     hold: Option<Arc<Hold>>,
     /// As many as have been named so far.
-    rings: Vec<Ring>,
+    pub(super) rings: Vec<Ring>,
     /// The ring that `SET_VRING_NUM`, `_ADDR` or `_BASE` named last; see [`Device::full_index`].
-    focus: usize,
+    pub(super) focus: usize,
     published: Option<Link>,
 }
 
@@ -247,7 +247,7 @@ impl Device {
     }
 
     /// Makes and publishes whatever can run now.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let around = Surroundings { features: self.features, memory: &self.memory, stats: self.publisher.stats() };
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.settle(index, &around);

@@ -29,6 +29,25 @@ pub(super) enum Queue {
     ToGuest(Arc<dyn TxQueue>),
 }
 
+/// Where a ring is.
+#[derive(Debug, Clone)]
+pub enum Standing {
+    /// Where this says, once workers have let go of it.
+    Running(Vring),
+    /// Here.
+    Stopped(u32),
+}
+
+impl Standing {
+    /// The next index, as `GET_VRING_BASE` gives it.
+    pub fn base(&self) -> u32 {
+        match self {
+            Self::Running(vring) => vring.base(),
+            Self::Stopped(base) => *base,
+        }
+    }
+}
+
 /// What a ring needs to know of its device to run.
 pub(super) struct Surroundings<'a> {
     pub(super) features: u64,
@@ -75,6 +94,11 @@ impl Ring {
     /// What workers serve, if it runs.
     pub(super) fn queue(&self) -> Option<&Queue> {
         self.queue.as_ref()
+    }
+
+    /// Where it is.
+    pub(super) fn standing(&self) -> Standing {
+        self.vring.clone().map_or(Standing::Stopped(self.base), Standing::Running)
     }
 
     /// Takes the ring from the workers. They are through with it once a link without it has been published.

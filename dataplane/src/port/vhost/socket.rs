@@ -83,6 +83,16 @@ impl Listener {
         socket.set_nonblocking(true).map_err(SocketError::at(path))?;
         Ok(Self { socket, path: path.to_owned(), made: (meta.dev(), meta.ino()) })
     }
+
+    /// One that another process has made and handed over, with device and inode of its file.
+    pub(super) fn adopt(socket: OwnedFd, path: &Path, made: (u64, u64)) -> Self {
+        Self { socket: socket.into(), path: path.to_owned(), made }
+    }
+
+    /// Device and inode of the socket's file.
+    pub(super) fn made(&self) -> (u64, u64) {
+        self.made
+    }
 }
 
 impl Drop for Listener {
