@@ -12,6 +12,7 @@ use sluice::config::{FileConfig, FileError, PortConfig, SwitchConfig, check_work
 use sluice::control::{About, ControlSocket, Controller, StateStore, serve};
 use sluice::handover::Takeover;
 use sluice::switch::Switch;
+use sluice::virtq::journal::Journal;
 use tokio::runtime::{self, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -66,10 +67,12 @@ fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
     let socket = bound.map_err(Failure::failed)?;
     let metrics = setup.metrics.map(listen).transpose()?;
-    let switch = Switch::start(&setup.switch).map_err(no_workers)?;
+    let switch = Switch::start_frozen(&setup.switch).map_err(no_workers)?;
+    keep_journal(&switch, &store);
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
     let brought_up = controller.bring_up(&setup.file_ports, &setup.argument_ports).map_err(Failure::failed);
     brought_up.inspect_err(|_| switch.stop())?;
+    switch.open();
     Ok(Start { switch, controller, socket, metrics })
 }
 
@@ -90,6 +93,7 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
         (None, _) => None,
     };
     let switch = Switch::start_frozen(&setup.switch).map_err(no_workers)?;
+    keep_journal(&switch, &store);
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
     let (file, arguments) = (&setup.file_ports, &setup.argument_ports);
     controller.adopt(&mut takeover, file, arguments).map_err(Failure::failed)?;
@@ -101,6 +105,14 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
     let group = setup.group.as_deref();
     let socket = ControlSocket::adopt(control, &setup.about.control, group).map_err(Failure::failed)?;
     Ok(Start { switch, controller, socket, metrics })
+}
+
+/// Without it, a crash can double the frames under way, and guests with packed rings have to be reset.
+fn keep_journal(switch: &Switch, store: &StateStore) {
+    match Journal::open(&store.rings()) {
+        Ok(journal) => switch.keep_journal(journal),
+        Err(error) => tracing::warn!("cannot keep the rings' positions in {}: {error}", store.rings().display()),
+    }
 }
 
 fn no_workers(error: std::io::Error) -> Failure {

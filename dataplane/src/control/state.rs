@@ -13,6 +13,7 @@ use crate::config::PortConfig;
 
 const LOCK: &str = "lock";
 const TABLE: &str = "ports.json";
+const RINGS: &str = "rings";
 const VERSION: u32 = 1;
 
 /// Why the state directory cannot be used, in one line for the operator.
@@ -98,6 +99,11 @@ impl StateStore {
     /// The directory, and the lock that makes it ours.
     pub fn place(&self) -> (&Path, &File) {
         (&self.dir, &self.lock)
+    }
+
+    /// The file in which the positions of rings outlive a crash.
+    pub fn rings(&self) -> PathBuf {
+        self.dir.join(RINGS)
     }
 
     /// Leaves our pid in the lock, once it was handed over for good.

@@ -263,6 +263,13 @@ impl GuestMemory {
         self.regions.iter().map(AsRef::as_ref)
     }
 
+    /// Device and inode of the memory file that an address of the frontend's lies in.
+    pub fn file_of_uva(&self, uva: u64) -> Option<(u64, u64)> {
+        let region = self.regions.iter().find(|region| uva.wrapping_sub(region.uva) < region.len)?;
+        let meta = region.source()?.0.metadata().ok()?;
+        Some((meta.dev(), meta.ino()))
+    }
+
     /// Number of regions.
     pub fn regions(&self) -> usize {
         self.regions.len()

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::handover::{FdbRecord, Fds, KindRecord, StatsRecord};
@@ -11,8 +11,16 @@ use crate::port::PortId;
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
 use crate::port::vhost::{Adopted, Paused, Setup, Standing};
+use crate::status::PortState;
 use crate::switch::fdb::Station;
 use crate::switch::{Driver, Inner, PortError, Slot, Switch, lock};
+
+/// For guests that are there at the start to come up, before the first frame is forwarded.
+const COMING_LIMIT: Duration = Duration::from_millis(150);
+/// For them to notice that their link is up.
+const NOTICE: Duration = Duration::from_millis(80);
+/// Between two looks at whether all ports are up.
+const OPEN_PAUSE: Duration = Duration::from_millis(2);
 
 /// Why a switch cannot hand over, or take over.
 #[derive(Debug, thiserror::Error)]
@@ -161,6 +169,32 @@ impl Switch {
     /// As [`Switch::start`].
     pub fn start_frozen(config: &SwitchConfig) -> io::Result<Arc<Self>> {
         Self::start_with(config, true)
+    }
+
+    /// Ends the wait of [`Switch::start_frozen`] for ports whose frontends are there and come up just now. QEMU has shown
+    /// its guest a link that went down and came up, upon which a guest forgets all addresses and asks for them. A question
+    /// that finds the other port down is lost, and so is the answer of a guest that has not noticed its link yet; either is
+    /// repeated only after a second.
+    pub fn open(&self) {
+        let end = Instant::now() + COMING_LIMIT;
+        // Whether some port is about to come up, and whether one is up.
+        let look = || {
+            let tables = lock(&self.inner.tables);
+            let links = tables.slots.iter().filter_map(Slot::view).map(|view| view.link.clone());
+            links.fold((false, false), |(coming, up), link| match link.state {
+                PortState::Connecting => (coming || link.reason.is_none(), up),
+                PortState::Down => (true, up),
+                PortState::Up => (coming, up || link.memory_bytes > 0),
+                PortState::Failed => (coming, up),
+            })
+        };
+        while Instant::now() < end && look().0 {
+            std::thread::sleep(OPEN_PAUSE);
+        }
+        if look().1 {
+            std::thread::sleep(NOTICE);
+        }
+        self.thaw();
     }
 
     /// Adds a port that another process hands over. It does nothing before [`Switch::start_adopted`].

@@ -17,7 +17,7 @@ pub mod vlan;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ use crate::port::tap::TapPort;
 use crate::port::vhost::{Adopted, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
+use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
 use policer::Policers;
@@ -88,6 +89,7 @@ struct Inner {
     tables: Mutex<Tables>,
     stopping: AtomicBool,
     housekeeper: report::Housekeeper,
+    journal: OnceLock<Arc<Journal>>,
 }
 
 /// The ports, as the control side knows them.
@@ -158,6 +160,7 @@ impl Switch {
             tables: Mutex::new(Tables { frozen, ..Tables::default() }),
             stopping: AtomicBool::new(false),
             housekeeper: report::Housekeeper::default(),
+            journal: OnceLock::new(),
         });
         inner.fdb.set_now(report::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
@@ -174,6 +177,13 @@ impl Switch {
         let housekeeper = report::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
+    }
+
+    /// Keeps the positions of all rings in this journal from now on, so that they are exact after a crash. Before ports are
+    /// added.
+    pub fn keep_journal(&self, journal: Arc<Journal>) {
+        // A second one is ignored.
+        let _ = self.inner.journal.set(journal);
     }
 
     /// Adds a port. It connects in the background.
@@ -487,5 +497,13 @@ impl Publisher for PortPublisher {
 
     fn stats(&self) -> &Arc<PortStats> {
         &self.stats
+    }
+
+    fn journal(&self) -> Option<(Arc<Journal>, String)> {
+        let inner = self.inner.upgrade()?;
+        let journal = inner.journal.get()?.clone();
+        let tables = lock(&inner.tables);
+        let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
+        Some((journal, entry.config.name.clone()))
     }
 }

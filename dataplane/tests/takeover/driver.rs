@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -30,7 +30,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Rc<Self> {
         let len = 2 * STRIDE;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         unsafe {
@@ -39,7 +39,7 @@ impl Memory {
             let both = libc::PROT_READ | libc::PROT_WRITE;
             let base = libc::mmap(std::ptr::null_mut(), len, both, libc::MAP_SHARED, file.as_raw_fd(), 0);
             assert_ne!(base, libc::MAP_FAILED);
-            Arc::new(Self { file, len, base: base.cast() })
+            Rc::new(Self { file, len, base: base.cast() })
         }
     }
 
@@ -86,7 +86,7 @@ pub(crate) struct Kind {
 
 /// One ring, from the driver's side.
 pub(crate) struct Ring {
-    memory: Arc<Memory>,
+    memory: Rc<Memory>,
     kind: Kind,
     sends: bool,
     first: usize,
@@ -106,7 +106,7 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    pub(crate) fn new(memory: &Arc<Memory>, index: usize, kind: Kind) -> Self {
+    pub(crate) fn new(memory: &Rc<Memory>, index: usize, kind: Kind) -> Self {
         Self {
             memory: memory.clone(),
             kind,

@@ -83,7 +83,8 @@ impl Bench {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        let program = std::env::var_os("SLUICE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_sluice").into());
+        let mut command = Command::new(program);
         command.env_remove("SLUICE_SOCKET").stdin(Stdio::null()).stdout(Stdio::null());
         // SAFETY: a plain call in the child.
         unsafe {
@@ -165,6 +166,23 @@ impl Bench {
         self.stations.iter().map(|station| station.gap).max().unwrap()
     }
 
+    /// Kills the switch in the midst of traffic and starts another. Returns the time from that until frames flow again in both
+    /// directions.
+    fn crash(&mut self) -> Duration {
+        drop(self.switch.take());
+        let start = Instant::now();
+        self.switch = Some(self.start(&[]));
+        self.connect();
+        let before = self.received();
+        let deadline = Instant::now() + PATIENCE;
+        self.stream_while(|bench| {
+            let now = bench.received();
+            assert!(Instant::now() < deadline, "nothing flows after a crash: {before:?} {now:?}\n{}", bench.log());
+            now[0] == before[0] || now[1] == before[1]
+        });
+        start.elapsed()
+    }
+
     /// Nothing lost, nothing twice.
     fn check_whole(&mut self) {
         let deadline = Instant::now() + PATIENCE;
@@ -220,6 +238,38 @@ fn split_rings_with_event_indices_are_taken_over() {
 fn packed_rings_are_taken_over() {
     takeovers(PACKED, false);
     takeovers(PACKED_CHAINED, false);
+}
+
+/// Frames under way may be lost; none comes twice, none is damaged (which each station checks), and the rings go on.
+fn crashes(kind: Kind, servers: bool) {
+    let _alone = alone();
+    let mut bench = Bench::new(kind, servers);
+    let mut away = Vec::new();
+    for round in 0..12 {
+        away.push(bench.crash());
+        // Not always at the same place of the ring.
+        bench.stream(Duration::from_millis(20 + 7 * round));
+    }
+    away.sort();
+    let lost = bench.stations.each_ref().map(|station| station.lost);
+    println!("{kind:?}: lost {lost:?} in {} crashes, away for {:?} to {:?}", away.len(), away[0], away[11]);
+    assert!(away[6] <= Duration::from_millis(300), "{away:?}");
+    for station in &bench.stations {
+        assert_eq!(station.duplicates, 0);
+        assert!(station.lost <= 12 * 64, "{} of {} lost", station.lost, station.expected);
+    }
+}
+
+#[test]
+fn split_rings_survive_crashes() {
+    crashes(SPLIT, false);
+    crashes(SPLIT_EVENTS, true);
+}
+
+#[test]
+fn packed_rings_survive_crashes() {
+    crashes(PACKED, false);
+    crashes(PACKED_CHAINED, true);
 }
 
 /// What was changed while the switch ran is there, in the new process and on disk, and nobody else can have it.

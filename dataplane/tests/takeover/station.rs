@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ pub(crate) enum Socket {
 pub(crate) struct Station {
     pub(crate) number: u8,
     kind: Kind,
-    memory: Arc<Memory>,
+    memory: Rc<Memory>,
     socket: Socket,
     frontend: Option<Frontend>,
     rx: Ring,

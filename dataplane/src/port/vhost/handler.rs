@@ -248,7 +248,9 @@ impl Device {
 
     /// Makes and publishes whatever can run now.
     pub(super) fn settle(&mut self) {
-        let around = Surroundings { features: self.features, memory: &self.memory, stats: self.publisher.stats() };
+        let journal = self.publisher.journal();
+        let (features, stats) = (self.features, self.publisher.stats());
+        let around = Surroundings { features, memory: &self.memory, journal, stats };
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.settle(index, &around);
         }
@@ -426,6 +428,8 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.publish();
         self.rings[place].freeze();
         self.rings[place].stop();
+        // The frontend will start it from what we say now.
+        self.rings[place].known = true;
         self.publisher.stats().clear_fault();
         self.publish();
         Ok(VhostUserVringState::new(index, self.rings[place].base))
@@ -441,7 +445,10 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.rewire(index, fd, |ring, event| ring.call = event.map(Arc::new))?;
+        self.rewire(index, fd, |ring, event| {
+            ring.call = event.map(Arc::new);
+            ring.remind();
+        })?;
         Ok(())
     }
 

@@ -114,7 +114,7 @@ impl Device {
             return Err(AdoptError::Bounds("the number of rings"));
         }
         for (ring, base) in self.rings.iter_mut().zip(bases) {
-            ring.base = *base;
+            (ring.base, ring.known) = (*base, true);
         }
         self.settle();
         for (ring, before) in self.rings.iter().zip(&record.rings) {
