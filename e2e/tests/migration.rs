@@ -17,9 +17,13 @@ const HELD: usize = 12;
 
 /// `vm1`, the peer; `vm2`, which migrates; and `vm3`, where it migrates to: the same guest on another port.
 fn lab() -> Result<Lab> {
-    let mut lab = Lab::pair()?;
+    lab_with("packed=off")
+}
+
+fn lab_with(properties: &str) -> Result<Lab> {
+    let mut lab = Lab::pair_with(properties)?;
     lab.add_port("vm3", "")?;
-    let nic = Nic::new(&lab.socket("vm3"), &lab::mac(2));
+    let nic = Nic::new(&lab.socket("vm3"), &lab::mac(2)).with(properties);
     lab.guests.push(GuestSpec::new("vm3").nic(nic).incoming().start()?);
     Ok(lab)
 }
@@ -103,13 +107,29 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
     lab::alone(lab, |lab| {
         lab.wait_reachable(0, "10.0.0.2")?;
         let mut all = Vec::new();
-        for (from, to) in [(1, 2), (2, 1), (1, 2)] {
+        // To show it more often: E2E_MIGRATIONS=20.
+        let count = std::env::var("E2E_MIGRATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(3);
+        for (from, to) in [(1, 2), (2, 1)].into_iter().cycle().take(count) {
             all.push(migrate(lab, from, to)?);
         }
         println!("pings lost: {all:?}");
         ensure!(all.iter().all(|&lost| lost <= TOLERATED), "pings lost: {all:?}");
         Ok(())
     })
+}
+
+#[test]
+fn a_guest_with_packed_rings_migrates() -> Result<()> {
+    lab::alone(
+        || lab_with("packed=on"),
+        |lab| {
+            lab.wait_reachable(0, "10.0.0.2")?;
+            ensure!(features(lab, "vm2")?.contains(&json!("RING_PACKED")), "{:?}", features(lab, "vm2")?);
+            let lost = migrate(lab, 1, 2)?;
+            ensure!(lost <= TOLERATED, "{lost} pings lost");
+            Ok(())
+        },
+    )
 }
 
 #[test]

@@ -33,10 +33,14 @@ struct Side {
     view: Arc<PortView>,
 }
 
-fn side(id: u8, len: usize) -> Side {
+fn side(id: u8, len: usize, how: How) -> Side {
     let fail = |e: std::io::Error| -> Driver { panic!("{e}") };
-    let out = Driver::new(1024, Some(&frame(id, 1 - id, len))).unwrap_or_else(fail);
-    let into = Driver::new(1024, None).unwrap_or_else(fail);
+    let mut out = Driver::spread(1024, Some(&frame(id, 1 - id, len)), how.spread).unwrap_or_else(fail);
+    let mut into = Driver::spread(1024, None, how.spread).unwrap_or_else(fail);
+    if how.logged {
+        out.migrate();
+        into.migrate();
+    }
     let stats = Arc::new(PortStats::default());
     let setup = QueueSetup { pair: 0, features: VERSION_1 | MRG_RXBUF, kick: None, call: None, stats: stats.clone() };
     let ring = |driver: &Driver| Vring::new(&driver.config(), driver.memory(), 0).unwrap_or_else(|e| panic!("{e}"));
@@ -58,15 +62,30 @@ fn side(id: u8, len: usize) -> Side {
     Side { out, into, rx, view: Arc::new(view) }
 }
 
+/// How guests are.
+#[derive(Clone, Copy)]
+struct How {
+    /// Their dirty pages are logged.
+    logged: bool,
+    /// Buffers between two that follow each other in a ring.
+    spread: u16,
+}
+
 fn main() {
     let lens = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect::<Vec<usize>>();
+    let migrating = std::env::args().any(|arg| arg == "migrating");
     for len in if lens.is_empty() { vec![64, 512, 1514] } else { lens } {
-        measure(len);
+        measure(len, How { logged: false, spread: 1 });
+        for (name, spread) in [("buffers in a row", 1), ("buffers anywhere", 37)].into_iter().filter(|_| migrating) {
+            let [normal, logged] = [false, true].map(|logged| measure(len, How { logged, spread }));
+            println!("{len:>6} B  {name}: logged {:.0} % of normal", 100.0 * normal / logged);
+        }
     }
 }
 
-fn measure(len: usize) {
-    let mut sides = [side(0, len), side(1, len)];
+/// Returns nanoseconds per frame.
+fn measure(len: usize, how: How) -> f64 {
+    let mut sides = [side(0, len, how), side(1, len, how)];
     let ports = sides.iter().map(|side| Some(side.view.clone())).collect();
     let snapshot =
         Snapshot { epoch: 0, ports, networks: vec![vec![PortId(0), PortId(1)]], plans: Vec::new(), announcement: None };
@@ -101,4 +120,5 @@ fn measure(len: usize) {
         best = best.min(elapsed / f64::from(taken as u32));
     }
     println!("{len:>6} B  {best:6.1} ns/frame  {:6.1} Mpps", 1e3 / best);
+    best
 }

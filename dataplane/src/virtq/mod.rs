@@ -180,6 +180,8 @@ impl Vring {
 }
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod packed_tests;
 #[cfg(test)]
 mod tests;
