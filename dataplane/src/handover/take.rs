@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::PortConfig;
 use crate::handover::VERSION;
@@ -16,6 +16,10 @@ use crate::switch::{HandoverError, PortError, Switch, Taken};
 const ANSWER_LIMIT: Duration = Duration::from_secs(6);
 /// For the old process to be gone after it said so.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// For the kernel to let go of what the old process had, and the pause between attempts.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
+const RELEASE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why nothing was taken over. The old process goes on.
 #[derive(Debug, thiserror::Error)]
@@ -167,8 +171,16 @@ impl Takeover {
     pub fn add_rest(&self, switch: &Switch, config: &PortConfig) -> Result<(), PortError> {
         let same = |old: &Old| old.config.name == config.name && old.config.target == config.target;
         let Some(place) = self.ports.iter().position(same) else { return switch.add_port(config.clone()) };
-        let counts = self.standing.ports.get(place).map(|standing| &standing.stats);
-        switch.add_port_again(config.clone(), counts.unwrap_or(&Default::default()))?;
+        let counts = self.standing.ports.get(place).map(|standing| standing.stats.clone()).unwrap_or_default();
+        let end = Instant::now() + RELEASE_LIMIT;
+        loop {
+            match switch.add_port_again(config.clone(), &counts) {
+                // The kernel lets go of an interface a moment after the process that had it.
+                Err(PortError::Setup(_)) if Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
+                Ok(()) => break,
+                Err(error) => return Err(error),
+            }
+        }
         let of_port = |entry: &&super::FdbRecord| usize::from(entry.3) == place;
         let stations = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port).copied().collect::<Vec<_>>();
         switch.restore_stations(&self.offer.networks, &self.names(), &stations);
