@@ -79,7 +79,7 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
         assert!(taker.hear()["ports"].as_array().unwrap().len() == 2);
     });
     println!("a new process that died: {gap:?}");
-    assert!(gap <= 2 * GAP, "{gap:?}");
+    assert!(gap <= 5 * GAP, "{gap:?}");
     // It falls silent.
     let gap = play(&mut bench, |taker| {
         taker.hear();
