@@ -3,6 +3,7 @@
 mod demo;
 mod setup;
 mod stage;
+mod supply;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,8 @@ enum Task {
     },
     /// Boot two guests, let them talk through the switch, and show it.
     Demo(demo::Options),
+    /// Write the bill of materials of the programs (CycloneDX, JSON).
+    Sbom(supply::sbom::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
 }
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Task::Setup { check: true } => setup::check(),
         Task::Setup { check: false } => setup::ensure(),
         Task::Demo(options) => demo::run(&options),
+        Task::Sbom(options) => supply::sbom::run(&options),
         Task::Test(options) => test::run(&options),
     };
     match result {

@@ -67,6 +67,11 @@ fn stages(options: &Options) -> Vec<Stage> {
             command: cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]),
         },
     ];
+    if cargo(&["deny", "--version"]).output().is_ok_and(|output| output.status.success()) {
+        stages.push(Stage { name: "deny", command: cargo(&["deny", "check", "licenses", "bans", "sources"]) });
+    } else {
+        println!("cargo-deny is not installed; `unit` checks licences, sources and build scripts by itself");
+    }
     if !options.fast {
         let xtask = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
         let mut setup = Command::new(xtask);
