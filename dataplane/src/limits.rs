@@ -69,6 +69,9 @@ pub const MAX_NAME: usize = 64;
 /// Longest name of a network interface, in bytes (`IFNAMSIZ` less its terminator).
 pub const MAX_INTERFACE_NAME: usize = 15;
 
+/// Longest description of a DPDK device, in bytes.
+pub const MAX_DEVICE: usize = 256;
+
 /// Largest VLAN id; 4095 is reserved (IEEE 802.1Q).
 pub const MAX_VLAN: u16 = 4094;
 

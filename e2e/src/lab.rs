@@ -47,6 +47,11 @@ impl Lab {
         Ok(Self { guests: Vec::new(), fabric, scratch: Scratch::new("lab")? })
     }
 
+    /// A lab around a switch that runs already.
+    pub fn around(switch: Switch) -> Result<Self> {
+        Ok(Self { guests: Vec::new(), fabric: Fabric::Sluice(switch), scratch: Scratch::new("lab")? })
+    }
+
     /// Two guests `vm1` and `vm2` with addresses 10.0.0.1 and 10.0.0.2, fd00::1 and fd00::2, ready to talk.
     pub fn pair() -> Result<Self> {
         let mut lab = Self::new(&[])?;

@@ -44,8 +44,19 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 10] =
-    ["errors", "traffic", "isolation", "tap", "testpmd", "idle", "multiqueue", "offloads", "lifecycle", "migration"];
+const SYSTEMS: [&str; 11] = [
+    "errors",
+    "traffic",
+    "isolation",
+    "tap",
+    "testpmd",
+    "idle",
+    "multiqueue",
+    "offloads",
+    "uplink",
+    "lifecycle",
+    "migration",
+];
 
 struct Stage {
     name: &'static str,
@@ -84,8 +95,31 @@ fn stages(options: &Options) -> Vec<Stage> {
             command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
             stages.push(Stage { name, command });
         }
+        if has_dpdk() {
+            stages.extend(dpdk_stages());
+        }
     }
     stages
+}
+
+fn has_dpdk() -> bool {
+    let query = Command::new("pkg-config").args(["--exists", "libdpdk >= 22.11"]).status();
+    query.is_ok_and(|status| status.success())
+}
+
+/// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
+fn dpdk_stages() -> [Stage; 3] {
+    let lint =
+        cargo(&["clippy", "-p", "sluice", "--features", "dpdk", "--all-targets", "--quiet", "--", "-D", "warnings"]);
+    let unit = cargo(&["test", "-p", "sluice", "--features", "dpdk", "--lib", "--bins", "--quiet", "dpdk"]);
+    let mut systems = cargo(&["test", "-p", "e2e", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
+    systems.args(["over_a_wire", "a_network_is_a_vlan"]);
+    systems.env("SLUICE_BIN", "target/debug/sluice").env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
+    [
+        Stage { name: "dpdk-clippy", command: lint },
+        Stage { name: "dpdk", command: unit },
+        Stage { name: "uplink-dpdk", command: systems },
+    ]
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {

@@ -107,6 +107,7 @@ impl Setup {
         let workers = if args.cpus.is_empty() { file.workers } else { args.cpus.into_iter().map(Some).collect() };
         check_workers(&workers).map_err(Failure::Usage)?;
         let mode = args.mode.or(file.mode).unwrap_or_default();
+        let rebalance = args.rebalance.or(file.rebalance).unwrap_or(SwitchConfig::default().rebalance);
         let absolute = |path: PathBuf| std::path::absolute(path).map_err(|error| Failure::Usage(error.to_string()));
         let control = absolute(args.control.or(file.control).unwrap_or_else(|| DEFAULT_CONTROL.into()))?;
         ControlSocket::check_path(&control).map_err(Failure::Usage)?;
@@ -120,6 +121,7 @@ impl Setup {
                 workers,
                 mode,
                 fdb: file.fdb,
+                rebalance,
                 socket_root,
                 kinds: file.kinds,
                 confine_workers: false,

@@ -15,6 +15,7 @@ pub struct QueueCounters {
     frames: AtomicU64,
     bytes: AtomicU64,
     notifications: AtomicU64,
+    ticks: AtomicU64,
 }
 
 impl QueueCounters {
@@ -31,6 +32,17 @@ impl QueueCounters {
         self.notifications.store(self.notifications.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
+    /// Adds time that its worker spent on a burst.
+    #[inline]
+    pub fn spent(&self, ticks: u64) {
+        self.ticks.store(self.ticks.load(Ordering::Relaxed).wrapping_add(ticks), Ordering::Relaxed);
+    }
+
+    /// Time spent on it, in ticks of the workers' clock.
+    pub fn ticks(&self) -> u64 {
+        self.ticks.load(Ordering::Relaxed)
+    }
+
     /// Frames, bytes, notifications.
     pub fn read(&self) -> (u64, u64, u64) {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -38,12 +50,17 @@ impl QueueCounters {
     }
 }
 
+/// Lines of the cache of its own: several workers write to it, while others read what would be beside it.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Apart<T>(T);
+
 /// All counters of a port. They outlive its links.
 #[derive(Debug)]
 pub struct PortStats {
     rx: Box<[QueueCounters]>,
     tx: Box<[QueueCounters]>,
-    drops: [AtomicU64; DropReason::COUNT],
+    drops: Apart<[AtomicU64; DropReason::COUNT]>,
     /// Times the other side connected.
     pub connects: AtomicU64,
     /// Faults of the other side.
@@ -59,7 +76,7 @@ impl Default for PortStats {
         Self {
             rx: counters(),
             tx: counters(),
-            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            drops: Apart(std::array::from_fn(|_| AtomicU64::new(0))),
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
@@ -82,12 +99,12 @@ impl PortStats {
     /// Counts frames dropped.
     #[inline]
     pub fn drop_frames(&self, reason: DropReason, frames: u64) {
-        self.drops[reason as usize].fetch_add(frames, Ordering::Relaxed);
+        self.drops.0[reason as usize].fetch_add(frames, Ordering::Relaxed);
     }
 
     /// Frames dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
-        self.drops[reason as usize].load(Ordering::Relaxed)
+        self.drops.0[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Records a fault, unless there is one: what follows from it is not worth telling. The port serves no frame until

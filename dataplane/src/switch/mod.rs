@@ -3,10 +3,14 @@
 //! This is where the control side and the workers meet. [`Switch`] holds the ports; whenever one changes it builds a
 //! new [`snapshot::Snapshot`], puts it into every worker's mailbox, and waits until all have taken it up.
 
+mod balance;
 pub mod convert;
 mod drops;
 pub mod fdb;
 pub mod forward;
+mod load;
+#[cfg(test)]
+mod load_tests;
 pub mod policer;
 mod report;
 pub mod snapshot;
@@ -46,6 +50,17 @@ pub enum PortError {
     /// There is no such port.
     #[error("no port is named {0}")]
     NotFound(String),
+    /// There is no such worker.
+    #[error("there is no worker {worker}; this switch has {workers}, counted from 0")]
+    NoWorker {
+        /// The worker wanted.
+        worker: usize,
+        /// How many there are.
+        workers: usize,
+    },
+    /// A queue is not pinned by hand.
+    #[error("{0} is not pinned")]
+    NotPinned(String),
     /// Somebody captures its frames already.
     #[error("the frames of port {0} are being captured already")]
     Captured(String),
@@ -87,6 +102,9 @@ struct Inner {
     socket_root: Option<PathBuf>,
     kinds: Option<Vec<String>>,
     housekeeper: report::Housekeeper,
+    loads: Mutex<load::Loads>,
+    /// Move queues by load.
+    rebalance: bool,
 }
 
 /// The ports, as the control side knows them.
@@ -97,6 +115,7 @@ struct Tables {
     order: Vec<String>,
     slots: Vec<Slot>,
     networks: Vec<String>,
+    placement: load::Placement,
     epoch: u64,
     /// For the next snapshot.
     announcement: Option<Announcement>,
@@ -128,6 +147,8 @@ enum Driver {
     Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
     Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
     Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
+    #[cfg(feature = "dpdk")]
+    Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -151,6 +172,8 @@ impl Switch {
             socket_root: config.socket_root.clone(),
             kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
+            loads: Mutex::default(),
+            rebalance: config.rebalance,
         });
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
@@ -310,6 +333,13 @@ impl Inner {
                 let options = afxdp::Options { mode, queues, replace, busy_poll };
                 AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
             }
+            #[cfg(feature = "dpdk")]
+            PortTarget::Dpdk { device } => {
+                crate::port::dpdk::DpdkPort::start(&config.name, device, config.queues, config.mtu, publisher)
+                    .map(Driver::Dpdk)
+            }
+            #[cfg(not(feature = "dpdk"))]
+            PortTarget::Dpdk { .. } => Err(std::io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -319,6 +349,7 @@ impl Inner {
         tables.order.retain(|other| other != name);
         tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
         self.publish(tables);
+        tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain(|known| known.port == entry.id);
         for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
@@ -327,15 +358,15 @@ impl Inner {
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
-    /// Shows the tables to the workers and waits until all use them.
-    fn publish(&self, tables: &mut Tables) {
+    /// Shows the tables to the workers and waits until all use them. `false` if that cannot be.
+    fn publish(&self, tables: &mut Tables) -> bool {
         tables.epoch += 1;
         let announcement = tables.announcement.take();
         let snapshot = match self.snapshot(tables) {
             Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
             Err(e) => {
                 tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
-                return;
+                return false;
             }
         };
         for worker in &self.workers {
@@ -352,6 +383,7 @@ impl Inner {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
+        true
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
@@ -362,19 +394,21 @@ impl Inner {
                 members.push(port.id);
             }
         }
-        let plans = self.plans(&ports)?;
+        let plans = self.plans(tables)?;
         Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
     }
 
     /// Spreads the receive queues over the workers.
-    fn plans(&self, ports: &[Option<Arc<PortView>>]) -> std::io::Result<Vec<Plan>> {
+    fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
         let count = queues.len();
-        for port in ports.iter().flatten() {
+        for (name, entry) in &tables.ports {
+            let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
             for rx in &port.link.rx {
-                let worker = worker_of(port.id, rx.pair, count);
-                let served = Served { port: port.clone(), queue: rx.queue.clone(), armed: AtomicBool::new(false) };
-                queues[worker].push(served);
+                let worker = tables.placement.server(name, port.id, rx.pair, count);
+                if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
+                    plan.push(Served::new(&port, rx));
+                }
             }
         }
         let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
@@ -383,11 +417,6 @@ impl Inner {
         };
         self.workers.iter().zip(queues).map(with_epoll).collect()
     }
-}
-
-/// The worker that serves a receive queue: neighbouring ports and pairs go to different ones.
-fn worker_of(port: PortId, pair: usize, workers: usize) -> usize {
-    (usize::from(port.0) + pair) % workers.max(1)
 }
 
 impl Slot {

@@ -3,6 +3,7 @@
 //! A worker takes up a new [`Snapshot`] between two bursts and acknowledges it; the control side waits for that before
 //! it takes anything away. A worker allocates nothing, logs nothing, and waits for nobody but, in its sleep, for work.
 
+pub mod meter;
 pub mod stats;
 pub mod watchdog;
 
@@ -17,6 +18,7 @@ use crate::switch::forward::Forwarder;
 use crate::switch::snapshot::{Plan, Served, Snapshot};
 use crate::sync::Mailbox;
 use crate::virtq::notify::{EventFd, Pulse};
+use meter::Stage;
 use stats::{Clock, WorkerStats};
 
 /// Event data of a worker's own wake-up in its epoll instance.
@@ -153,6 +155,7 @@ impl Worker<'_> {
         let clock = Clock::start();
         self.shared.stats.begin(&clock);
         let mut idle_since = None;
+        let mut now = clock.ticks();
         while !self.shared.stop.load(Ordering::Relaxed) {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
@@ -163,22 +166,38 @@ impl Worker<'_> {
                 if let Some(announcement) = snapshot.announcement.as_ref().filter(|_| self.id == 0) {
                     self.forwarder.announce(&snapshot, &mut self.storage, announcement);
                 }
+                now = clock.ticks();
             }
             let Some(plan) = snapshot.plans.get(self.id) else { break };
-            let began = clock.ticks();
-            if self.pass(&snapshot, plan) > 0 {
+            let began = now;
+            let frames = self.pass(&snapshot, plan, &clock, &mut now);
+            if frames > 0 {
                 idle_since = None;
-                self.shared.stats.busy(clock.ticks().wrapping_sub(began));
+                self.account(frames, now.wrapping_sub(began));
                 continue;
             }
+            now = clock.ticks();
             let since = *idle_since.get_or_insert(began);
-            if self.may_sleep(clock.ns(began.wrapping_sub(since))) && arm(plan) {
-                self.shared.stats.slept();
+            if self.may_sleep(clock.ns(now.wrapping_sub(since))) && arm(plan) {
                 sleep(plan, &self.shared.wake);
                 idle_since = None;
+                let woken = clock.ticks();
+                self.shared.stats.slept(woken.wrapping_sub(now));
+                now = woken;
             } else {
                 std::hint::spin_loop();
             }
+        }
+    }
+
+    /// A pass over frames is done.
+    #[inline]
+    fn account(&mut self, frames: usize, ticks: u64) {
+        let (probe, copies) = self.forwarder.meters();
+        self.shared.stats.busy(ticks);
+        self.shared.stats.copied(*copies);
+        if let Some(stages) = probe.finish() {
+            self.shared.stats.sampled(frames, stages);
         }
     }
 
@@ -190,9 +209,11 @@ impl Worker<'_> {
         }
     }
 
-    /// Serves every queue once. Returns the number of frames taken.
-    fn pass(&mut self, snapshot: &Snapshot, plan: &Plan) -> usize {
+    /// Serves every queue once. Returns the number of frames taken. `now` is when it begins, and becomes when the last
+    /// burst was done; what lies between two bursts counts for the port of the second one.
+    fn pass(&mut self, snapshot: &Snapshot, plan: &Plan, clock: &Clock, now: &mut u64) -> usize {
         let mut frames = 0;
+        self.forwarder.meters().0.begin(*now);
         for served in &plan.queues {
             if served.port.stats.fault().is_some() {
                 continue;
@@ -201,8 +222,14 @@ impl Worker<'_> {
             match served.queue.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, port, burst)) {
                 Ok(0) => {}
                 Ok(taken) => {
-                    self.shared.stats.burst(taken);
                     frames += taken;
+                    self.shared.stats.burst(taken);
+                    let ended = clock.ticks();
+                    port.stats.rx(served.pair).spent(ended.wrapping_sub(*now));
+                    *now = ended;
+                    let (probe, copies) = self.forwarder.meters();
+                    probe.enter(Stage::Load);
+                    copies.extra += served.copies_in * taken as u64;
                     disarm(served);
                 }
                 Err(fault) => port.stats.set_fault(fault),

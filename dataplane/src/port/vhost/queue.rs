@@ -8,7 +8,7 @@ use virtio_bindings::virtio_net as net;
 
 use crate::frame::{Burst, BurstStorage, Frame};
 use crate::limits::BURST;
-use crate::mem::{Marks, SLACK, Segment, SourceSegment};
+use crate::mem::{Marks, Segment, SourceSegment};
 use crate::port::stats::PortStats;
 use crate::port::{RxQueue, TxQueue};
 use crate::switch::DropReason;
@@ -17,7 +17,8 @@ use crate::virtq::chain::Direction;
 use crate::virtq::notify::EventFd;
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
 use crate::virtq::{Fault, Vring};
-use crate::wire::offload::Offload;
+use crate::wire::offload::{Offload, VirtioNetHdr};
+use crate::worker::meter::Stage;
 
 /// All that is needed to work a ring, but the ring.
 #[derive(Debug, Clone)]
@@ -104,13 +105,14 @@ impl<R: Ring> GuestTx<R> {
         let mut ahead = Ahead::default();
         work.look_ahead(&mut ahead, BURST)?;
         // Frames that are dropped at once leave room in the burst, but the guest's word alone must not keep us here.
-        while taken.chains < BURST && burst.has_room() {
+        while taken.chains < BURST {
             let (chain, loaded) = match work.take_ahead(&ahead) {
                 Some((chain, buffer)) => (chain, burst.load(self.header_len, buffer)),
-                None => match self.gather(work, burst)? {
+                None if burst.has_room() => match self.gather(work, burst)? {
                     Some(gathered) => gathered,
                     None => break,
                 },
+                None => break,
             };
             match loaded {
                 Ok(len) => taken.bytes += len as u64,
@@ -237,9 +239,10 @@ impl<R: Ring> GuestRx<R> {
     ) -> Result<(), Fault> {
         let mut ahead = Ahead::default();
         work.look_ahead(&mut ahead, frames.len())?;
+        let plain = self.header_len == VirtioNetHdr::LEN;
         for (place, &index) in frames.iter().enumerate() {
             let frame = burst.frame(index);
-            if self.put_plain(work, sent, burst, frame, &ahead) {
+            if plain && self.put_plain(work, sent, burst, frame, &ahead) {
                 continue;
             }
             match self.deliver(work, sent, burst, frame, scratch)? {
@@ -247,9 +250,13 @@ impl<R: Ring> GuestRx<R> {
                 // Nothing behind it fits either, most likely, and order is kept.
                 Err(DropReason::Full) => {
                     self.setup.stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
+                    frames[place..].iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Full));
                     break;
                 }
-                Err(reason) => self.setup.stats.drop_frames(reason, 1),
+                Err(reason) => {
+                    self.setup.stats.drop_frames(reason, 1);
+                    scratch.outcomes.dropped(index, reason);
+                }
             }
         }
         Ok(())
@@ -265,25 +272,25 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         ahead: &Ahead<'r>,
     ) -> bool {
-        if self.header_len != 12 || !self.accepts.takes(frame.offload()) {
+        if !self.accepts.takes(frame.offload()) {
             return false;
         }
         let mark = work.mark();
         let Some((chain, buffer)) = work.take_ahead(ahead) else { return false };
-        let len = frame.len() + self.header_len;
-        let (bytes, count) = frame.wire();
-        if len > buffer.segment().len() || !buffer.write(bytes, count) {
+        let len = frame.len() + VirtioNetHdr::LEN;
+        if len > buffer.len() {
             work.rewind(mark);
             return false;
         }
+        let written = buffer.write(frame.wire());
         if !frame.is_whole() {
-            let mut rest = buffer.segment().skip(count);
+            let mut rest = buffer.skip(written);
             for piece in burst.tail(frame) {
                 rest = rest.skip(rest.write_from(*piece));
             }
         }
         if let Some(dirty) = &mut sent.dirty {
-            dirty.segment(buffer.segment(), len + SLACK);
+            dirty.segment(buffer, len);
         }
         work.complete(chain, len as u32);
         sent.frames += 1;
@@ -301,13 +308,14 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         scratch: &mut Scratch,
     ) -> Result<Result<(), DropReason>, Fault> {
-        let Scratch { rebuilt, filled } = scratch;
+        let Scratch { rebuilt, filled, copies, .. } = scratch;
         if self.accepts.takes(frame.offload()) {
             let out = Outgoing { offload: *frame.offload(), head: frame.head(), tail: burst.tail(frame) };
             return self.put(work, sent, filled, out);
         }
         let mut outcome = Ok(Ok(()));
         let converted = rebuilt.convert(burst, frame, self.accepts, |offload, head, payload| {
+            copies.extra += 1;
             let tail = [SourceSegment::from_slice(payload)];
             outcome = self.put(work, sent, filled, Outgoing { offload, head, tail: &tail });
             matches!(outcome, Ok(Ok(())))
@@ -427,18 +435,31 @@ impl<'a, 'm> Source<'a, 'm> {
 
 impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut work = self.ring.lock(Direction::ToGuest);
+        let Some(mut work) = self.ring.lock_in_time(Direction::ToGuest) else {
+            self.setup.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Contended));
+            return Ok(());
+        };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
         let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
         if let Some(dirty) = sent.dirty.take() {
             dirty.finish();
         }
+        scratch.probe.enter(Stage::Publish);
+        scratch.copies.delivered += sent.frames;
+        let mut call = None;
         if work.publish() {
             let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
-            if self.setup.notify(&mut work) {
+            call = self.setup.call.as_ref().filter(|_| work.needs_notification());
+            if call.is_some() {
                 counters.notified();
             }
+        }
+        // The guest that wakes may take our CPU: not while other workers wait for the ring.
+        drop(work);
+        if call.is_some_and(|call| !call.notify()) {
+            self.setup.stats.set_fault(Fault::NotifyBlocked);
         }
         outcome
     }
