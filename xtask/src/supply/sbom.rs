@@ -33,15 +33,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// What the lock file says that packages' archives hash to, by name and version.
 fn checksums(lock: &str) -> BTreeMap<(&str, &str), &str> {
-    let field = |block: &'_ str, key: &str| -> Option<(usize, usize)> {
-        let begin = block.find(&format!("\n{key} = \""))? + key.len() + 5;
-        Some((begin, begin + block[begin..].find('"')?))
-    };
-    let entry = |block| {
-        let text = |key| field(block, key).map(|(begin, end)| &block[begin..end]);
-        Some(((text("name")?, text("version")?), text("checksum")?))
-    };
     lock.split("[[package]]").filter_map(entry).collect()
+}
+
+fn entry(block: &str) -> Option<((&str, &str), &str)> {
+    Some(((field(block, "name")?, field(block, "version")?), field(block, "checksum")?))
+}
+
+fn field<'l>(block: &'l str, key: &str) -> Option<&'l str> {
+    block.split_once(&format!("\n{key} = \""))?.1.split('"').next()
 }
 
 fn describe(metadata: &Value, checksums: &BTreeMap<(&str, &str), &str>) -> Value {
@@ -80,12 +80,13 @@ fn describe(metadata: &Value, checksums: &BTreeMap<(&str, &str), &str>) -> Value
 
 /// What each package needs when it runs: neither for its build nor for its tests.
 fn dependencies(metadata: &Value) -> BTreeMap<&str, Vec<&str>> {
-    let runs = |dependency: &&Value| list(&dependency["dep_kinds"]).iter().any(|kind| kind["kind"].is_null());
-    let node = |node| {
-        let needs = list(&node["deps"]).iter().filter(runs).filter_map(|dependency| dependency["pkg"].as_str());
-        Some((node["id"].as_str()?, needs.collect()))
-    };
     list(&metadata["resolve"]["nodes"]).iter().filter_map(node).collect()
+}
+
+fn node(node: &Value) -> Option<(&str, Vec<&str>)> {
+    let runs = |dependency: &&Value| list(&dependency["dep_kinds"]).iter().any(|kind| kind["kind"].is_null());
+    let needs = list(&node["deps"]).iter().filter(runs).filter_map(|dependency| dependency["pkg"].as_str());
+    Some((node["id"].as_str()?, needs.collect()))
 }
 
 fn component(package: &Package<'_>, checksums: &BTreeMap<(&str, &str), &str>) -> Value {
