@@ -7,6 +7,7 @@ pub mod notify;
 pub mod packed;
 pub mod ring;
 pub mod split;
+mod suppress;
 
 use std::sync::Arc;
 
@@ -57,6 +58,8 @@ faults! {
     MemoryLost = 9, "memory of the guest has gone: its file was truncated, or the host ran out of pages for it; restart the VM";
     /// A write to the notification descriptor had to wait.
     NotifyBlocked = 10, "the frontend made its notification descriptor block; connect it anew";
+    /// Chains whose many buffers hold next to nothing, so that frames cost far more than their bytes.
+    Wasteful = 11, "it takes more than 32768 buffers to receive one burst of frames";
 }
 
 impl Fault {

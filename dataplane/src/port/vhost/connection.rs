@@ -71,17 +71,7 @@ impl VhostPort {
         publisher: Arc<dyn Publisher>,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop { event: EventFd::new()?, stream: Mutex::new(None) });
-        let mut connection = Connection {
-            place: place.into(),
-            queues,
-            mtu,
-            publisher,
-            stop: stop.clone(),
-            shown: None,
-            failure: None,
-            pause: RETRY_MS,
-            log: LogGate::default(),
-        };
+        let mut connection = Connection::new(place.into(), queues, mtu, publisher, stop.clone());
         let port = name.to_owned();
         let run = move || {
             let _span = tracing::info_span!("vhost-user", port).entered();
@@ -111,6 +101,18 @@ impl Drop for VhostPort {
     }
 }
 
+/// Serves one frontend over a connection that is there already, until it hangs up. Returns why the connection failed, if
+/// it did. For fuzzers: there is no thread, and nothing is tried again.
+#[doc(hidden)]
+pub fn serve_once(stream: UnixStream, publisher: Arc<dyn Publisher>) -> Option<String> {
+    let stop = match EventFd::new() {
+        Ok(event) => Arc::new(Stop { event, stream: Mutex::new(None) }),
+        Err(error) => return Some(error.to_string()),
+    };
+    let mut connection = Connection::new(std::path::PathBuf::new().into(), None, None, publisher, stop);
+    connection.session(stream).err().map(|failure| failure.to_string())
+}
+
 /// What a connection ended with.
 enum End {
     /// We were told to stop.
@@ -124,6 +126,8 @@ enum End {
 enum Failure {
     #[error("the frontend sent half a header")]
     HalfHeader,
+    #[error("the frontend does not read our replies")]
+    Unread,
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("{0:?}: {1}")]
@@ -152,6 +156,17 @@ struct Connection {
 }
 
 impl Connection {
+    fn new(
+        place: SocketPlace,
+        queues: Option<u16>,
+        mtu: Option<u16>,
+        publisher: Arc<dyn Publisher>,
+        stop: Arc<Stop>,
+    ) -> Self {
+        let (shown, failure) = (None, None);
+        Self { place, queues, mtu, publisher, stop, shown, failure, pause: RETRY_MS, log: LogGate::default() }
+    }
+
     fn run_client(&mut self) {
         loop {
             match socket::connect(&self.place) {
@@ -186,12 +201,9 @@ impl Connection {
         if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
             return;
         }
-        match listener.socket.accept() {
-            Ok((stream, _)) => match stream.set_nonblocking(false) {
-                Ok(()) => self.serve(stream),
-                Err(error) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
-            },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        match listener.accept() {
+            Ok(Some(stream)) => self.serve(stream),
+            Ok(None) => {}
             Err(error) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
         }
     }
@@ -274,6 +286,10 @@ impl Connection {
                 let stopped = self.stopped(0);
                 return Ok(if stopped { End::Stopped } else { End::HungUp });
             };
+            // The crate would try for ever.
+            if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
+                return Err(Failure::Unread);
+            }
             if !answer(header, &stream, &device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
@@ -308,6 +324,9 @@ impl Connection {
                 // Closed with our replies unread: gone all the same.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    return Err(MessageError::Descriptors.into());
+                }
                 Err(error) => return Err(error.into()),
             }
             if self.stopped(PARTIAL_MS) {

@@ -7,9 +7,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::limits::MAX_SOCKET_PATH;
 use crate::port::vhost::place::{Opened, SocketPlace};
+
+/// Frontends that may wait while we serve one. A port has one frontend, so more are none.
+const BACKLOG: libc::c_int = 8;
 
 /// Why there is no connection, in the operator's terms.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +101,23 @@ impl Listener {
         fs::set_permissions(by_descriptor(&made), fs::Permissions::from_mode(0o660)).map_err(failed())?;
         let meta = made.metadata().map_err(failed())?;
         socket.set_nonblocking(true).map_err(failed())?;
+        // SAFETY: a plain call on a descriptor that is open. If it fails, the queue is as long as it was.
+        unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) };
         Ok(Self { socket, path, _folder: folder.folder, made: (meta.dev(), meta.ino()) })
+    }
+
+    /// The next frontend that has not hung up yet; `None` if there is none. Those that connect and go again must not
+    /// keep the others waiting.
+    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        for _ in 0..=4 * BACKLOG {
+            match self.socket.accept() {
+                Ok((stream, _)) if hung_up(&stream)? => {}
+                Ok((stream, _)) => return stream.set_nonblocking(false).map(|()| Some(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -177,6 +197,16 @@ pub(super) fn wait<const N: usize>(fds: [RawFd; N], milliseconds: Option<u16>) -
         return if error.kind() == io::ErrorKind::Interrupted { Ok([false; N]) } else { Err(error) };
     }
     Ok(polled.map(|polled| polled.revents != 0))
+}
+
+/// Waits until the longest reply can be sent without waiting, or the frontend has hung up. `false` if it cannot be when
+/// the time is over.
+pub(super) fn has_room(stream: &UnixStream, limit: Duration) -> bool {
+    let mut polled = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one local, as the length says.
+    let count = unsafe { libc::poll(&mut polled, 1, limit.as_millis() as libc::c_int) };
+    // A signal cuts it short, and the next message will wait again.
+    count != 0
 }
 
 /// Whether the other side has closed the connection, even if there is something left to read.
@@ -260,6 +290,23 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert!(matches!(bind(&path), Err(SocketError::Foreign(..))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn those_who_left_do_not_keep_others_waiting() {
+        let dir = directory();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path.clone().into()).unwrap();
+        let mut gone = 0;
+        while let Ok(stream) = connect(&path) {
+            drop(stream);
+            gone += 1;
+        }
+        assert!(gone <= BACKLOG + 1, "the queue is short");
+        assert!(listener.accept().unwrap().is_none());
+        let stays = connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some());
+        drop(stays);
     }
 
     #[test]
