@@ -3,7 +3,6 @@
 
 use benches::driver::{BUFFER, Driver};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sluice::mem::{Segment, Wide};
 use std::hint::black_box;
 
 const SLOTS: u64 = 1024;
@@ -17,14 +16,11 @@ fn copy(c: &mut Criterion) {
         group.throughput(Throughput::Bytes(len.into()));
         group.bench_function(BenchmarkId::from_parameter(len), |b| {
             let mut slot = 0;
-            let mut hints = [0; 2];
+            let mut locators = [memories[0].locator(0), memories[1].locator(0)];
             b.iter(|| {
                 slot = (slot + 1) % SLOTS;
                 let at = BUFFERS + slot * BUFFER;
-                let mut segment = |side: usize| -> Option<Segment<'_>> {
-                    Wide::locate(&memories[side], at, len, &mut hints[side]).map(Wide::segment)
-                };
-                let (from, to) = (segment(0).expect("memory"), segment(1).expect("memory"));
+                let [from, to] = locators.each_mut().map(|locator| locator.whole(at, len).expect("memory"));
                 black_box(to.write_from(from.source()))
             });
         });

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod fuzz;
 mod setup;
 mod stage;
 mod test;
@@ -27,6 +28,8 @@ enum Task {
     },
     /// Boot two guests, let them talk through the switch, and show it.
     Demo(demo::Options),
+    /// Let fuzzers look for inputs that break the switch.
+    Fuzz(fuzz::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
     /// Measure the switch beside its peers; writes tables and plots.
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Task::Setup { check: true } => setup::check(),
         Task::Setup { check: false } => setup::ensure(),
         Task::Demo(options) => demo::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
     };

@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::stage::{cargo, must};
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 7] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("qemu-system-x86", "runs the guests"),
     ("busybox-static", "userland of the guests"),
     ("iperf3", "TCP load in the guests"),
@@ -17,6 +17,8 @@ const PACKAGES: [(&str, &str); 7] = [
     ("iproute2", "namespaces and links of the tests on the host"),
     ("dpdk-dev", "dpdk-testpmd, a second guest driver for the tests"),
     ("socat", "console of the demo's guests"),
+    ("tshark", "reads captures, and looks at the frames on a wire"),
+    ("pkg-config", "finds libdpdk, for the tests of the feature dpdk"),
 ];
 /// Only this one has to come from elsewhere on Debian 12.
 const QEMU: &str = "qemu-system-x86";

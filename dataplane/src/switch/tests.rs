@@ -13,6 +13,9 @@ use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{RxEntry, RxQueue};
 use crate::switch::forward::Forwarder;
 use crate::testing::*;
+use crate::virtq::Vring;
+use crate::virtq::chain::Direction;
+use crate::virtq::ring::Ring;
 
 /// A station on a port: a guest that sends and a guest that receives (the two rings of a pair, each with memory of its
 /// own, so that a mix-up shows).
@@ -416,6 +419,38 @@ fn what_does_not_fit_is_counted() {
 }
 
 #[test]
+fn a_capture_tells_what_became_of_frames() {
+    use crate::capture::{Capture, CaptureOptions, Direction};
+    let down = Port { up: false, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), down]);
+    bench.introduce();
+    let mut captures: Vec<_> = bench
+        .stations
+        .iter()
+        .map(|station| Capture::start(station.stats.clone(), CaptureOptions::default()).unwrap())
+        .collect();
+    let mut seen = |port: usize| {
+        let frames = captures[port].drain().into_iter();
+        frames.map(|frame| (frame.direction, frame.length, frame.drop_reason)).collect::<Vec<_>>()
+    };
+    // One buffer for two frames, a port that is down, and a frame to oneself.
+    bench.post(1, 1, 200);
+    bench.send(
+        0,
+        &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61), frame(mac(2), mac(0), 62), frame(mac(0), mac(0), 63)],
+    );
+    let rx = |len, reason| (Direction::Rx, len, reason);
+    let tx = |len, reason| (Direction::Tx, len, reason);
+    assert_eq!(seen(0), [rx(60, None), rx(61, None), rx(62, None), rx(63, Some(DropReason::SamePort))]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, Some(DropReason::Full))]);
+    assert_eq!(seen(2), [tx(62, Some(DropReason::LinkDown))]);
+    // What one burst has dropped is not said of the next.
+    bench.post(1, 2, 200);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61)]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, None)]);
+}
+
+#[test]
 fn frames_that_are_none_are_dropped_at_the_door() {
     let mut bench = bench(2);
     let mut oversize = frame(mac(1), mac(0), 60);
@@ -478,6 +513,61 @@ fn super_packets_pass_whole_or_are_segmented() {
         };
         assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, &frame[54..]).unwrap());
     }
+}
+
+/// The counter that proves one copy: one for what passes as it is, two for what has to be rebuilt.
+#[test]
+fn copies_are_counted_where_they_are_made() {
+    let without = Port { features: VERSION_1 | MRG_RXBUF, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), without]);
+    bench.introduce();
+    let counted = |bench: &mut Bench| {
+        let copies = std::mem::take(bench.forwarder.meters().1);
+        (copies.delivered, copies.extra)
+    };
+    counted(&mut bench);
+    bench.post(1, 20, 4096);
+    bench.post(2, 40, 4096);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 1514)]);
+    assert_eq!(counted(&mut bench), (2, 0));
+    bench.send(0, &[super_packet(20_000, 1448)]);
+    assert_eq!(counted(&mut bench), (1, 0));
+    let mut other = super_packet(20_000, 1448);
+    other[12..18].copy_from_slice(&mac(2).to_be_bytes()[2..]);
+    bench.send(0, &[other]);
+    let segments = 20_000_u64.div_ceil(1448);
+    assert_eq!(counted(&mut bench), (segments, segments));
+}
+
+/// A worker that has lost its CPU in the midst of a burst costs the others one wait, not one for each burst.
+#[test]
+fn a_receiver_that_another_worker_holds_is_not_waited_for() {
+    let mut bench = Bench::new(&[Port::default(), Port::default(), Port::default()]);
+    bench.introduce();
+    bench.post(1, 60, 2048);
+    bench.post(2, 60, 2048);
+    // The same again with a ring that can be held.
+    let guest = &bench.stations[1].into[0];
+    let (Vring::Split(ring), stats) = (guest.ring(), bench.stations[1].stats.clone()) else { panic!("a split ring") };
+    let tx = guest_rx(QueueSetup { stats, ..guest.setup() }, &Vring::Split(ring.clone()));
+    let old = bench.snapshot.ports[1].clone().unwrap();
+    let link = Link { tx: vec![tx], ..(*old.link).clone() };
+    bench.snapshot.ports[1] = Some(Arc::new(PortView { link: Arc::new(link), ..(*old).clone() }));
+
+    let held = ring.try_lock(Direction::ToGuest).unwrap();
+    let begun = Instant::now();
+    for _ in 0..200 {
+        let frames = [frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)];
+        bench.send(0, &frames);
+        assert_eq!(bench.received(2).len(), 1);
+        bench.post(2, 1, 2048);
+        drop(bench.stations[0].out.returned());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!(bench.drops(1, DropReason::Contended), 200);
+    drop(held);
+    bench.send(0, &[frame(mac(1), mac(0), 60)]);
+    assert_eq!((bench.received(1).len(), bench.drops(1, DropReason::Contended)), (1, 200));
 }
 
 #[test]
