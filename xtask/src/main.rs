@@ -39,7 +39,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Setup { check: true } => setup::check(),
-        Task::Setup { check: false } => setup::ensure(),
+        Task::Setup { check: false } => setup::ensure_all(),
         Task::Demo(options) => demo::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Test(options) => test::run(&options),

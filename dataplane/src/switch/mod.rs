@@ -5,6 +5,7 @@
 
 mod balance;
 pub mod convert;
+mod departed;
 mod drops;
 pub mod fdb;
 pub mod forward;
@@ -386,6 +387,11 @@ impl Inner {
         true
     }
 
+    /// Forgets the stations learned behind a port.
+    fn forget_stations(&self, id: PortId) {
+        self.fdb.retain(|entry| entry.port == id && !entry.is_static);
+    }
+
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
         let ports: Vec<_> = tables.slots.iter().map(Slot::view).collect();
         let mut networks = vec![Vec::new(); tables.networks.len()];
@@ -456,9 +462,10 @@ struct PortPublisher {
 }
 
 impl Publisher for PortPublisher {
-    fn publish(&self, link: Link) {
+    fn publish(&self, mut link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
         let mut tables = lock(&inner.tables);
+        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
         let of_port = |entry: &&Entry| entry.id == self.id;
         let Some((config, policers)) =
             tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
@@ -482,13 +489,16 @@ impl Publisher for PortPublisher {
         inner.publish(&mut tables);
         // No worker learns behind the port any more; what is known would only swallow frames.
         if down {
-            self.forget_stations();
+            inner.forget_stations(self.id);
         }
     }
 
     fn forget_stations(&self) {
-        if let Some(inner) = self.inner.upgrade() {
-            inner.fdb.retain(|entry| entry.port == self.id && !entry.is_static);
+        let Some(inner) = self.inner.upgrade() else { return };
+        let holds = |view: Arc<PortView>| view.link.hold.is_some();
+        // Frames for them are held until they are heard elsewhere.
+        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
+            inner.forget_stations(self.id);
         }
     }
 
