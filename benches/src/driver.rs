@@ -27,6 +27,9 @@ pub struct Driver {
     used: u16,
 }
 
+// SAFETY: the mapping is its own, and what the other side sees of it is only accessed by atomic operations.
+unsafe impl Send for Driver {}
+
 impl Driver {
     /// A ring of `size` descriptors, each with a buffer of its own: of `frame` bytes and a header to send, or of
     /// [`BUFFER`] bytes to receive into.

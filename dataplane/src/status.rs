@@ -91,6 +91,8 @@ pub struct QueueStatus {
     pub tx_bytes: u64,
     /// Notifications sent to the guest.
     pub notifications: u64,
+    /// Cycles of the time stamp counter that its worker spent on frames received from it.
+    pub rx_cycles: u64,
 }
 
 /// One entry of the forwarding table.
@@ -132,4 +134,78 @@ pub struct WorkerStatus {
     pub sleeps: u64,
     /// Queues it serves.
     pub queues: usize,
+    /// Frames received in the last second.
+    pub frames_per_second: f64,
+    /// Times it slept in the last second.
+    pub sleeps_per_second: f64,
+    /// Nanoseconds asleep since start.
+    pub asleep_ns: u64,
+    /// Frames written to receivers.
+    pub delivered: u64,
+    /// Times that the payload of one of those was copied.
+    pub copies: u64,
+}
+
+/// A receive queue and its worker.
+#[derive(Debug, Clone, Serialize)]
+pub struct QueueLoadStatus {
+    /// Name of the port.
+    pub port: String,
+    /// Index of the pair.
+    pub queue: usize,
+    /// Worker that serves it.
+    pub worker: usize,
+    /// It is pinned to that worker by hand.
+    pub pinned: bool,
+    /// Share of its worker's time in the last second, in percent.
+    pub load_percent: f64,
+    /// Frames received in the last second.
+    pub frames_per_second: f64,
+}
+
+/// Where the workers' time has gone, in cycles of the time stamp counter since the start.
+#[derive(Debug, Clone, Serialize)]
+pub struct CyclesStatus {
+    /// Cycles per second.
+    pub frequency: f64,
+    /// By worker.
+    pub workers: Vec<WorkerCycles>,
+    /// By port that the frames came from, sorted by name.
+    pub ports: Vec<PortCycles>,
+}
+
+/// Where a worker's time has gone.
+#[derive(Debug, Clone, Serialize)]
+pub struct WorkerCycles {
+    /// Index.
+    pub id: usize,
+    /// Cycles since start.
+    pub up: u64,
+    /// Cycles of passes over its queues that found frames.
+    pub busy: u64,
+    /// Cycles asleep.
+    pub asleep: u64,
+    /// Frames received.
+    pub frames: u64,
+    /// Frames written to receivers.
+    pub delivered: u64,
+    /// Times that the payload of one of those was copied.
+    pub copies: u64,
+    /// Frames of the passes that were timed by stage.
+    pub sampled_frames: u64,
+    /// Cycles of those passes, by stage.
+    pub stages: BTreeMap<&'static str, u64>,
+    /// Bursts by size: place `n` counts those of at most 2^n frames that are not counted before it.
+    pub bursts: Vec<u64>,
+}
+
+/// What a port's frames cost.
+#[derive(Debug, Clone, Serialize)]
+pub struct PortCycles {
+    /// Name of the port.
+    pub name: String,
+    /// Frames received from it.
+    pub frames: u64,
+    /// Cycles spent on them, from taking to delivering.
+    pub cycles: u64,
 }

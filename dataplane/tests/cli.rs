@@ -267,6 +267,59 @@ fn the_switch_tells_about_itself() {
 }
 
 #[test]
+fn workers_are_listed_and_queues_pinned() {
+    let bench = Bench::new();
+    let two = bench.file("[[worker]]\n[[worker]]\n");
+    let two = two.to_str().unwrap();
+    let daemon = bench.start(&["--config", two, "--rebalance", "off", "--port", &bench.spec("vm1")]);
+    let list = bench.text(&["worker", "list"]);
+    let rows: Vec<_> = list.lines().collect();
+    assert!(rows[0].starts_with("WORKER  CPU  MODE ") && rows[2].contains(" 1    -  adaptive "), "{list}");
+    assert!(list.contains("'rebalance' is off"), "{list}");
+    let json = bench.json(&["worker", "list"]);
+    assert_eq!((json["workers"].as_array().unwrap().len(), &json["rebalance"]), (2, &json!(false)));
+
+    assert_eq!(bench.text(&["worker", "pin", "vm1", "1"]), "");
+    assert_eq!(bench.json(&["worker", "pin", "vm1:2", "0"]), json!({ "pinned": "vm1:2", "worker": 0 }));
+    assert_refused(&bench.call(&["worker", "pin", "vm1", "2"]), 2, "there is no worker 2; this switch has 2");
+    assert_refused(&bench.call(&["worker", "pin", "vm2", "1"]), 1, "no port is named vm2");
+    assert_refused(&bench.call(&["worker", "pin", "vm1:x", "1"]), 2, "queue must be a number from 0 to 255");
+    assert_refused(&bench.call(&["worker", "unpin", "vm1:1"]), 1, "vm1:1 is not pinned; see 'sluice worker list'");
+    daemon.stop("TERM");
+
+    // Kept for the next run; a worker that this one lacks is only told about.
+    let daemon = bench.start(&[]);
+    assert!(daemon.log().contains("vm1 is pinned to worker 1, which this run does not have"), "{}", daemon.log());
+    daemon.stop("TERM");
+    let _daemon = bench.start(&["--config", two]);
+    assert_eq!(bench.json(&["worker", "list"])["rebalance"], json!(true));
+    assert_eq!(bench.json(&["worker", "unpin", "vm1"]), json!({ "unpinned": "vm1" }));
+    assert_refused(&bench.call(&["worker", "unpin", "vm1"]), 1, "vm1 is not pinned");
+}
+
+#[test]
+fn cycles_are_told_once_and_again() {
+    let bench = Bench::new();
+    let _daemon = bench.start(&["--port", &bench.spec("vm1")]);
+    let text = bench.text(&["stats", "--cycles"]);
+    for title in ["WORKER ", " BUSY ", " CYCLES/FRAME ", " COPIES/FRAME ", "FROM PORT ", "BURSTS OF ", " GHz"] {
+        assert!(text.contains(title), "{title} is not in\n{text}");
+    }
+    let json = bench.json(&["stats", "--cycles"]);
+    assert_eq!((&json["ports"][0]["name"], &json["workers"][0]["cycles_per_frame"]), (&json!("vm1"), &Value::Null));
+    assert_eq!(json["workers"][0]["bursts"][7], json!({ "up_to": null, "bursts": 0 }));
+    let mut watch = sluice();
+    watch.args(["stats", "--cycles", "--watch", "--interval", "0.1", "--json"]);
+    let mut child = watch.arg("--socket").arg(bench.path("ctl.sock")).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let seconds: Vec<f64> =
+        lines.take(2).map(|line| serde_json::from_str::<Value>(&line).unwrap()["seconds"].as_f64().unwrap()).collect();
+    assert!(seconds.iter().all(|seconds| *seconds > 0.05 && *seconds < 5.0), "{seconds:?}");
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+#[test]
 fn ports_come_back_after_a_restart() {
     let bench = Bench::new();
     let daemon = bench.start(&["--port", &bench.spec("vm1")]);
@@ -386,6 +439,7 @@ fn wrong_words() {
         (&["--port", &long], "the kernel takes at most 107; use a shorter one"),
         (&["--control", &long_path(dir)], "cannot be used multiple times"),
         (&["--foo"], "unknown argument '--foo'; see 'sluice run --help'"),
+        (&["--sandbox", "on"], "sandbox mode must be auto, off or strict"),
         (&["--mode", "fast"], "mode must be adaptive, poll or interrupt"),
         (&["--cpu", "0,0"], "CPU 0 is given twice"),
         (&["--cpu", "x"], "cpu must be a number"),
@@ -414,12 +468,15 @@ fn wrong_files() {
     let cases = [
         (
             "[control]\nsokcet = \"/x\"\n".to_owned(),
-            "sluice.toml:2:1: unknown key `sokcet`, expected `socket` or `group` (in 'sokcet = \"/x\"')",
+            "sluice.toml:2:1: unknown key `sokcet`, expected one of `socket`, `group`, `socket_root` (in 'sokcet = \"/x\"')",
         ),
         ("mode = \"poll\"\n".into(), "sluice.toml:1:1: unknown key `mode`"),
         (format!("{port}vlan = 5000\n"), "sluice.toml:5:8: vlan must be a number from 1 to 4094"),
         (format!("{port}{port}"), "sluice.toml:6:8: port vm1 is given twice"),
         ("[control\n".into(), "sluice.toml:1:9: "),
+        ("[sandbox]\nmode = \"on\"\n".into(), "sluice.toml:2:8: sandbox mode must be auto, off or strict, not 'on'"),
+        ("[sandbox]\nkinds = [\"tap\", \"vhost\"]\n".into(), "sluice.toml:2:9: 'vhost' is no kind of port"),
+        ("[control]\nsocket_root = \"here\"\n".into(), "sluice.toml:2:15: the path must start with '/'"),
     ];
     for (text, expected) in cases {
         let file = bench.file(&text);
@@ -603,6 +660,12 @@ fn metrics_over_http() {
         "sluice_port_state{port=\"vm1\",network=\"default\",state=\"up\"} 0",
         "sluice_fdb_entries{} 0",
         "# TYPE sluice_worker_busy_seconds counter",
+        "sluice_worker_burst_frames_bucket{le=\"32.0\",worker=\"0\"} 0",
+        "sluice_worker_burst_frames_bucket{le=\"+Inf\",worker=\"0\"} 0",
+        "sluice_worker_stage_cycles_total{worker=\"0\",stage=\"deliver\"} 0",
+        "sluice_worker_sampled_frames_total{worker=\"0\"} 0",
+        "sluice_worker_busy_cycles_total{worker=\"0\"} 0",
+        "sluice_worker_copies_total{worker=\"0\",cpu=\"\"} 0",
         "# EOF",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");

@@ -125,7 +125,8 @@ async fn refusals_have_codes_and_change_nothing() {
     assert_eq!(gone.code(), Code::NotFound);
     let none = client.add_port(proto::AddPortRequest::default()).await.unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);
-    let often = client.watch_stats(proto::WatchStatsRequest { interval_ms: 1 }).await.unwrap_err();
+    let often =
+        client.watch_stats(proto::WatchStatsRequest { interval_ms: 1, ..Default::default() }).await.unwrap_err();
     assert_eq!(often.code(), Code::InvalidArgument);
     client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
     assert!(names(&mut client).await.is_empty());
@@ -151,7 +152,7 @@ async fn watching_starts_at_once_and_ends_with_the_switch() {
     let mut client = client(&bench.socket()).await;
     add(&mut client, bench.port("vm1")).await.unwrap();
     let started = Instant::now();
-    let request = proto::WatchStatsRequest { interval_ms: 200 };
+    let request = proto::WatchStatsRequest { interval_ms: 200, ..Default::default() };
     let mut answers = client.watch_stats(request).await.unwrap().into_inner();
     let mut times = Vec::new();
     for _ in 0..3 {
@@ -240,6 +241,46 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
     assert!(table.contains("b=vhost") && !table.contains("old=") && !table.contains("new="), "{table}");
     switch.stop();
+}
+
+/// A bench with one worker: what can be pinned, what is refused, and what is kept.
+#[tokio::test]
+async fn pins_are_checked_and_kept() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    let pin = |port: &str, queue, worker| proto::PinQueueRequest { port: port.into(), queue, worker };
+    let unpin = |port: &str, queue| proto::UnpinQueueRequest { port: port.into(), queue };
+    let kept = || std::fs::read_to_string(bench.dir.path().join("state/pins.json")).unwrap_or_default();
+    client.pin_queue(pin("vm1", None, 0)).await.unwrap();
+    client.pin_queue(pin("vm1", Some(3), 0)).await.unwrap();
+    assert!(kept().contains("\"vm1=0\"") && kept().contains("\"vm1:3=0\""), "{}", kept());
+    let before = kept();
+    for (request, code) in [
+        (pin("vm1", None, 1), Code::InvalidArgument),
+        (pin("vm1", Some(256), 0), Code::InvalidArgument),
+        (pin("vm 1", None, 0), Code::InvalidArgument),
+        (pin("vm2", None, 0), Code::NotFound),
+    ] {
+        let status = client.pin_queue(request).await.unwrap_err();
+        assert_eq!((status.code(), kept()), (code, before.clone()), "{status:?}");
+    }
+    assert_eq!(client.unpin_queue(unpin("vm1", Some(2))).await.unwrap_err().code(), Code::NotFound);
+    client.unpin_queue(unpin("vm1", Some(3))).await.unwrap();
+    assert!(kept().contains("\"vm1=0\"") && !kept().contains("vm1:3"), "{}", kept());
+    // They go with their port.
+    client.remove_port(proto::RemovePortRequest { name: "vm1".into(), owner: None }).await.unwrap();
+    assert!(!kept().contains("vm1"), "{}", kept());
+    assert_eq!(client.unpin_queue(unpin("vm1", None)).await.unwrap_err().code(), Code::NotFound);
+
+    let list = client.list_workers(proto::ListWorkersRequest {}).await.unwrap().into_inner();
+    assert_eq!((list.workers.len(), list.mode.as_str(), list.rebalance, list.queues.len()), (1, "adaptive", true, 0));
+    let stats = async |client: &mut ControlClient<Channel>, cycles| {
+        client.get_stats(proto::GetStatsRequest { cycles }).await.unwrap().into_inner().stats.unwrap()
+    };
+    assert!(stats(&mut client, false).await.cycles.is_none());
+    assert_eq!(stats(&mut client, true).await.cycles.unwrap().workers.len(), 1);
+    bench.stop();
 }
 
 /// An owner manages its ports without stepping on those of others.

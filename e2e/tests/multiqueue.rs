@@ -1,13 +1,23 @@
-//! Guests with several queues.
+//! Guests with several queues, and a switch with two workers.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::lab::{Lab, Shared, mac};
 use e2e::qemu::{GuestSpec, Nic};
+use e2e::scratch::Scratch;
+use e2e::switch::Switch;
+use e2e::wait;
+use serde_json::Value;
 
 const QUEUES: u16 = 4;
 
 static LAB: Shared = Shared::new(|| {
-    let mut lab = Lab::new(&[])?;
+    let scratch = Scratch::new("workers")?;
+    let file = scratch.join("sluice.toml");
+    std::fs::write(&file, "[[worker]]\n[[worker]]\n")?;
+    let mut lab = Lab::new(&["--config", &file.to_string_lossy()])?;
     for number in 1..=2 {
         let nic = Nic::new(&lab.socket(&format!("vm{number}")), &mac(number)).queues(QUEUES);
         lab.add_guest_with(number, "queues=4", GuestSpec::new(&format!("vm{number}")).smp(2).nic(nic))?;
@@ -76,6 +86,71 @@ fn everything_arrives_with_several_queues() -> Result<()> {
             lab.check_echo(1, proto, "10.0.0.1", &[64, 1472, 4096, 65_000])?;
         }
         Ok(())
+    })
+}
+
+/// Numbers of one kind from the workers of an answer.
+fn of_workers(answer: &Value, key: &str) -> Result<Vec<u64>> {
+    let workers = answer["workers"].as_array().context("no workers")?;
+    workers.iter().map(|worker| worker[key].as_u64().with_context(|| format!("no {key} in {worker}"))).collect()
+}
+
+/// Has the queues of a port change their workers until told to stop. Returns how often.
+fn keep_moving(switch: &Switch, stop: &AtomicBool) -> Result<usize> {
+    let mut moves = 0;
+    while !stop.load(Ordering::Relaxed) {
+        for queue in 0..QUEUES {
+            let worker = (moves / usize::from(QUEUES) + usize::from(queue)) % 2;
+            switch.json(&["worker", "pin", &format!("vm1:{queue}"), &worker.to_string()])?;
+            moves += 1;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(moves)
+}
+
+#[test]
+fn queues_move_between_workers_under_traffic() -> Result<()> {
+    LAB.test(|lab| {
+        let switch = lab.switch()?;
+        for guest in &lab.guests {
+            guest.run("ethtool -L eth0 combined 4")?;
+        }
+        lab.wait_reachable(0, "10.0.0.2")?;
+        let served = of_workers(&switch.json(&["worker", "list"])?, "queues")?;
+        ensure!(served == [4, 4], "queues of the workers: {served:?}");
+
+        let stop = AtomicBool::new(false);
+        let (traffic, moves) = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| keep_moving(switch, &stop));
+            let traffic = lab
+                .iperf(0, 1, 3, "-P 4")
+                .and_then(|rate| lab.check_echo(0, "tcp", "10.0.0.2", &[65_000; 4]).map(|()| rate))
+                .and_then(|rate| lab.check_frames(0, 1, 7, &(60..=1514).step_by(7).collect::<Vec<_>>()).map(|()| rate));
+            stop.store(true, Ordering::Relaxed);
+            (traffic, mover.join())
+        });
+        let moves = moves.map_err(|_| anyhow::anyhow!("the mover panicked"))??;
+        println!("{:.0} Mbit/s over {moves} pins", traffic?);
+        ensure!(moves > 20, "only {moves} moves");
+
+        let list = switch.json(&["worker", "list"])?;
+        let queues = list["queues"].as_array().context("no queues")?;
+        let pinned = |port: &str| queues.iter().filter(|q| q["port"] == port && q["pinned"] == true).count();
+        ensure!((pinned("vm1"), pinned("vm2")) == (4, 0), "{list}");
+        switch.json(&["worker", "unpin", "vm1"])?;
+        // Both guests take super-packets, so no payload was copied twice.
+        let answer = switch.json(&["stats", "--cycles"])?;
+        let (frames, delivered) = (of_workers(&answer, "frames")?, of_workers(&answer, "delivered")?);
+        ensure!(frames.iter().chain(&delivered).all(|count| *count > 100), "{answer}");
+        let workers = answer["workers"].as_array().context("no workers")?;
+        ensure!(workers.iter().all(|worker| worker["copies_per_frame"] == 1.0), "{answer}");
+        ensure!(workers.iter().all(|worker| worker["cycles_per_frame"].as_f64() > Some(10.0)), "{answer}");
+        wait::until_true("the workers to be idle", Duration::from_secs(10), || {
+            let list = switch.json(&["worker", "list"])?;
+            let workers = list["workers"].as_array().context("no workers")?;
+            Ok(workers.iter().all(|worker| worker["busy_percent"].as_f64() < Some(5.0)))
+        })
     })
 }
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use sluice::capture::filter::Filter;
-use sluice::config::{PortConfig, PortText, WorkerMode, parse_cpu};
+use sluice::config::{PortConfig, PortQueue, PortText, WorkerMode, parse_cpu, parse_switch, parse_worker};
+use sluice::sandbox::SandboxMode;
 
 /// Where the control socket is unless said otherwise.
 pub(crate) const DEFAULT_CONTROL: &str = "/run/sluice/control.sock";
@@ -64,6 +65,9 @@ pub(crate) enum Command {
     /// Show and flush the forwarding table
     #[command(subcommand)]
     Fdb(FdbCommand),
+    /// Show workers and their load, and pin queues to them
+    #[command(subcommand)]
+    Worker(WorkerCommand),
     /// Show counters, once or as rates
     Stats(StatsArgs),
     /// Show the switch and its workers
@@ -89,9 +93,19 @@ pub(crate) struct RunArgs {
     /// How workers wait: adaptive, poll or interrupt [default: adaptive]
     #[arg(long)]
     pub(crate) mode: Option<WorkerMode>,
+    /// Move queues from busy workers to idle ones [default: on]
+    #[arg(long, value_name = "on|off", value_parser = |text: &str| parse_switch("rebalance", text))]
+    pub(crate) rebalance: Option<bool>,
     /// Control socket [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
+    /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_root: Option<PathBuf>,
+    /// How much the process gives up once it has started: auto (what the kernel can do), strict (all, or it does not
+    /// start) or off [default: auto]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) sandbox: Option<SandboxMode>,
     /// Where to keep the ports [default: /var/lib/sluice]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
@@ -150,8 +164,29 @@ pub(crate) enum FdbCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkerCommand {
+    /// List the workers, and the queues they serve with their load
+    List,
+    /// Have a worker serve a queue, or all queues of a port, whatever the load; for later runs, too
+    Pin {
+        #[arg(value_name = "PORT[:QUEUE]")]
+        queue: PortQueue,
+        #[arg(value_parser = parse_worker)]
+        worker: usize,
+    },
+    /// Let load decide again
+    Unpin {
+        #[arg(value_name = "PORT[:QUEUE]")]
+        queue: PortQueue,
+    },
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct StatsArgs {
+    /// Show where the workers' time goes: cycles per frame by stage and port, sizes of bursts, copies
+    #[arg(long)]
+    pub(crate) cycles: bool,
     /// Show rates, again and again
     #[arg(long)]
     pub(crate) watch: bool,

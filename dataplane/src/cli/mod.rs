@@ -9,6 +9,7 @@ use clap::{CommandFactory, FromArgMatches};
 mod args;
 mod capture;
 mod client;
+mod cycles;
 mod fdb;
 mod output;
 mod pcapng;
@@ -16,6 +17,7 @@ mod port;
 mod run;
 mod stats;
 mod status;
+mod worker;
 
 use args::{Cli, Command};
 
@@ -68,6 +70,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Run(args) => run::run(args, json),
         Command::Port(command) => port::run(command, socket, json),
         Command::Fdb(command) => fdb::run(command, socket, json),
+        Command::Worker(command) => worker::run(command, socket, json),
         Command::Stats(args) => stats::run(&args, socket, json),
         Command::Status => status::run(socket, json),
         Command::Capture(args) => capture::run(&args, socket, json),

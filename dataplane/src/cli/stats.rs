@@ -8,6 +8,7 @@ use sluice_proto::sluice::v1 as proto;
 use super::Failure;
 use super::args::StatsArgs;
 use super::client::{Client, refused, with_client};
+use super::cycles::Report;
 use super::output::{emit, emit_json, emit_json_line, table};
 
 /// Moves a terminal's cursor home and clears the screen.
@@ -15,11 +16,15 @@ const CLEAR: &str = "\x1b[H\x1b[2J";
 
 pub(crate) fn run(args: &StatsArgs, socket: &Path, json: bool) -> Result<(), Failure> {
     if args.watch {
-        return with_client(socket, async |client| watch(client, args.interval, json).await);
+        return with_client(socket, async |client| watch(client, args, json).await);
     }
-    let request = proto::GetStatsRequest {};
+    let request = proto::GetStatsRequest { cycles: args.cycles };
     let call = async |mut client: Client| client.get_stats(request).await.map_err(refused);
     let stats = with_client(socket, call)?.into_inner().stats.unwrap_or_default();
+    if args.cycles {
+        let report = Report::new(&proto::Cycles::default(), &stats.cycles.unwrap_or_default());
+        return if json { emit_json(&report) } else { emit(&report.describe()) };
+    }
     if json { emit_json(&stats) } else { emit(&totals(&stats)) }
 }
 
@@ -44,14 +49,22 @@ fn totals(stats: &proto::Stats) -> String {
     text
 }
 
-async fn watch(mut client: Client, interval_ms: u32, json: bool) -> Result<(), Failure> {
-    let request = proto::WatchStatsRequest { interval_ms };
+async fn watch(mut client: Client, args: &StatsArgs, json: bool) -> Result<(), Failure> {
+    let request = proto::WatchStatsRequest { interval_ms: args.interval, cycles: args.cycles };
     let mut answers = client.watch_stats(request).await.map_err(refused)?.into_inner();
     let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
     let mut before: Option<proto::Stats> = None;
     while let Some(answer) = answers.message().await.map_err(refused)? {
         let now = answer.stats.unwrap_or_default();
-        if json {
+        if args.cycles {
+            let cycles = |stats: &proto::Stats| stats.cycles.clone().unwrap_or_default();
+            let report = before.as_ref().map(|before| Report::new(&cycles(before), &cycles(&now)));
+            match report {
+                Some(report) if json => emit_json_line(&report)?,
+                Some(report) => emit(&format!("{clear}{}\n", report.describe()))?,
+                None => {}
+            }
+        } else if json {
             emit_json_line(&now)?;
         } else if let Some(before) = &before {
             emit(&format!("{clear}{}\n", rates(before, &now)))?;
@@ -114,7 +127,7 @@ mod tests {
             drops: [("full".to_owned(), full), ("runt".into(), 0)].into(),
             ..Default::default()
         };
-        proto::Stats { time_ns, ports: vec![port], workers: Vec::new() }
+        proto::Stats { time_ns, ports: vec![port], ..Default::default() }
     }
 
     #[test]

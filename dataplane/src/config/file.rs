@@ -10,8 +10,9 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use toml::Spanned;
 
-use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu};
+use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu, parse_switch};
 use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
+use crate::sandbox::{SandboxMode, parse_kinds};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,14 +21,22 @@ pub struct FileConfig {
     pub control: Option<PathBuf>,
     /// `[control] group`: name or number of the group that may use the control socket.
     pub group: Option<String>,
+    /// `[control] socket_root`: folder that the sockets of all vhost-user ports have to be in.
+    pub socket_root: Option<PathBuf>,
     /// `[state] dir`.
     pub state: Option<PathBuf>,
+    /// `[sandbox] mode`.
+    pub sandbox: Option<SandboxMode>,
+    /// `[sandbox] kinds`: kinds of port that can be added.
+    pub kinds: Option<Vec<String>>,
     /// `[metrics] listen`; metrics are off without it.
     pub metrics: Option<SocketAddr>,
     /// `[switch] mode`.
     pub mode: Option<WorkerMode>,
     /// `[switch] fdb_entries`, `fdb_per_port` and `fdb_age_seconds`.
     pub fdb: FdbConfig,
+    /// `[switch] rebalance`.
+    pub rebalance: Option<bool>,
     /// One for each `[[worker]]`; `None` is a worker without `cpu`.
     pub workers: Vec<Option<usize>>,
     /// One for each `[[port]]`.
@@ -113,6 +122,7 @@ impl Wrong {
 struct Sections {
     control: ControlSection,
     state: StateSection,
+    sandbox: SandboxSection,
     metrics: MetricsSection,
     switch: SwitchSection,
     worker: Vec<WorkerSection>,
@@ -124,12 +134,20 @@ struct Sections {
 struct ControlSection {
     socket: Option<Spanned<Word>>,
     group: Option<Word>,
+    socket_root: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct StateSection {
     dir: Option<Spanned<Word>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SandboxSection {
+    mode: Option<Spanned<Word>>,
+    kinds: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -145,6 +163,7 @@ struct SwitchSection {
     fdb_entries: Option<Spanned<Word>>,
     fdb_per_port: Option<Spanned<Word>>,
     fdb_age_seconds: Option<Spanned<Word>>,
+    rebalance: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -184,6 +203,9 @@ struct PortSection {
 impl Sections {
     fn check(self) -> Result<FileConfig, Wrong> {
         let mode = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
+        let rebalance = |word: &Spanned<Word>| at(word, parse_switch("rebalance", &word.as_ref().0));
+        let sandbox = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
+        let kinds = |word: &Spanned<Word>| at(word, parse_kinds(&word.as_ref().0));
         let listen = |word: &Spanned<Word>| {
             let text = &word.as_ref().0;
             at(word, text.parse().map_err(|_| format!("listen must be like 127.0.0.1:9090, not '{text}'")))
@@ -191,10 +213,14 @@ impl Sections {
         Ok(FileConfig {
             control: self.control.socket.as_ref().map(absolute).transpose()?,
             group: self.control.group.map(|word| word.0),
+            socket_root: self.control.socket_root.as_ref().map(absolute).transpose()?,
             state: self.state.dir.as_ref().map(absolute).transpose()?,
+            sandbox: self.sandbox.mode.as_ref().map(sandbox).transpose()?,
+            kinds: self.sandbox.kinds.as_ref().map(kinds).transpose()?,
             metrics: self.metrics.listen.as_ref().map(listen).transpose()?,
             mode: self.switch.mode.as_ref().map(mode).transpose()?,
             fdb: self.switch.fdb()?,
+            rebalance: self.switch.rebalance.as_ref().map(rebalance).transpose()?,
             workers: check_worker_sections(&self.worker)?,
             ports: check_port_sections(&self.port)?,
         })
@@ -363,6 +389,7 @@ mod tests {
             fdb_entries = 1000
             fdb_per_port = 10
             fdb_age_seconds = 60
+            rebalance = false
             [[worker]]
             cpu = 1
             [[worker]]
@@ -404,7 +431,7 @@ mod tests {
         assert_eq!(config.metrics, Some(([127, 0, 0, 1], 9090).into()));
         assert_eq!(config.mode, Some(WorkerMode::Poll));
         assert_eq!(config.fdb, FdbConfig { entries: 1000, per_port: 10, age_seconds: 60 });
-        assert_eq!(config.workers, [Some(1), None]);
+        assert_eq!((config.workers, config.rebalance), (vec![Some(1), None], Some(false)));
         let specs: Vec<_> = config.ports.iter().map(ToString::to_string).collect();
         assert_eq!(
             specs,
@@ -431,6 +458,7 @@ mod tests {
             ("[control]\nsocket = \"x\"\n".into(), "s.toml:2:10: the path must start with '/'"),
             ("[metrics]\nlisten = \"here\"\n".into(), "s.toml:2:10: listen must be like 127.0.0.1:9090"),
             ("[switch]\nmode = \"fast\"\n".into(), "s.toml:2:8: mode must be adaptive, poll or interrupt"),
+            ("[switch]\nrebalance = 1\n".into(), "s.toml:2:13: rebalance must be on or off, not '1'"),
             ("[switch]\nfdb_entries = 0\n".into(), "s.toml:2:15: fdb_entries must be a number from 1"),
             ("[[worker]]\ncpu = 0\n[[worker]]\ncpu = 0\n".into(), "s.toml:4:7: CPU 0 is given twice"),
             ("[[worker]]\ncpu = -1\n".into(), "s.toml:2:7: cpu must be a number from 0 to 1023"),

@@ -12,10 +12,12 @@ use crate::limits::{MAX_CPUS, MAX_WORKERS};
 use crate::wire::MacAddr;
 
 mod file;
+mod pin;
 mod rules;
 mod spec;
 
 pub use file::{FileConfig, FileError};
+pub use pin::{Pin, PortQueue, parse_worker};
 pub use rules::MissingFolder;
 pub use spec::{PortText, bits, vlan_list};
 
@@ -269,7 +271,7 @@ impl Default for FdbConfig {
 }
 
 /// What `Switch::start` needs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SwitchConfig {
     /// One worker for each entry, pinned to that CPU if one is given; empty means one unpinned worker.
     pub workers: Vec<Option<usize>>,
@@ -277,6 +279,29 @@ pub struct SwitchConfig {
     pub mode: WorkerMode,
     /// Bounds of the forwarding table.
     pub fdb: FdbConfig,
+    /// Move queues from busy workers to idle ones.
+    pub rebalance: bool,
+    /// Folder that the sockets of all vhost-user ports have to be in, where no link is followed. Without it they can be
+    /// anywhere.
+    pub socket_root: Option<PathBuf>,
+    /// Kinds of port that can be added; all without it.
+    pub kinds: Option<Vec<String>>,
+    /// Workers confine themselves; see [`crate::sandbox`].
+    pub confine_workers: bool,
+}
+
+impl Default for SwitchConfig {
+    fn default() -> Self {
+        Self {
+            workers: Vec::new(),
+            mode: WorkerMode::default(),
+            fdb: FdbConfig::default(),
+            rebalance: true,
+            socket_root: None,
+            kinds: None,
+            confine_workers: false,
+        }
+    }
 }
 
 /// Checks that workers can be placed as asked: not too many, and no two on one CPU.
@@ -297,6 +322,18 @@ pub fn check_workers(workers: &[Option<usize>]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// `on` or `off`.
+///
+/// # Errors
+/// One line for the operator.
+pub fn parse_switch(key: &str, text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key} must be on or off, not '{text}'")),
+    }
 }
 
 /// The number of a CPU.

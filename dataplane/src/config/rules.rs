@@ -167,7 +167,7 @@ fn check_owner(owner: &str) -> Result<(), InvalidPort> {
     Err(InvalidPort::new("owner", rule))
 }
 
-fn check_name(key: &'static str, name: &str) -> Result<(), InvalidPort> {
+pub(super) fn check_name(key: &'static str, name: &str) -> Result<(), InvalidPort> {
     let fits = (1..=MAX_NAME).contains(&name.len());
     if fits && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
         return Ok(());

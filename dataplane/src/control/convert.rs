@@ -5,8 +5,13 @@ use sluice_proto::sluice::v1 as proto;
 use super::ControlError;
 use crate::capture::filter::InvalidFilter;
 use crate::capture::{CaptureOptions, Captured, Direction};
-use crate::config::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode};
-use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
+use crate::config::{
+    AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode, VlanMode,
+};
+use crate::status::{
+    CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, WorkerCycles,
+    WorkerStatus,
+};
 use crate::switch::PortError;
 
 /// A configuration as it goes over the socket.
@@ -138,7 +143,8 @@ impl From<ControlError> for tonic::Status {
             ControlError::Port { source: PortError::Exists(_) | PortError::TargetInUse { .. } } => {
                 tonic::Code::AlreadyExists
             }
-            ControlError::Port { source: PortError::NotFound(_) } => tonic::Code::NotFound,
+            ControlError::Port { source: PortError::NotFound(_) | PortError::NotPinned(_) } => tonic::Code::NotFound,
+            ControlError::Port { source: PortError::NoWorker { .. } } => tonic::Code::InvalidArgument,
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
             ControlError::Folder(_)
             | ControlError::OtherOwner { .. }
@@ -204,6 +210,7 @@ fn queue_status(queue: QueueStatus) -> proto::QueueStatus {
         tx_frames: queue.tx_frames,
         tx_bytes: queue.tx_bytes,
         notifications: queue.notifications,
+        rx_cycles: queue.rx_cycles,
     }
 }
 
@@ -269,6 +276,54 @@ pub(super) fn worker_status(worker: WorkerStatus) -> proto::WorkerStatus {
         bursts: worker.bursts,
         sleeps: worker.sleeps,
         queues: worker.queues as u32,
+        frames_per_second: worker.frames_per_second,
+        sleeps_per_second: worker.sleeps_per_second,
+        asleep_ns: worker.asleep_ns,
+        delivered: worker.delivered,
+        copies: worker.copies,
+    }
+}
+
+pub(super) fn queue_load(queue: QueueLoadStatus) -> proto::QueueLoad {
+    proto::QueueLoad {
+        port: queue.port,
+        queue: queue.queue as u32,
+        worker: queue.worker as u32,
+        pinned: queue.pinned,
+        load_percent: queue.load_percent,
+        frames_per_second: queue.frames_per_second,
+    }
+}
+
+pub(super) fn cycles(cycles: CyclesStatus) -> proto::Cycles {
+    let worker = |worker: WorkerCycles| proto::WorkerCycles {
+        id: worker.id as u32,
+        up: worker.up,
+        busy: worker.busy,
+        asleep: worker.asleep,
+        frames: worker.frames,
+        delivered: worker.delivered,
+        copies: worker.copies,
+        sampled_frames: worker.sampled_frames,
+        stages: worker.stages.into_iter().map(|(stage, cycles)| (stage.into(), cycles)).collect(),
+        bursts: worker.bursts,
+    };
+    let port = |port: PortCycles| proto::PortCycles { name: port.name, frames: port.frames, cycles: port.cycles };
+    proto::Cycles {
+        frequency: cycles.frequency,
+        workers: cycles.workers.into_iter().map(worker).collect(),
+        ports: cycles.ports.into_iter().map(port).collect(),
+    }
+}
+
+/// A queue, or all of a port, as it came over the socket.
+pub(super) fn port_queue(port: String, queue: Option<u32>) -> Result<PortQueue, tonic::Status> {
+    let queue = PortQueue { port, queue: queue.map(|queue| queue as usize) };
+    // The rules are those of what can be typed.
+    match queue.to_string().parse() {
+        Ok(parsed) if parsed == queue => Ok(parsed),
+        Ok(_) => Err(tonic::Status::invalid_argument(format!("no port can be named '{}'", queue.port))),
+        Err(problem) => Err(tonic::Status::invalid_argument(problem)),
     }
 }
 
@@ -310,6 +365,7 @@ mod tests {
                 tx_frames: 16,
                 tx_bytes: 17,
                 notifications: 18,
+                rx_cycles: 22,
             }],
         }
     }
@@ -343,8 +399,57 @@ mod tests {
             bursts: 7,
             sleeps: 8,
             queues: 9,
+            frames_per_second: 10.5,
+            sleeps_per_second: 11.5,
+            asleep_ns: 12,
+            delivered: 13,
+            copies: 14,
         };
         assert_eq!(json(&worker), json(&worker_status(worker.clone())));
+    }
+
+    #[test]
+    fn json_of_loads_and_cycles_is_the_same_too() {
+        let queue = QueueLoadStatus {
+            port: "vm1".into(),
+            queue: 1,
+            worker: 2,
+            pinned: true,
+            load_percent: 3.5,
+            frames_per_second: 4.5,
+        };
+        let json = |value: &dyn erased::Json| value.json();
+        assert_eq!(json(&queue), json(&queue_load(queue.clone())));
+        let worker = WorkerCycles {
+            id: 1,
+            up: 2,
+            busy: 3,
+            asleep: 4,
+            frames: 5,
+            delivered: 6,
+            copies: 7,
+            sampled_frames: 8,
+            stages: [("load", 9), ("classify", 10)].into(),
+            bursts: vec![11, 12],
+        };
+        let port = PortCycles { name: "vm1".into(), frames: 13, cycles: 14 };
+        let all = CyclesStatus { frequency: 15.5, workers: vec![worker], ports: vec![port] };
+        assert_eq!(json(&all), json(&cycles(all.clone())));
+    }
+
+    #[test]
+    fn queues_are_checked() {
+        assert_eq!(port_queue("vm1".into(), Some(3)).unwrap().to_string(), "vm1:3");
+        assert!(port_queue("vm1".into(), Some(256)).is_err());
+        assert!(port_queue("a b".into(), None).is_err());
+        assert!(port_queue("vm1:1".into(), None).is_err());
+    }
+
+    #[test]
+    fn worker_errors_have_codes() {
+        let code = |source| tonic::Status::from(ControlError::Port { source }).code();
+        assert_eq!(code(PortError::NoWorker { worker: 2, workers: 1 }), tonic::Code::InvalidArgument);
+        assert_eq!(code(PortError::NotPinned("vm1".into())), tonic::Code::NotFound);
     }
 
     mod erased {

@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::Controller;
-use crate::status::{PortState, PortStatus, QueueStatus, WorkerStatus};
+use crate::status::{CyclesStatus, PortState, PortStatus, QueueStatus, WorkerCycles, WorkerStatus};
 use crate::switch::DropReason;
 
 /// The format's content type.
@@ -37,16 +37,20 @@ const QUEUE_COUNTERS: &[Metric<QueueStatus, u64>] = &[
     ("sluice_queue_tx_frames", "Frames sent to the queue pair", |queue| queue.tx_frames),
     ("sluice_queue_tx_bytes", "Bytes sent to the queue pair", |queue| queue.tx_bytes),
     ("sluice_queue_notifications", "Notifications sent to the guest", |queue| queue.notifications),
+    ("sluice_queue_rx_cycles", "Time stamp counter cycles spent on frames received", |queue| queue.rx_cycles),
 ];
 
 const WORKER_COUNTERS: &[Metric<WorkerStatus, u64>] = &[
     ("sluice_worker_rx_frames", "Frames received by the worker", |worker| worker.rx_frames),
     ("sluice_worker_bursts", "Bursts that were not empty", |worker| worker.bursts),
+    ("sluice_worker_delivered_frames", "Frames written to receivers", |worker| worker.delivered),
+    ("sluice_worker_copies", "Times that the payload of a delivered frame was copied", |worker| worker.copies),
     ("sluice_worker_sleeps", "Times the worker slept", |worker| worker.sleeps),
 ];
 
 const WORKER_SECONDS: &[Metric<WorkerStatus, f64>] = &[
     ("sluice_worker_busy_seconds", "Time spent on frames", |worker| seconds(worker.busy_ns)),
+    ("sluice_worker_asleep_seconds", "Time asleep", |worker| seconds(worker.asleep_ns)),
     ("sluice_worker_up_seconds", "Time since the worker started", |worker| seconds(worker.up_ns)),
 ];
 
@@ -64,6 +68,7 @@ pub(super) fn render(controller: &Controller) -> Result<String, fmt::Error> {
     registry.register_collector(Box::new(Snapshot {
         ports: switch.ports(),
         workers: switch.workers(),
+        cycles: switch.cycles(),
         fdb_entries: switch.fdb().len() as u64,
         uptime: controller.uptime().as_secs_f64(),
     }));
@@ -77,6 +82,7 @@ pub(super) fn render(controller: &Controller) -> Result<String, fmt::Error> {
 struct Snapshot {
     ports: Vec<PortStatus>,
     workers: Vec<WorkerStatus>,
+    cycles: CyclesStatus,
     fdb_entries: u64,
     uptime: f64,
 }
@@ -86,7 +92,8 @@ impl Collector for Snapshot {
         self.encode_switch(&mut out)?;
         self.encode_ports(&mut out)?;
         self.encode_queues(&mut out)?;
-        self.encode_workers(&mut out)
+        self.encode_workers(&mut out)?;
+        self.encode_cycles(&mut out)
     }
 }
 
@@ -150,6 +157,33 @@ impl Snapshot {
         }
         let queues = self.workers.iter().map(|worker| (labels(worker), worker.queues as u64));
         gauges(out, "sluice_worker_queues", "Queues the worker serves", queues)
+    }
+
+    fn encode_cycles(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let worker = |worker: &WorkerCycles| [("worker", worker.id.to_string())];
+        let stages = self.cycles.workers.iter().flat_map(|counts| {
+            counts.stages.iter().map(move |(stage, cycles)| {
+                let [id] = worker(counts);
+                ([id, ("stage", (*stage).to_owned())], *cycles)
+            })
+        });
+        let help = "Time stamp counter cycles of the passes that were timed, by stage";
+        counters(out, "sluice_worker_stage_cycles", help, stages)?;
+        let sampled = self.cycles.workers.iter().map(|counts| (worker(counts), counts.sampled_frames));
+        counters(out, "sluice_worker_sampled_frames", "Frames of the passes that were timed by stage", sampled)?;
+        let cycles = self.cycles.workers.iter().map(|counts| (worker(counts), counts.busy));
+        counters(out, "sluice_worker_busy_cycles", "Time stamp counter cycles spent on frames", cycles)?;
+        let help = "Frames of the bursts that were not empty";
+        let mut metric = out.encode_descriptor("sluice_worker_burst_frames", help, None, MetricType::Histogram)?;
+        for counts in &self.cycles.workers {
+            let last = counts.bursts.len().saturating_sub(1);
+            let bound = |place: usize| if place == last { f64::INFINITY } else { (1u64 << place) as f64 };
+            let buckets: Vec<_> =
+                counts.bursts.iter().enumerate().map(|(place, count)| (bound(place), *count)).collect();
+            let (sum, count) = (counts.frames as f64, counts.bursts.iter().sum());
+            metric.encode_family(&worker(counts))?.encode_histogram::<[(&str, &str); 0]>(sum, count, &buckets, None)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,11 +1,12 @@
 //! The control plane: what changes a running switch, and what tells about it. Never on a worker.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::{InvalidPort, MissingFolder, PortConfig, WorkerMode};
+use crate::config::{InvalidPort, MissingFolder, Pin, PortConfig, PortQueue, WorkerMode};
 use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
 
@@ -65,7 +66,21 @@ fn hint(error: &PortError) -> String {
         PortError::TargetInUse { port, .. } => format!("; remove that with 'sluice port del {port}' first"),
         PortError::Limit { .. } => "; remove some first".into(),
         PortError::Captured(_) => "; end that first".into(),
+        PortError::NoWorker { .. } | PortError::NotPinned(_) => "; see 'sluice worker list'".into(),
         PortError::Setup(_) => String::new(),
+    }
+}
+
+/// The pins written down, but for those of a queue, or of a whole port.
+fn without_pins(store: &StateStore, queue: &PortQueue) -> Vec<Pin> {
+    let other = |pin: &&Pin| pin.queue != *queue && !(queue.queue.is_none() && pin.queue.port == queue.port);
+    store.pins().iter().filter(other).cloned().collect()
+}
+
+/// Writes pins down where there is nothing to be taken back if that fails.
+fn keep_pins(store: &mut StateStore, pins: Vec<Pin>) {
+    if let Err(error) = store.replace_pins(pins) {
+        tracing::warn!("{error}");
     }
 }
 
@@ -135,6 +150,7 @@ impl Controller {
     /// If a given port is refused, or the state cannot be written. The caller then stops the switch.
     pub fn bring_up(&self, file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), ControlError> {
         let mut store = self.lock();
+        self.restore_pins(&mut store, file, arguments);
         let given = || file.iter().chain(arguments);
         for port in given() {
             self.switch.add_port(port.clone())?;
@@ -155,6 +171,54 @@ impl Controller {
         }
         keep.extend_from_slice(arguments);
         store.replace(keep)?;
+        Ok(())
+    }
+
+    /// Gives the switch the pins of the last run, those of ports that are gone left out. Before ports are added.
+    fn restore_pins(&self, store: &mut StateStore, file: &[PortConfig], arguments: &[PortConfig]) {
+        let known: BTreeSet<&str> =
+            file.iter().chain(arguments).chain(store.ports()).map(|port| port.name.as_str()).collect();
+        let pins: Vec<Pin> = store.pins().iter().filter(|pin| known.contains(&*pin.queue.port)).cloned().collect();
+        for pin in self.switch.restore_pins(&pins) {
+            tracing::warn!("{} is pinned to worker {}, which this run does not have", pin.queue, pin.worker);
+        }
+        keep_pins(store, pins);
+    }
+
+    /// Has one worker serve a queue, or all of a port, and writes that down: both or neither.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn pin(&self, pin: Pin) -> Result<(), ControlError> {
+        let mut store = self.lock();
+        let old = store.pins().to_vec();
+        let mut pins = old.clone();
+        pins.retain(|other| other.queue != pin.queue);
+        pins.push(pin.clone());
+        // First what can be refused and taken back.
+        store.replace_pins(pins)?;
+        if let Err(error) = self.switch.pin(&pin) {
+            keep_pins(&mut store, old);
+            return Err(error.into());
+        }
+        tracing::info!("{} pinned to worker {}", pin.queue, pin.worker);
+        Ok(())
+    }
+
+    /// Takes that back, without a queue all of the port's.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn unpin(&self, queue: &PortQueue) -> Result<(), ControlError> {
+        let mut store = self.lock();
+        let old = store.pins().to_vec();
+        let pins = without_pins(&store, queue);
+        store.replace_pins(pins)?;
+        if let Err(error) = self.switch.unpin(queue) {
+            keep_pins(&mut store, old);
+            return Err(error.into());
+        }
+        tracing::info!("{queue} is no longer pinned");
         Ok(())
     }
 
@@ -226,6 +290,11 @@ impl Controller {
         match self.switch.remove_port(name) {
             Err(PortError::NotFound(_)) if kept => {}
             result => drop(result?),
+        }
+        let all = PortQueue { port: name.into(), queue: None };
+        if self.switch.unpin(&all).is_ok() {
+            let pins = without_pins(&store, &all);
+            keep_pins(&mut store, pins);
         }
         tracing::info!(port = name, "removed");
         Ok(())

@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 
 use super::socket::PeerRule;
 use super::{ControlError, ControlSocket, Controller, convert, http};
+use crate::config;
 use crate::switch::PortError;
 
 /// Entries of the forwarding table in one message.
@@ -160,12 +161,13 @@ impl Service {
     }
 }
 
-fn stats(controller: &Controller) -> proto::Stats {
+fn stats(controller: &Controller, cycles: bool) -> proto::Stats {
     let switch = controller.switch();
     proto::Stats {
         time_ns: u64::try_from(controller.uptime().as_nanos()).unwrap_or(u64::MAX),
         ports: switch.ports().into_iter().map(convert::port_stats).collect(),
         workers: switch.workers().into_iter().map(convert::worker_status).collect(),
+        cycles: cycles.then(|| convert::cycles(switch.cycles())),
     }
 }
 
@@ -242,14 +244,16 @@ impl Control for Service {
         Ok(Response::new(proto::FlushFdbResponse { flushed }))
     }
 
-    async fn get_stats(&self, _request: Request<proto::GetStatsRequest>) -> Reply<proto::GetStatsResponse> {
-        Ok(Response::new(proto::GetStatsResponse { stats: Some(stats(&self.controller)) }))
+    async fn get_stats(&self, request: Request<proto::GetStatsRequest>) -> Reply<proto::GetStatsResponse> {
+        let stats = stats(&self.controller, request.into_inner().cycles);
+        Ok(Response::new(proto::GetStatsResponse { stats: Some(stats) }))
     }
 
     type WatchStatsStream = ReplyStream<proto::WatchStatsResponse>;
 
     async fn watch_stats(&self, request: Request<proto::WatchStatsRequest>) -> Reply<Self::WatchStatsStream> {
-        let milliseconds = match request.into_inner().interval_ms {
+        let proto::WatchStatsRequest { interval_ms, cycles } = request.into_inner();
+        let milliseconds = match interval_ms {
             0 => 1000,
             given @ 100..=3_600_000 => given,
             _ => return Err(Status::invalid_argument("interval_ms must be 100 to 3600000")),
@@ -258,7 +262,7 @@ impl Control for Service {
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let controller = self.controller.clone();
         let answers = IntervalStream::new(interval)
-            .map(move |_| Ok(proto::WatchStatsResponse { stats: Some(stats(&controller)) }));
+            .map(move |_| Ok(proto::WatchStatsResponse { stats: Some(stats(&controller, cycles)) }));
         Ok(Response::new(Box::pin(answers)))
     }
 
@@ -286,6 +290,26 @@ impl Control for Service {
     }
 
     async fn list_workers(&self, _request: Request<proto::ListWorkersRequest>) -> Reply<proto::ListWorkersResponse> {
-        Ok(Response::new(proto::ListWorkersResponse { workers: self.workers() }))
+        let switch = self.controller.switch();
+        Ok(Response::new(proto::ListWorkersResponse {
+            workers: self.workers(),
+            mode: self.controller.about().mode.to_string(),
+            rebalance: switch.rebalances(),
+            queues: switch.queue_loads().into_iter().map(convert::queue_load).collect(),
+        }))
+    }
+
+    async fn pin_queue(&self, request: Request<proto::PinQueueRequest>) -> Reply<proto::PinQueueResponse> {
+        let proto::PinQueueRequest { port, queue, worker } = request.into_inner();
+        let pin = config::Pin { queue: convert::port_queue(port, queue)?, worker: worker as usize };
+        self.change(move |controller| Ok(controller.pin(pin)?)).await?;
+        Ok(Response::new(proto::PinQueueResponse {}))
+    }
+
+    async fn unpin_queue(&self, request: Request<proto::UnpinQueueRequest>) -> Reply<proto::UnpinQueueResponse> {
+        let proto::UnpinQueueRequest { port, queue } = request.into_inner();
+        let queue = convert::port_queue(port, queue)?;
+        self.change(move |controller| Ok(controller.unpin(&queue)?)).await?;
+        Ok(Response::new(proto::UnpinQueueResponse {}))
     }
 }

@@ -1,4 +1,4 @@
-//! What a switch remembers over a restart: its ports, in a directory of its own.
+//! What a switch remembers over a restart: its ports and what is pinned to workers, in a directory of its own.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -8,10 +8,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::PortConfig;
+use crate::config::{Pin, PortConfig};
 
 const LOCK: &str = "lock";
 const TABLE: &str = "ports.json";
+const PINS: &str = "pins.json";
 const VERSION: u32 = 1;
 
 /// Why the state directory cannot be used, in one line for the operator.
@@ -51,11 +52,20 @@ struct Table {
     ports: Vec<String>,
 }
 
+/// Pins as they are on disk, written as they can be typed.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PinTable {
+    version: u32,
+    pins: Vec<String>,
+}
+
 /// The state directory, ours alone as long as this lives.
 #[derive(Debug)]
 pub struct StateStore {
     dir: PathBuf,
     ports: Vec<PortConfig>,
+    pins: Vec<Pin>,
     /// Its lock goes when the process does, however that ends.
     _lock: File,
 }
@@ -70,16 +80,26 @@ impl StateStore {
         let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
         let lock = lock(dir)?;
-        let path = dir.join(TABLE);
-        let ports = match fs::read_to_string(&path) {
-            Ok(text) => read_table(&text).or_else(|problem| put_aside(&path, &problem)).map_err(unusable)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                put_aside(&path, "it is not text").map_err(unusable)?
-            }
-            Err(error) => return Err(unusable(error)),
-        };
-        Ok(Self { dir: dir.into(), ports, _lock: lock })
+        let ports = read(&dir.join(TABLE), read_table).map_err(unusable)?;
+        let pins = read(&dir.join(PINS), read_pins).map_err(unusable)?;
+        Ok(Self { dir: dir.into(), ports, pins, _lock: lock })
+    }
+
+    /// The pins written down.
+    pub fn pins(&self) -> &[Pin] {
+        &self.pins
+    }
+
+    /// Writes down other pins, in the same way as ports.
+    ///
+    /// # Errors
+    /// [`StateError::Write`]; the old ones stay then.
+    pub fn replace_pins(&mut self, pins: Vec<Pin>) -> Result<(), StateError> {
+        if pins != self.pins {
+            self.write(PINS, &PinTable { version: VERSION, pins: pins.iter().map(ToString::to_string).collect() })?;
+            self.pins = pins;
+        }
+        Ok(())
     }
 
     /// The ports written down.
@@ -97,21 +117,23 @@ impl StateStore {
     /// # Errors
     /// [`StateError::Write`]; the old ports stay then.
     pub fn replace(&mut self, ports: Vec<PortConfig>) -> Result<(), StateError> {
-        let path = self.dir.join(TABLE);
-        let table = Table { version: VERSION, ports: ports.iter().map(ToString::to_string).collect() };
-        self.write(&path, &table).map_err(|source| StateError::Write { path, source })?;
+        self.write(TABLE, &Table { version: VERSION, ports: ports.iter().map(ToString::to_string).collect() })?;
         self.ports = ports;
         Ok(())
     }
 
-    fn write(&self, path: &Path, table: &Table) -> io::Result<()> {
+    fn write(&self, name: &str, table: &impl Serialize) -> Result<(), StateError> {
+        self.try_write(name, table).map_err(|source| StateError::Write { path: self.dir.join(name), source })
+    }
+
+    fn try_write(&self, name: &str, table: &impl Serialize) -> io::Result<()> {
         let mut text = serde_json::to_vec_pretty(table)?;
         text.push(b'\n');
-        let temporary = self.dir.join(format!("{TABLE}.new"));
+        let temporary = self.dir.join(format!("{name}.new"));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(&text)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)?;
+        fs::rename(&temporary, self.dir.join(name))?;
         File::open(&self.dir)?.sync_all()
     }
 }
@@ -136,23 +158,44 @@ fn lock(dir: &Path) -> Result<File, StateError> {
     Ok(file)
 }
 
+/// What a file holds; nothing if it is not there. One that cannot be understood is put aside.
+fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<Vec<T>, String>) -> io::Result<Vec<T>> {
+    match fs::read_to_string(path) {
+        Ok(text) => parse(&text).or_else(|problem| put_aside(path, &problem)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => put_aside(path, "it is not text"),
+        Err(error) => Err(error),
+    }
+}
+
+fn check_version(version: u32) -> Result<(), String> {
+    let problem = || format!("it is of version {version}, and this switch knows version {VERSION}");
+    (version == VERSION).then_some(()).ok_or_else(problem)
+}
+
+/// The pins of a table, or why it cannot be understood.
+fn read_pins(text: &str) -> Result<Vec<Pin>, String> {
+    let table: PinTable = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    check_version(table.version)?;
+    table.pins.iter().map(|pin| pin.parse()).collect()
+}
+
 /// The ports of a table, or why it cannot be understood.
 fn read_table(text: &str) -> Result<Vec<PortConfig>, String> {
     let table: Table = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    if table.version != VERSION {
-        return Err(format!("it is of version {}, and this switch knows version {VERSION}", table.version));
-    }
+    check_version(table.version)?;
     let parse = |spec: &String| spec.parse().map_err(|error| format!("port '{spec}': {error}"));
     table.ports.iter().map(parse).collect()
 }
 
 /// Renames a table that cannot be understood, and starts with an empty one.
-fn put_aside(path: &Path, problem: &str) -> io::Result<Vec<PortConfig>> {
+fn put_aside<T>(path: &Path, problem: &str) -> io::Result<Vec<T>> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let aside = path.with_file_name(format!("{TABLE}.corrupt-{seconds}"));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!("{name}.corrupt-{seconds}"));
     fs::rename(path, &aside)?;
     tracing::warn!(
-        "{} cannot be used, since {problem}; it is now {}, and no port is restored",
+        "{} cannot be used, since {problem}; it is now {}, and nothing of it is restored",
         path.display(),
         aside.display()
     );
@@ -184,6 +227,24 @@ mod tests {
         assert_eq!(mode(dir.join(TABLE)), 0o600);
         assert_eq!(mode(dir.clone()), 0o700);
         assert!(!dir.join("ports.json.new").exists());
+    }
+
+    #[test]
+    fn remembers_pins_apart_from_ports() {
+        let dir = tempfile::tempdir().unwrap();
+        let pins: Vec<Pin> = ["vm1=1", "vm1:3=0"].iter().map(|pin| pin.parse().unwrap()).collect();
+        let mut store = StateStore::open(dir.path()).unwrap();
+        store.replace_pins(Vec::new()).unwrap();
+        assert!(!dir.path().join(PINS).exists());
+        store.replace_pins(pins.clone()).unwrap();
+        drop(store);
+        let store = StateStore::open(dir.path()).unwrap();
+        assert_eq!((store.pins(), store.ports()), (&pins[..], &[][..]));
+        drop(store);
+        fs::write(dir.path().join(PINS), r#"{"version":1,"pins":["vm1"]}"#).unwrap();
+        assert!(StateStore::open(dir.path()).unwrap().pins().is_empty());
+        let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(names.iter().any(|name| name.to_string_lossy().starts_with("pins.json.corrupt-")), "{names:?}");
     }
 
     #[test]

@@ -47,6 +47,11 @@ pub trait RxQueue: Send + Sync + std::fmt::Debug {
 
     /// Clears the readable state of [`RxQueue::event_fd`], if that is not done by taking the frames.
     fn drain_event(&self);
+
+    /// Copies of each frame's payload that receiving it takes. None unless said.
+    fn copies(&self) -> u64 {
+        0
+    }
 }
 
 /// Takes frames to the other side. Workers share it.

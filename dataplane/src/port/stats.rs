@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
 use crate::limits::MAX_QUEUE_PAIRS;
+use crate::mem::OnLoss;
 use crate::switch::DropReason;
 use crate::virtq::Fault;
 
@@ -14,6 +15,7 @@ pub struct QueueCounters {
     frames: AtomicU64,
     bytes: AtomicU64,
     notifications: AtomicU64,
+    ticks: AtomicU64,
 }
 
 impl QueueCounters {
@@ -30,6 +32,17 @@ impl QueueCounters {
         self.notifications.store(self.notifications.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
+    /// Adds time that its worker spent on a burst.
+    #[inline]
+    pub fn spent(&self, ticks: u64) {
+        self.ticks.store(self.ticks.load(Ordering::Relaxed).wrapping_add(ticks), Ordering::Relaxed);
+    }
+
+    /// Time spent on it, in ticks of the workers' clock.
+    pub fn ticks(&self) -> u64 {
+        self.ticks.load(Ordering::Relaxed)
+    }
+
     /// Frames, bytes, notifications.
     pub fn read(&self) -> (u64, u64, u64) {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -37,12 +50,17 @@ impl QueueCounters {
     }
 }
 
+/// Lines of the cache of its own: several workers write to it, while others read what would be beside it.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Apart<T>(T);
+
 /// All counters of a port. They outlive its links.
 #[derive(Debug)]
 pub struct PortStats {
     rx: Box<[QueueCounters]>,
     tx: Box<[QueueCounters]>,
-    drops: [AtomicU64; DropReason::COUNT],
+    drops: Apart<[AtomicU64; DropReason::COUNT]>,
     /// Times the other side connected.
     pub connects: AtomicU64,
     /// Faults of the other side.
@@ -58,7 +76,7 @@ impl Default for PortStats {
         Self {
             rx: counters(),
             tx: counters(),
-            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            drops: Apart(std::array::from_fn(|_| AtomicU64::new(0))),
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
@@ -81,18 +99,21 @@ impl PortStats {
     /// Counts frames dropped.
     #[inline]
     pub fn drop_frames(&self, reason: DropReason, frames: u64) {
-        self.drops[reason as usize].fetch_add(frames, Ordering::Relaxed);
+        self.drops.0[reason as usize].fetch_add(frames, Ordering::Relaxed);
     }
 
     /// Frames dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
-        self.drops[reason as usize].load(Ordering::Relaxed)
+        self.drops.0[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// Records a fault. The port serves no frame until [`PortStats::clear_fault`].
+    /// Records a fault, unless there is one: what follows from it is not worth telling. The port serves no frame until
+    /// [`PortStats::clear_fault`].
     pub fn set_fault(&self, fault: Fault) {
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        self.fault.store(u64::from(fault.code()), Ordering::Release);
+        let code = u64::from(fault.code());
+        if self.fault.compare_exchange(0, code, Ordering::Release, Ordering::Relaxed).is_ok() {
+            self.faults.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// The fault that stopped the port, if one did.
@@ -104,5 +125,13 @@ impl PortStats {
     /// The other side has reset: serve it again.
     pub fn clear_fault(&self) {
         self.fault.store(0, Ordering::Release);
+    }
+}
+
+impl OnLoss for PortStats {
+    /// Takes the place of any other fault, since it outlives them: a reset of the driver does not bring memory back.
+    fn memory_lost(&self) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        self.fault.store(u64::from(Fault::MemoryLost.code()), Ordering::Release);
     }
 }

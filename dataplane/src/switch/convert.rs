@@ -9,6 +9,7 @@ use crate::port::vhost::queue::Filled;
 use crate::wire::checksum;
 use crate::wire::offload::{Csum, GsoKind, Offload};
 use crate::wire::segment::{ChecksumMode, MAX_SEGMENT_HEADER, Segmenter};
+use crate::worker::meter::{Copies, Probe};
 
 /// Offloads that a receiver accepts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,13 +52,23 @@ pub struct Scratch {
     pub rebuilt: Rebuilt,
     /// Chains that one frame fills.
     pub filled: Filled,
+    /// Tells the time of stages apart.
+    pub probe: Probe,
+    /// Payload copies made.
+    pub copies: Copies,
     /// What a queue has dropped of the burst that it was given.
     pub outcomes: Outcomes,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { rebuilt: Rebuilt::default(), filled: Filled::with_capacity(MAX_CHAIN), outcomes: Outcomes::default() }
+        Self {
+            rebuilt: Rebuilt::default(),
+            filled: Filled::with_capacity(MAX_CHAIN),
+            probe: Probe::default(),
+            copies: Copies::default(),
+            outcomes: Outcomes::default(),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::switch::snapshot::{Announcement, PortView, Snapshot};
 use crate::wire::flow::flow_hash;
 use crate::wire::offload::VirtioNetHdr;
 use crate::wire::rarp;
+use crate::worker::meter::{Copies, Probe, Stage};
 
 const MULTICAST: u64 = 1 << 40;
 
@@ -130,8 +131,15 @@ impl Forwarder {
         }
     }
 
+    /// What the worker measures itself with.
+    #[inline]
+    pub fn meters(&mut self) -> (&mut Probe, &mut Copies) {
+        (&mut self.scratch.probe, &mut self.scratch.copies)
+    }
+
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
+        self.scratch.probe.enter(Stage::Classify);
         self.recent = Recent::NONE;
         self.shared = 0;
         let offered = burst.count() as u8;
@@ -143,8 +151,8 @@ impl Forwarder {
                 count = admitted;
             }
         }
-        let mut run = Run::NONE;
         self.arrivals.clear();
+        let mut run = Run::NONE;
         for place in 0..count {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place, &mut run) {
                 ingress.stats.drop_frames(reason, 1);
@@ -155,6 +163,7 @@ impl Forwarder {
             self.record_arrival(ingress, burst, offered, count);
         }
         self.note_run(run);
+        self.scratch.probe.enter(Stage::Deliver);
         let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
             let id = self.touched[index];
@@ -166,6 +175,7 @@ impl Forwarder {
             }
         }
         self.touched.clear();
+        self.scratch.probe.enter(Stage::Publish);
     }
 
     /// Shows a burst, of which the first `admitted` frames were switched, to who looks at the port.
@@ -323,6 +333,7 @@ impl Forwarder {
     fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
+                self.scratch.copies.extra += u64::from(list.count);
                 return hold.keep(burst, list.as_slice());
             }
             return refuse(egress, burst, list.as_slice(), DropReason::LinkDown);
@@ -365,6 +376,7 @@ impl Forwarder {
         if let Err(fault) = queue.send(burst, list.as_slice(), &mut self.scratch) {
             egress.stats.set_fault(fault);
         }
+        self.scratch.probe.enter(Stage::Deliver);
     }
 
     /// Spreads frames over a port's queues so that a flow, in both directions, keeps to one.

@@ -3,10 +3,15 @@
 //! This is where the control side and the workers meet. [`Switch`] holds the ports; whenever one changes it builds a
 //! new [`snapshot::Snapshot`], puts it into every worker's mailbox, and waits until all have taken it up.
 
+mod balance;
 pub mod convert;
+mod departed;
 mod drops;
 pub mod fdb;
 pub mod forward;
+mod load;
+#[cfg(test)]
+mod load_tests;
 pub mod policer;
 mod report;
 pub mod snapshot;
@@ -15,6 +20,7 @@ mod tests;
 pub mod vlan;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -25,7 +31,7 @@ use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::VhostPort;
+use crate::port::vhost::{SocketPlace, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
@@ -45,6 +51,17 @@ pub enum PortError {
     /// There is no such port.
     #[error("no port is named {0}")]
     NotFound(String),
+    /// There is no such worker.
+    #[error("there is no worker {worker}; this switch has {workers}, counted from 0")]
+    NoWorker {
+        /// The worker wanted.
+        worker: usize,
+        /// How many there are.
+        workers: usize,
+    },
+    /// A queue is not pinned by hand.
+    #[error("{0} is not pinned")]
+    NotPinned(String),
     /// Somebody captures its frames already.
     #[error("the frames of port {0} are being captured already")]
     Captured(String),
@@ -83,7 +100,12 @@ struct Inner {
     workers: Vec<Arc<WorkerShared>>,
     tables: Mutex<Tables>,
     stopping: AtomicBool,
+    socket_root: Option<PathBuf>,
+    kinds: Option<Vec<String>>,
     housekeeper: report::Housekeeper,
+    loads: Mutex<load::Loads>,
+    /// Move queues by load.
+    rebalance: bool,
 }
 
 /// The ports, as the control side knows them.
@@ -94,6 +116,7 @@ struct Tables {
     order: Vec<String>,
     slots: Vec<Slot>,
     networks: Vec<String>,
+    placement: load::Placement,
     epoch: u64,
     /// For the next snapshot.
     announcement: Option<Announcement>,
@@ -147,12 +170,16 @@ impl Switch {
             workers: workers.into_iter().map(Arc::new).collect(),
             tables: Mutex::default(),
             stopping: AtomicBool::new(false),
+            socket_root: config.socket_root.clone(),
+            kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
+            loads: Mutex::default(),
+            rebalance: config.rebalance,
         });
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
-            let thread = worker::start(id, shared.clone(), config.mode, inner.fdb.clone(), first.clone());
+            let thread = worker::start(id, shared.clone(), config, inner.fdb.clone(), first.clone());
             let cpu = shared.cpu;
             let thread = thread.map_err(|e| match cpu {
                 Some(cpu) => std::io::Error::new(e.kind(), format!("cannot run a worker on CPU {cpu}: {e}")),
@@ -160,6 +187,10 @@ impl Switch {
             })?;
             lock(&switch.threads).push(thread);
         }
+        let pulses = inner.workers.iter().map(|worker| worker.pulse.clone()).collect();
+        let watched = inner.clone();
+        let watchdog = worker::watchdog::start(pulses, move || watched.stopping.load(Ordering::Acquire))?;
+        lock(&switch.threads).push(watchdog);
         let housekeeper = report::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
@@ -218,6 +249,7 @@ impl Switch {
             worker.wake.signal();
         }
         for thread in std::mem::take(&mut *lock(&self.threads)) {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -279,12 +311,22 @@ impl Inner {
         config: &PortConfig,
         stats: &Arc<PortStats>,
     ) -> std::io::Result<Driver> {
+        let kind = config.target.kind();
+        if self.kinds.as_ref().is_some_and(|kinds| kinds.iter().all(|known| known != kind)) {
+            return Err(std::io::Error::other(format!(
+                "this switch has given up what {kind} ports need; add '{kind}' to kinds of [sandbox] in its file and \
+                 restart it"
+            )));
+        }
         let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
         publisher.publish(Link::down(PortState::Connecting, None));
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
-                    .map(Driver::Vhost)
+                let place = match &self.socket_root {
+                    Some(root) => SocketPlace::under(root, path.clone()).map_err(std::io::Error::other)?,
+                    None => path.into(),
+                };
+                VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
@@ -308,6 +350,7 @@ impl Inner {
         tables.order.retain(|other| other != name);
         tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
         self.publish(tables);
+        tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain(|known| known.port == entry.id);
         for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
@@ -316,22 +359,22 @@ impl Inner {
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
-    /// Shows the tables to the workers and waits until all use them.
-    fn publish(&self, tables: &mut Tables) {
+    /// Shows the tables to the workers and waits until all use them. `false` if that cannot be.
+    fn publish(&self, tables: &mut Tables) -> bool {
         tables.epoch += 1;
         let announcement = tables.announcement.take();
         let snapshot = match self.snapshot(tables) {
             Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
             Err(e) => {
                 tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
-                return;
+                return false;
             }
         };
         for worker in &self.workers {
             worker.mailbox.put(snapshot.clone());
             worker.wake.signal();
         }
-        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.load(Ordering::Acquire) >= snapshot.epoch;
+        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.reached(snapshot.epoch);
         let patience = Instant::now();
         while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
             // A worker is never away for longer than a few bursts.
@@ -341,6 +384,12 @@ impl Inner {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
+        true
+    }
+
+    /// Forgets the stations learned behind a port.
+    fn forget_stations(&self, id: PortId) {
+        self.fdb.retain(|entry| entry.port == id && !entry.is_static);
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
@@ -351,19 +400,21 @@ impl Inner {
                 members.push(port.id);
             }
         }
-        let plans = self.plans(&ports)?;
+        let plans = self.plans(tables)?;
         Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
     }
 
     /// Spreads the receive queues over the workers.
-    fn plans(&self, ports: &[Option<Arc<PortView>>]) -> std::io::Result<Vec<Plan>> {
+    fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
         let count = queues.len();
-        for port in ports.iter().flatten() {
+        for (name, entry) in &tables.ports {
+            let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
             for rx in &port.link.rx {
-                let worker = worker_of(port.id, rx.pair, count);
-                let served = Served { port: port.clone(), queue: rx.queue.clone(), armed: AtomicBool::new(false) };
-                queues[worker].push(served);
+                let worker = tables.placement.server(name, port.id, rx.pair, count);
+                if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
+                    plan.push(Served::new(&port, rx));
+                }
             }
         }
         let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
@@ -372,11 +423,6 @@ impl Inner {
         };
         self.workers.iter().zip(queues).map(with_epoll).collect()
     }
-}
-
-/// The worker that serves a receive queue: neighbouring ports and pairs go to different ones.
-fn worker_of(port: PortId, pair: usize, workers: usize) -> usize {
-    (usize::from(port.0) + pair) % workers.max(1)
 }
 
 impl Slot {
@@ -416,9 +462,10 @@ struct PortPublisher {
 }
 
 impl Publisher for PortPublisher {
-    fn publish(&self, link: Link) {
+    fn publish(&self, mut link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
         let mut tables = lock(&inner.tables);
+        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
         let of_port = |entry: &&Entry| entry.id == self.id;
         let Some((config, policers)) =
             tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
@@ -442,13 +489,16 @@ impl Publisher for PortPublisher {
         inner.publish(&mut tables);
         // No worker learns behind the port any more; what is known would only swallow frames.
         if down {
-            self.forget_stations();
+            inner.forget_stations(self.id);
         }
     }
 
     fn forget_stations(&self) {
-        if let Some(inner) = self.inner.upgrade() {
-            inner.fdb.retain(|entry| entry.port == self.id && !entry.is_static);
+        let Some(inner) = self.inner.upgrade() else { return };
+        let holds = |view: Arc<PortView>| view.link.hold.is_some();
+        // Frames for them are held until they are heard elsewhere.
+        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
+            inner.forget_stations(self.id);
         }
     }
 

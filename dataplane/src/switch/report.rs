@@ -1,4 +1,5 @@
-//! What the switch tells, and the thread that keeps house: it ages the FDB, measures the workers' load and logs faults.
+//! What the switch tells of ports and addresses, and the thread that keeps house: it ages the FDB, measures and balances
+//! the workers' load and logs faults.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
@@ -9,17 +10,17 @@ use crate::capture::{Capture, CaptureOptions};
 use crate::config::{PortConfig, VlanMode};
 use crate::port::Link;
 use crate::port::stats::PortStats;
-use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus, WorkerStatus};
-use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock, worker_of};
+use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
+use crate::switch::load::Sampler;
+use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock};
 use crate::wire::MacAddr;
 
 /// Time between two rounds.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// What the housekeeper has found out.
+/// The housekeeper's sleep.
 #[derive(Debug, Default)]
 pub(super) struct Housekeeper {
-    busy_percent: Mutex<Vec<f64>>,
     asleep: Mutex<bool>,
     alarm: Condvar,
 }
@@ -40,18 +41,15 @@ impl Housekeeper {
 pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("sl-housekeeper".into()).stack_size(256 << 10).spawn(move || {
         let began = Instant::now();
-        let mut last: Vec<(u64, u64)> = inner.workers.iter().map(|worker| worker.stats.times()).collect();
+        let mut sampler = Sampler::new(&inner);
         let mut faults = std::collections::HashMap::new();
         while !inner.stopping.load(Ordering::Acquire) {
             inner.housekeeper.sleep();
             inner.fdb.set_now(began.elapsed().as_secs() as u32);
             inner.fdb.age();
-            let now: Vec<_> = inner.workers.iter().map(|worker| worker.stats.times()).collect();
-            let share = |(new, old): (&(u64, u64), &(u64, u64))| {
-                100.0 * new.0.saturating_sub(old.0) as f64 / new.1.saturating_sub(old.1).max(1) as f64
-            };
-            *lock(&inner.housekeeper.busy_percent) = now.iter().zip(&last).map(share).collect();
-            last = now;
+            inner.end_holds();
+            sampler.round(&inner);
+            sampler.rebalance(&inner);
             log_faults(&lock(&inner.tables), &mut faults);
         }
     })
@@ -119,7 +117,7 @@ impl Switch {
             VlanMode::Access(vid) => (Some(*vid), None),
             VlanMode::Trunk { native, allowed } => (*native, Some(allowed.clone())),
         };
-        let queues = self.queues(entry, &link);
+        let queues = self.queues(tables, entry, &link);
         let sum = |read: fn(&QueueStatus) -> u64| queues.iter().map(read).sum();
         PortStatus {
             name: entry.config.name.clone(),
@@ -150,20 +148,22 @@ impl Switch {
     }
 
     /// The pairs in use, and those that were: counters never go backwards.
-    fn queues(&self, entry: &Entry, link: &Link) -> Vec<QueueStatus> {
+    fn queues(&self, tables: &Tables, entry: &Entry, link: &Link) -> Vec<QueueStatus> {
         let workers = self.inner.workers.len();
         let describe = |index: usize| {
             let served = link.rx.iter().any(|rx| rx.pair == index);
             let (rx, tx) = (entry.stats.rx(index).read(), entry.stats.tx(index).read());
             let used = served || index < link.tx.len() || rx.0 + tx.0 > 0;
+            let server = || tables.placement.server(&entry.config.name, entry.id, index, workers);
             used.then(|| QueueStatus {
                 index,
-                worker: served.then(|| worker_of(entry.id, index, workers)),
+                worker: if served { server() } else { None },
                 rx_frames: rx.0,
                 rx_bytes: rx.1,
                 tx_frames: tx.0,
                 tx_bytes: tx.1,
                 notifications: rx.2 + tx.2,
+                rx_cycles: entry.stats.rx(index).ticks(),
             })
         };
         (0..crate::limits::MAX_QUEUE_PAIRS).filter_map(describe).collect()
@@ -204,33 +204,6 @@ impl Switch {
             let of_network = wanted.is_none_or(|place| place == Some(usize::from(entry.station.network)));
             of_network && !entry.is_static
         })
-    }
-
-    /// The workers.
-    pub fn workers(&self) -> Vec<WorkerStatus> {
-        let busy = lock(&self.inner.housekeeper.busy_percent).clone();
-        let count = self.inner.workers.len();
-        let tables = lock(&self.inner.tables);
-        let served = |id: usize| {
-            let views = tables.slots.iter().filter_map(Slot::view);
-            views.map(|view| view.link.rx.iter().filter(|rx| worker_of(view.id, rx.pair, count) == id).count()).sum()
-        };
-        let describe = |(id, worker): (usize, &Arc<crate::worker::WorkerShared>)| {
-            let (busy_ns, up_ns) = worker.stats.times();
-            let (rx_frames, bursts, sleeps) = worker.stats.counts();
-            WorkerStatus {
-                id,
-                cpu: worker.cpu,
-                busy_percent: busy.get(id).copied().unwrap_or(0.0),
-                busy_ns,
-                up_ns,
-                rx_frames,
-                bursts,
-                sleeps,
-                queues: served(id),
-            }
-        };
-        self.inner.workers.iter().enumerate().map(describe).collect()
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::limits::MAX_FRAME;
 use crate::port::stats::PortStats;
-use crate::port::{Link, PortId, RxQueue};
+use crate::port::{Link, PortId, RxEntry, RxQueue};
 use crate::switch::policer::Policers;
 use crate::switch::vlan::VlanPolicy;
 
@@ -46,10 +46,22 @@ impl PortView {
 pub struct Served {
     /// The port it belongs to.
     pub port: Arc<PortView>,
+    /// Index of its pair there.
+    pub pair: usize,
     /// The queue.
     pub queue: Arc<dyn RxQueue>,
+    /// What [`RxQueue::copies`] says.
+    pub copies_in: u64,
     /// The other side was asked to notify us. Only its worker uses this.
     pub armed: AtomicBool,
+}
+
+impl Served {
+    /// A queue that has not been served yet by the worker.
+    pub fn new(port: &Arc<PortView>, rx: &RxEntry) -> Self {
+        let (queue, copies_in) = (rx.queue.clone(), rx.queue.copies());
+        Self { port: port.clone(), pair: rx.pair, queue, copies_in, armed: AtomicBool::new(false) }
+    }
 }
 
 /// What one worker has to do.

@@ -13,6 +13,9 @@ use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{RxEntry, RxQueue};
 use crate::switch::forward::Forwarder;
 use crate::testing::*;
+use crate::virtq::Vring;
+use crate::virtq::chain::Direction;
+use crate::virtq::ring::Ring;
 
 /// A station on a port: a guest that sends and a guest that receives (the two rings of a pair, each with memory of its
 /// own, so that a mix-up shows).
@@ -237,6 +240,38 @@ fn what_is_held_is_bounded_and_counted() {
     bench.snapshot.ports[1] = None;
     drop(hold);
     assert_eq!(bench.drops(1, DropReason::LinkDown), 7 + MAX_HELD_FRAMES as u64);
+}
+
+/// The source of a migration ends before its guest is heard at the target.
+#[test]
+fn what_is_held_outlives_the_frontend_for_a_while() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
+    let inner = &switch.inner;
+    let publisher = PortPublisher { inner: Arc::downgrade(inner), id: PortId(0), stats: Arc::default() };
+    let held = || lock(&inner.tables).slots[0].view().unwrap().link.hold.clone();
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    inner.fdb.learn(station, PortId(0));
+    let hold = Arc::new(Hold::new(Arc::default()));
+    publisher.publish(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let began = Instant::now();
+    // The frontend hangs up.
+    publisher.publish(Link::down(PortState::Down, None));
+    publisher.forget_stations();
+    publisher.publish(Link::down(PortState::Connecting, None));
+    if began.elapsed() < Duration::from_secs(1) {
+        assert!(held().is_some_and(|now| Arc::ptr_eq(&now, &hold)));
+        assert_eq!(inner.fdb.lookup(station), Some(PortId(0)));
+    }
+    // The guest was not heard: the housekeeper sees to it.
+    while held().is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is held for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    while inner.fdb.lookup(station).is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is known for ever");
+    }
+    switch.stop();
 }
 
 #[test]
@@ -510,6 +545,61 @@ fn super_packets_pass_whole_or_are_segmented() {
         };
         assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, &frame[54..]).unwrap());
     }
+}
+
+/// The counter that proves one copy: one for what passes as it is, two for what has to be rebuilt.
+#[test]
+fn copies_are_counted_where_they_are_made() {
+    let without = Port { features: VERSION_1 | MRG_RXBUF, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), without]);
+    bench.introduce();
+    let counted = |bench: &mut Bench| {
+        let copies = std::mem::take(bench.forwarder.meters().1);
+        (copies.delivered, copies.extra)
+    };
+    counted(&mut bench);
+    bench.post(1, 20, 4096);
+    bench.post(2, 40, 4096);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 1514)]);
+    assert_eq!(counted(&mut bench), (2, 0));
+    bench.send(0, &[super_packet(20_000, 1448)]);
+    assert_eq!(counted(&mut bench), (1, 0));
+    let mut other = super_packet(20_000, 1448);
+    other[12..18].copy_from_slice(&mac(2).to_be_bytes()[2..]);
+    bench.send(0, &[other]);
+    let segments = 20_000_u64.div_ceil(1448);
+    assert_eq!(counted(&mut bench), (segments, segments));
+}
+
+/// A worker that has lost its CPU in the midst of a burst costs the others one wait, not one for each burst.
+#[test]
+fn a_receiver_that_another_worker_holds_is_not_waited_for() {
+    let mut bench = Bench::new(&[Port::default(), Port::default(), Port::default()]);
+    bench.introduce();
+    bench.post(1, 60, 2048);
+    bench.post(2, 60, 2048);
+    // The same again with a ring that can be held.
+    let guest = &bench.stations[1].into[0];
+    let (Vring::Split(ring), stats) = (guest.ring(), bench.stations[1].stats.clone()) else { panic!("a split ring") };
+    let tx = guest_rx(QueueSetup { stats, ..guest.setup() }, &Vring::Split(ring.clone()));
+    let old = bench.snapshot.ports[1].clone().unwrap();
+    let link = Link { tx: vec![tx], ..(*old.link).clone() };
+    bench.snapshot.ports[1] = Some(Arc::new(PortView { link: Arc::new(link), ..(*old).clone() }));
+
+    let held = ring.try_lock(Direction::ToGuest).unwrap();
+    let begun = Instant::now();
+    for _ in 0..200 {
+        let frames = [frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)];
+        bench.send(0, &frames);
+        assert_eq!(bench.received(2).len(), 1);
+        bench.post(2, 1, 2048);
+        drop(bench.stations[0].out.returned());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!(bench.drops(1, DropReason::Contended), 200);
+    drop(held);
+    bench.send(0, &[frame(mac(1), mac(0), 60)]);
+    assert_eq!((bench.received(1).len(), bench.drops(1, DropReason::Contended)), (1, 200));
 }
 
 #[test]

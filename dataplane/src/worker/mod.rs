@@ -3,19 +3,22 @@
 //! A worker takes up a new [`Snapshot`] between two bursts and acknowledges it; the control side waits for that before
 //! it takes anything away. A worker allocates nothing, logs nothing, and waits for nobody but, in its sleep, for work.
 
+pub mod meter;
 pub mod stats;
+pub mod watchdog;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::config::WorkerMode;
+use crate::config::{SwitchConfig, WorkerMode};
 use crate::frame::BurstStorage;
 use crate::switch::fdb::Fdb;
 use crate::switch::forward::Forwarder;
 use crate::switch::snapshot::{Plan, Served, Snapshot};
-use crate::sync::Mailbox;
-use crate::virtq::notify::EventFd;
+use crate::sync::{Epoch, Mailbox};
+use crate::virtq::notify::{EventFd, Pulse};
+use meter::Stage;
 use stats::{Clock, WorkerStats};
 
 /// Event data of a worker's own wake-up in its epoll instance.
@@ -31,13 +34,15 @@ pub struct WorkerShared {
     /// The newest snapshot, if the worker has not taken it up yet.
     pub mailbox: Mailbox<Snapshot>,
     /// Epoch of the snapshot that the worker uses.
-    pub acknowledged: AtomicU64,
+    pub acknowledged: Epoch,
     /// Wakes the worker from its sleep.
     pub wake: EventFd,
     /// Tells the worker to end.
     pub stop: AtomicBool,
     /// Counters.
     pub stats: WorkerStats,
+    /// For the watchdog.
+    pub pulse: Arc<Pulse>,
     /// CPU it is pinned to.
     pub cpu: Option<usize>,
 }
@@ -50,10 +55,11 @@ impl WorkerShared {
     pub fn new(cpu: Option<usize>) -> std::io::Result<Self> {
         Ok(Self {
             mailbox: Mailbox::default(),
-            acknowledged: AtomicU64::new(0),
+            acknowledged: Epoch::default(),
             wake: EventFd::new()?,
             stop: AtomicBool::new(false),
             stats: WorkerStats::default(),
+            pulse: Arc::default(),
             cpu,
         })
     }
@@ -73,19 +79,23 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) 
         }
         OwnedFd::from_raw_fd(fd)
     };
-    let add = |fd: i32, data: u64| {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
+    let add = |fd: i32, data: u64, events: i32| {
+        let mut event = libc::epoll_event { events: events as u32, u64: data };
         // SAFETY: `event` is a local that the kernel copies.
         match unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
         }
     };
-    add(shared.wake.as_raw_fd(), WAKE)?;
+    add(shared.wake.as_raw_fd(), WAKE, libc::EPOLLIN)?;
+    // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
+    // it is read (`EFD_SEMAPHORE`), and a worker would never sleep again. Queues are empty when it goes to sleep.
+    let events = libc::EPOLLIN | libc::EPOLLET;
     for (place, fd) in fds.enumerate() {
         if let Some(fd) = fd {
             // Two queues may share a descriptor; the first one then stands for both.
-            add(fd, place as u64).or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
+            add(fd, place as u64, events)
+                .or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
         }
     }
     Ok(epoll)
@@ -94,21 +104,24 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) 
 /// Starts a worker. It ends after `stop` was set and it was woken.
 ///
 /// # Errors
-/// If the thread cannot be started, or not on that CPU.
+/// If the thread cannot be started, or not on that CPU, or not be confined.
 pub fn start(
     id: usize,
     shared: Arc<WorkerShared>,
-    mode: WorkerMode,
+    config: &SwitchConfig,
     fdb: Arc<Fdb>,
     first: Arc<Snapshot>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let (mode, confined) = (config.mode, config.confine_workers);
     let (ready, started) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name(format!("sl-worker-{id}")).spawn(move || {
         let pinned = shared.cpu.map_or(Ok(()), pin);
+        let pinned = pinned.and_then(|()| if confined { crate::sandbox::confine_worker() } else { Ok(()) });
         let failed = pinned.is_err();
         if ready.send(pinned).is_err() || failed {
             return;
         }
+        shared.pulse.begin();
         let worker =
             Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.
@@ -146,32 +159,49 @@ impl Worker<'_> {
         let clock = Clock::start();
         self.shared.stats.begin(&clock);
         let mut idle_since = None;
+        let mut now = clock.ticks();
         while !self.shared.stop.load(Ordering::Relaxed) {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
-                self.shared.acknowledged.store(snapshot.epoch, Ordering::Release);
+                self.shared.acknowledged.acknowledge(snapshot.epoch);
                 if self.id == 0 {
                     self.forwarder.release_returned(&snapshot);
                 }
                 if let Some(announcement) = snapshot.announcement.as_ref().filter(|_| self.id == 0) {
                     self.forwarder.announce(&snapshot, &mut self.storage, announcement);
                 }
+                now = clock.ticks();
             }
             let Some(plan) = snapshot.plans.get(self.id) else { break };
-            let began = clock.ticks();
-            if self.pass(&snapshot, plan) > 0 {
+            let began = now;
+            let frames = self.pass(&snapshot, plan, &clock, &mut now);
+            if frames > 0 {
                 idle_since = None;
-                self.shared.stats.busy(clock.ticks().wrapping_sub(began));
+                self.account(frames, now.wrapping_sub(began));
                 continue;
             }
+            now = clock.ticks();
             let since = *idle_since.get_or_insert(began);
-            if self.may_sleep(clock.ns(began.wrapping_sub(since))) && arm(plan) {
-                self.shared.stats.slept();
+            if self.may_sleep(clock.ns(now.wrapping_sub(since))) && arm(plan) {
                 sleep(plan, &self.shared.wake);
                 idle_since = None;
+                let woken = clock.ticks();
+                self.shared.stats.slept(woken.wrapping_sub(now));
+                now = woken;
             } else {
                 std::hint::spin_loop();
             }
+        }
+    }
+
+    /// A pass over frames is done.
+    #[inline]
+    fn account(&mut self, frames: usize, ticks: u64) {
+        let (probe, copies) = self.forwarder.meters();
+        self.shared.stats.busy(ticks);
+        self.shared.stats.copied(*copies);
+        if let Some(stages) = probe.finish() {
+            self.shared.stats.sampled(frames, stages);
         }
     }
 
@@ -183,9 +213,11 @@ impl Worker<'_> {
         }
     }
 
-    /// Serves every queue once. Returns the number of frames taken.
-    fn pass(&mut self, snapshot: &Snapshot, plan: &Plan) -> usize {
+    /// Serves every queue once. Returns the number of frames taken. `now` is when it begins, and becomes when the last
+    /// burst was done; what lies between two bursts counts for the port of the second one.
+    fn pass(&mut self, snapshot: &Snapshot, plan: &Plan, clock: &Clock, now: &mut u64) -> usize {
         let mut frames = 0;
+        self.forwarder.meters().0.begin(*now);
         for served in &plan.queues {
             if served.port.stats.fault().is_some() {
                 continue;
@@ -194,8 +226,14 @@ impl Worker<'_> {
             match served.queue.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, port, burst)) {
                 Ok(0) => {}
                 Ok(taken) => {
-                    self.shared.stats.burst(taken);
                     frames += taken;
+                    self.shared.stats.burst(taken);
+                    let ended = clock.ticks();
+                    port.stats.rx(served.pair).spent(ended.wrapping_sub(*now));
+                    *now = ended;
+                    let (probe, copies) = self.forwarder.meters();
+                    probe.enter(Stage::Load);
+                    copies.extra += served.copies_in * taken as u64;
                     disarm(served);
                 }
                 Err(fault) => port.stats.set_fault(fault),

@@ -4,6 +4,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use super::meter::{Copies, Stage};
+
 /// A clock that costs a few cycles to read.
 #[derive(Debug, Clone)]
 pub struct Clock {
@@ -14,7 +16,7 @@ pub struct Clock {
 
 /// The time stamp counter, or nanoseconds where there is none.
 #[inline]
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 processor has the instruction.
     return unsafe { core::arch::x86_64::_rdtsc() };
@@ -67,15 +69,49 @@ impl Clock {
     }
 }
 
+/// Places of the histogram of burst sizes: place `n` counts bursts of at most 2^n frames, and of more than the place
+/// before it; the last one is without bound.
+pub const BURST_BUCKETS: usize = 8;
+
 /// Counters of one worker; it writes, the control side reads.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct WorkerStats {
     busy_ticks: AtomicU64,
     frames: AtomicU64,
-    bursts: AtomicU64,
+    delivered: AtomicU64,
+    copies: AtomicU64,
+    bursts: [AtomicU64; BURST_BUCKETS],
+    stage_ticks: [AtomicU64; Stage::COUNT],
+    sampled_frames: AtomicU64,
+    asleep_ticks: AtomicU64,
     sleeps: AtomicU64,
     clock: OnceLock<Clock>,
+}
+
+/// The counters of one worker at a moment. Times are in ticks of the [`Clock`].
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct WorkerCounts {
+    /// Time since the start.
+    pub up: u64,
+    /// Time in passes that found frames.
+    pub busy: u64,
+    /// Time asleep.
+    pub asleep: u64,
+    /// Frames received.
+    pub frames: u64,
+    /// Frames written to receivers.
+    pub delivered: u64,
+    /// Times that the payload of one of those was copied.
+    pub copies: u64,
+    /// Frames of the passes that were timed by stage.
+    pub sampled_frames: u64,
+    /// Time that those took, by [`Stage`].
+    pub stages: [u64; Stage::COUNT],
+    /// Bursts by size, see [`BURST_BUCKETS`].
+    pub bursts: [u64; BURST_BUCKETS],
+    /// Times it went to sleep.
+    pub sleeps: u64,
 }
 
 #[inline]
@@ -90,37 +126,88 @@ impl WorkerStats {
         let _ = self.clock.set(clock.clone());
     }
 
-    /// A pass that found work took so long.
+    /// A pass that found frames took so long.
     #[inline]
     pub fn busy(&self, ticks: u64) {
         add(&self.busy_ticks, ticks);
     }
 
-    /// A burst of so many frames.
+    /// What has been copied since the start.
+    #[inline]
+    pub fn copied(&self, copies: Copies) {
+        self.delivered.store(copies.delivered, Ordering::Relaxed);
+        self.copies.store(copies.delivered + copies.extra, Ordering::Relaxed);
+    }
+
+    /// A burst of so many frames, at least one.
     #[inline]
     pub fn burst(&self, frames: usize) {
         add(&self.frames, frames as u64);
-        add(&self.bursts, 1);
+        let bucket = (usize::BITS - frames.saturating_sub(1).leading_zeros()) as usize;
+        add(&self.bursts[bucket.min(BURST_BUCKETS - 1)], 1);
     }
 
-    /// It goes to sleep.
-    pub fn slept(&self) {
+    /// A pass over so many frames was timed by stage.
+    #[cold]
+    pub fn sampled(&self, frames: usize, stages: [u64; Stage::COUNT]) {
+        add(&self.sampled_frames, frames as u64);
+        for (counter, ticks) in self.stage_ticks.iter().zip(stages) {
+            add(counter, ticks);
+        }
+    }
+
+    /// It slept so long.
+    pub fn slept(&self, ticks: u64) {
         add(&self.sleeps, 1);
+        add(&self.asleep_ticks, ticks);
     }
 
-    /// Nanoseconds busy and nanoseconds since the start.
-    pub fn times(&self) -> (u64, u64) {
-        let Some(clock) = self.clock.get() else { return (0, 0) };
-        let up = clock.started.elapsed().as_nanos() as u64;
-        // Over a long run the tick's length follows from the run itself.
-        let ticks = clock.ticks().wrapping_sub(clock.first).max(1);
-        let busy = self.busy_ticks.load(Ordering::Relaxed) as f64 * (up as f64 / ticks as f64);
-        (busy as u64, up)
-    }
-
-    /// Frames, bursts, sleeps.
-    pub fn counts(&self) -> (u64, u64, u64) {
+    /// All counters.
+    pub fn counts(&self) -> WorkerCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        (read(&self.frames), read(&self.bursts), read(&self.sleeps))
+        WorkerCounts {
+            up: self.clock.get().map_or(0, |clock| clock.ticks().wrapping_sub(clock.first)),
+            busy: read(&self.busy_ticks),
+            asleep: read(&self.asleep_ticks),
+            frames: read(&self.frames),
+            delivered: read(&self.delivered),
+            copies: read(&self.copies),
+            sampled_frames: read(&self.sampled_frames),
+            stages: std::array::from_fn(|stage| read(&self.stage_ticks[stage])),
+            bursts: std::array::from_fn(|bucket| read(&self.bursts[bucket])),
+            sleeps: read(&self.sleeps),
+        }
+    }
+
+    /// Ticks per second; 0 before the start. Over a long run they follow from the run itself.
+    pub fn frequency(&self) -> f64 {
+        let Some(clock) = self.clock.get() else { return 0.0 };
+        let (ticks, seconds) = (clock.ticks().wrapping_sub(clock.first), clock.started.elapsed().as_secs_f64());
+        if seconds < 0.1 { 1e9 / clock.ns_per_tick } else { ticks as f64 / seconds }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bursts_are_sorted_by_size() {
+        let stats = WorkerStats::default();
+        for frames in [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 1000] {
+            stats.burst(frames);
+        }
+        assert_eq!(stats.counts().bursts, [1, 1, 2, 2, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn the_clock_has_a_frequency() {
+        let stats = WorkerStats::default();
+        assert_eq!(stats.frequency(), 0.0);
+        stats.begin(&Clock::start());
+        let early = stats.frequency();
+        std::thread::sleep(std::time::Duration::from_millis(150));
+        let late = stats.frequency();
+        assert!(early > 1e8 && (early / late - 1.0).abs() < 0.05, "{early} {late}");
     }
 }

@@ -21,6 +21,7 @@ use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::Fault;
 use crate::wire::offload::Csum;
 use crate::wire::{MAX_SEGMENT_HEADER, Segmenter, Sum, put_be16};
+use crate::worker::meter::Stage;
 
 /// Frames of the pool that one frame may take: what the kernel puts into one socket buffer (`MAX_SKB_FRAGS` and one).
 const MAX_PIECES: usize = 18;
@@ -211,7 +212,11 @@ impl Transmitter {
 
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut state = self.state.lock();
+        let Some(mut state) = self.state.lock_in_time() else {
+            self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&place| scratch.outcomes.dropped(place, DropReason::Contended));
+            return Ok(());
+        };
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
@@ -219,6 +224,8 @@ impl TxQueue for Transmitter {
                 scratch.outcomes.dropped(place, reason);
             }
         }
+        scratch.probe.enter(Stage::Publish);
+        scratch.copies.delivered += state.sent.frames;
         self.flush(state);
         Ok(())
     }

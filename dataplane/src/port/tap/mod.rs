@@ -116,6 +116,10 @@ impl RxQueue for TapRx {
     }
 
     fn drain_event(&self) {}
+
+    fn copies(&self) -> u64 {
+        1
+    }
 }
 
 /// Frames for the host.
@@ -140,7 +144,7 @@ impl TxQueue for TapTx {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let stats = &self.stats;
         let (mut count, mut bytes) = (0, 0);
-        let Scratch { rebuilt, outcomes, .. } = scratch;
+        let Scratch { rebuilt, outcomes, copies, .. } = scratch;
         let mut account = |place, outcome: Result<u64, DropReason>| match outcome {
             Ok(len) => {
                 count += 1;
@@ -158,6 +162,7 @@ impl TxQueue for TapTx {
                 continue;
             }
             let converted = rebuilt.convert(burst, frame, HOST, |offload, head, payload| {
+                copies.extra += 1;
                 account(place, self.write(offload, head, &[SourceSegment::from_slice(payload)]));
                 true
             });
@@ -167,6 +172,7 @@ impl TxQueue for TapTx {
         }
         // Several workers may send to the host at once; the kernel orders them, the counters are approximate then.
         stats.tx(0).add(count, bytes);
+        copies.delivered += count;
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use crate::virtq::notify::EventFd;
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
 use crate::virtq::{Fault, Vring};
 use crate::wire::offload::{Offload, VirtioNetHdr};
+use crate::worker::meter::Stage;
 
 /// All that is needed to work a ring, but the ring.
 #[derive(Debug, Clone)]
@@ -64,8 +65,8 @@ impl QueueSetup {
     fn notify<'r>(&self, work: &mut impl Work<'r>) -> bool {
         let Some(call) = &self.call else { return false };
         let wanted = work.needs_notification();
-        if wanted {
-            call.signal();
+        if wanted && !call.notify() {
+            self.stats.set_fault(Fault::NotifyBlocked);
         }
         wanted
     }
@@ -307,13 +308,14 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         scratch: &mut Scratch,
     ) -> Result<Result<(), DropReason>, Fault> {
-        let Scratch { rebuilt, filled, .. } = scratch;
+        let Scratch { rebuilt, filled, copies, .. } = scratch;
         if self.accepts.takes(frame.offload()) {
             let out = Outgoing { offload: *frame.offload(), head: frame.head(), tail: burst.tail(frame) };
             return self.put(work, sent, filled, out);
         }
         let mut outcome = Ok(Ok(()));
         let converted = rebuilt.convert(burst, frame, self.accepts, |offload, head, payload| {
+            copies.extra += 1;
             let tail = [SourceSegment::from_slice(payload)];
             outcome = self.put(work, sent, filled, Outgoing { offload, head, tail: &tail });
             matches!(outcome, Ok(Ok(())))
@@ -433,18 +435,31 @@ impl<'a, 'm> Source<'a, 'm> {
 
 impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut work = self.ring.lock(Direction::ToGuest);
+        let Some(mut work) = self.ring.lock_in_time(Direction::ToGuest) else {
+            self.setup.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Contended));
+            return Ok(());
+        };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
         let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
         if let Some(dirty) = sent.dirty.take() {
             dirty.finish();
         }
+        scratch.probe.enter(Stage::Publish);
+        scratch.copies.delivered += sent.frames;
+        let mut call = None;
         if work.publish() {
             let counters = self.setup.stats.tx(self.setup.pair);
             counters.add(sent.frames, sent.bytes);
-            if self.setup.notify(&mut work) {
+            call = self.setup.call.as_ref().filter(|_| work.needs_notification());
+            if call.is_some() {
                 counters.notified();
             }
+        }
+        // The guest that wakes may take our CPU: not while other workers wait for the ring.
+        drop(work);
+        if call.is_some_and(|call| !call.notify()) {
+            self.setup.stats.set_fault(Fault::NotifyBlocked);
         }
         outcome
     }
