@@ -49,8 +49,10 @@ impl Rig {
             // The switches' hosts have nothing to say of their own, such as which multicast groups they are in.
             end.run("for k in all default; do echo 1 >/proc/sys/net/ipv6/conf/$k/disable_ipv6; done")?;
         }
-        let mut near = Lab::around(Switch::start_in(&ends[0], &[])?)?;
-        let far = Switch::start_in(&ends[1], &[])?;
+        // No sandbox fits DPDK, so it is not among the kinds of port that can be added unless the operator says so.
+        let sandbox: &[&str] = if is_dpdk() { &["--sandbox", "off"] } else { &[] };
+        let mut near = Lab::around(Switch::start_in(&ends[0], sandbox)?)?;
+        let far = Switch::start_in(&ends[1], sandbox)?;
         for number in 1..=2 {
             let name = format!("vm{number}");
             let nic = Nic::new(&near.socket(&name), &mac(number)).with(&format!("host_mtu={MTU}"));
