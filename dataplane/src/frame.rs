@@ -5,14 +5,14 @@
 //! it goes.
 
 use crate::limits::{BURST, MAX_BURST_SEGMENTS, MAX_CHAIN, MAX_FRAME, SNAPSHOT};
-use crate::mem::{SLACK, SegmentArena, Segments, SourceSegment, Wide};
+use crate::mem::{Segment, SegmentArena, Segments, SourceSegment};
 use crate::switch::DropReason;
 use crate::wire::offload::{Offload, VirtioNetHdr};
 use crate::wire::vlan::{self, TAG_LEN};
 
 /// Bytes before the snapshot: room for a VLAN tag, and for the virtio-net header: at first the one that came, then the
-/// one that goes out.
-const HEADROOM: usize = 16;
+/// one that goes out. What came begins at a multiple of 16, for copies that do not cross boundaries.
+const HEADROOM: usize = 28;
 /// Length of the virtio-net header that frames go out with.
 const HEADER: usize = VirtioNetHdr::LEN;
 /// Length of the Ethernet header without a tag.
@@ -24,7 +24,7 @@ const NEEDS_CSUM: u8 = 1;
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
 pub struct Frame {
-    buffer: [u8; HEADROOM + SNAPSHOT + SLACK + 1],
+    buffer: [u8; HEADROOM + SNAPSHOT],
     start: u16,
     end: u16,
     tail_first: u16,
@@ -40,7 +40,7 @@ pub struct Frame {
 impl Frame {
     const fn empty() -> Self {
         Self {
-            buffer: [0; HEADROOM + SNAPSHOT + SLACK + 1],
+            buffer: [0; HEADROOM + SNAPSHOT],
             start: HEADROOM as u16,
             end: HEADROOM as u16,
             tail_first: 0,
@@ -58,12 +58,10 @@ impl Frame {
         self.buffer.get(usize::from(self.start)..usize::from(self.end)).unwrap_or_default()
     }
 
-    /// The virtio-net header for a receiver that takes the frame as it is, over one buffer, followed by the frame's
-    /// head and bytes of no meaning, so that copies of a fixed size can be made.
+    /// The virtio-net header for a receiver that takes the frame as it is, over one buffer, and the frame's head.
     #[inline]
-    pub fn wire(&self) -> (&[u8], usize) {
-        let first = usize::from(self.start).wrapping_sub(HEADER);
-        (self.buffer.get(first..).unwrap_or_default(), usize::from(self.end - self.start) + HEADER)
+    pub fn wire(&self) -> &[u8] {
+        self.buffer.get(usize::from(self.start).wrapping_sub(HEADER)..usize::from(self.end)).unwrap_or_default()
     }
 
     /// Whether all of the frame is in its head.
@@ -358,12 +356,12 @@ impl<'m> Burst<'m> {
     /// # Errors
     /// Why the frame has to be dropped. The burst is as it was before then.
     #[inline]
-    pub fn load(&mut self, header_len: usize, piece: Wide<'m>) -> Result<usize, DropReason> {
+    pub fn load(&mut self, header_len: usize, piece: Segment<'m>) -> Result<usize, DropReason> {
         let first = self.segments.used();
         let begin = HEADROOM - header_len.min(HEADER);
         let frame = &mut self.frames[self.count];
-        let taken = piece.read(&mut frame.buffer[begin..], header_len.min(HEADER) + SNAPSHOT);
-        let rest = piece.segment().source().skip(taken);
+        let taken = piece.source().read(&mut frame.buffer[begin..]);
+        let rest = piece.source().skip(taken);
         if !rest.is_empty() && !self.segments.push(rest) {
             return Err(DropReason::Oversize);
         }

@@ -6,10 +6,11 @@
 //! raw copies, never through references.
 
 mod log;
+pub(crate) mod prefetch;
 mod segment;
 
 pub use log::{Log, Marks};
-pub use segment::{SLACK, Segment, SegmentArena, Segments, SourceSegment, Wide};
+pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -202,6 +203,36 @@ pub struct HostRange {
     pub len: usize,
 }
 
+/// Finds buffers, most of which lie in the region that the one before them lay in.
+#[derive(Debug)]
+pub struct Locator<'m> {
+    memory: &'m GuestMemory,
+    span: Span,
+    hint: usize,
+}
+
+impl<'m> Locator<'m> {
+    /// Index of the region hit last.
+    #[inline]
+    pub fn hint(&self) -> usize {
+        self.hint
+    }
+
+    /// A buffer that lies in one region. `None` if it does not, or is empty.
+    #[inline]
+    pub fn whole(&mut self, gpa: u64, len: u32) -> Option<Segment<'m>> {
+        if !self.span.has(gpa) {
+            self.span = *self.memory.find(gpa, &mut self.hint)?;
+        }
+        let offset = gpa.wrapping_sub(self.span.gpa);
+        if len == 0 || u64::from(len) > self.span.len - offset {
+            return None;
+        }
+        // SAFETY: the range lies in a region, which `memory` holds for `'m`.
+        unsafe { Segment::new(self.span.host.wrapping_add(offset as usize), len) }
+    }
+}
+
 impl GuestMemory {
     /// A new memory table.
     ///
@@ -284,6 +315,13 @@ impl GuestMemory {
         };
         let offset = gpa - span.gpa;
         Some(HostRange { ptr: span.host.wrapping_add(offset as usize), len: (span.len - offset) as usize })
+    }
+
+    /// For many translations in a row, beginning with the region of index `hint`.
+    #[inline]
+    pub fn locator(&self, hint: usize) -> Locator<'_> {
+        const NOWHERE: Span = Span { gpa: 0, len: 0, host: std::ptr::null_mut() };
+        Locator { memory: self, span: self.spans.get(hint).copied().unwrap_or(NOWHERE), hint }
     }
 
     /// Translates a whole guest physical range that must lie in one region, such as an indirect table.

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use crate::mem::GuestMemory;
+use crate::mem::prefetch::{prefetch_read, prefetch_write};
 
 /// A validated range of memory that stays mapped for `'m`.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +25,26 @@ impl<'m> Segment<'m> {
     #[inline]
     pub unsafe fn new(ptr: *mut u8, len: u32) -> Option<Self> {
         Some(Self { ptr: NonNull::new(ptr)?, len, memory: PhantomData })
+    }
+
+    /// As an address and a length, to be kept.
+    #[inline]
+    pub fn into_parts(self) -> (*mut u8, u32) {
+        (self.ptr.as_ptr(), self.len)
+    }
+
+    /// Asks for the first two cache lines, to read them soon.
+    #[inline]
+    pub fn prefetch_read(self) {
+        prefetch_read(self.ptr.as_ptr());
+        prefetch_read(self.ptr.as_ptr().wrapping_add(64));
+    }
+
+    /// Asks for the first two cache lines, to write them soon.
+    #[inline]
+    pub fn prefetch_write(self) {
+        prefetch_write(self.ptr.as_ptr());
+        prefetch_write(self.ptr.as_ptr().wrapping_add(64));
     }
 
     /// Where it is.
@@ -59,7 +79,7 @@ impl<'m> Segment<'m> {
         let count = from.len().min(self.len());
         // SAFETY: the range is writable by the contract of `new` and at least `count` long, so is `from`; they do not
         // overlap since no reference covers the range.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr(), count) };
+        unsafe { copy(from.as_ptr(), self.ptr.as_ptr(), count) };
         count
     }
 
@@ -122,7 +142,7 @@ impl<'m> SourceSegment<'m> {
         let count = to.len().min(self.len());
         // SAFETY: the range is mapped and at least `count` long, so is `to`; `to` is borrowed uniquely, and no
         // reference covers guest memory, so they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), to.as_mut_ptr(), count) };
+        unsafe { copy(self.ptr.as_ptr(), to.as_mut_ptr(), count) };
         count
     }
 
@@ -132,136 +152,39 @@ impl<'m> SourceSegment<'m> {
     }
 }
 
-/// Bytes that fixed-size copies may touch beyond what was asked for.
-pub const SLACK: usize = CHUNK - 1;
-/// Unit of fixed-size copies.
+/// Unit of short copies, in bytes.
 const CHUNK: usize = 16;
+/// Copies longer than this are left to the library, which is better at them.
+const SHORT: usize = 160;
 
-/// A segment that is known to be followed by more mapped memory, so that short copies need no exact length: a few
-/// fixed-size moves are faster than a call for 76 bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct Wide<'m> {
-    segment: Segment<'m>,
-    room: u32,
-}
-
-impl<'m> Wide<'m> {
-    /// A segment with `room` mapped bytes from its beginning, its own included.
-    ///
-    /// # Safety
-    /// `room` bytes from the segment's beginning must be mapped and readable for `'m`.
-    #[inline]
-    pub unsafe fn new(segment: Segment<'m>, room: usize) -> Self {
-        Self { segment, room: u32::try_from(room).unwrap_or(u32::MAX) }
-    }
-
-    /// A guest's buffer that lies in one region, and what follows it there. `None` if it does not, or is empty.
-    #[inline]
-    pub fn locate(memory: &'m GuestMemory, gpa: u64, len: u32, hint: &mut usize) -> Option<Self> {
-        let range = memory.locate(gpa, hint)?;
-        if len as usize > range.len || len == 0 {
-            return None;
-        }
-        // SAFETY: a range of guest memory that was just translated, of memory held for `'m`, and what follows it.
-        unsafe { Some(Self::new(Segment::new(range.ptr, len)?, range.len)) }
-    }
-
-    /// As an address and a number, to be kept.
-    #[inline]
-    pub fn into_parts(self) -> (*mut u8, u64) {
-        (self.segment.ptr.as_ptr(), u64::from(self.segment.len) | (u64::from(self.room) << 32))
-    }
-
-    /// What was kept. `None` for a null address.
-    ///
-    /// # Safety
-    /// If not null, the parts must come from [`Wide::into_parts`], and the memory must still be held for `'m`.
-    #[inline]
-    pub unsafe fn from_parts(ptr: *mut u8, sizes: u64) -> Option<Self> {
-        let segment = Segment { ptr: NonNull::new(ptr)?, len: sizes as u32, memory: PhantomData };
-        Some(Self { segment, room: (sizes >> 32) as u32 })
-    }
-
-    /// The segment proper.
-    #[inline]
-    pub fn segment(self) -> Segment<'m> {
-        self.segment
-    }
-
-    /// Asks for the first two cache lines, to read them soon.
-    #[inline]
-    pub fn prefetch_read(self) {
-        prefetch::<false>(self.segment.ptr.as_ptr());
-        prefetch::<false>(self.segment.ptr.as_ptr().wrapping_add(64));
-    }
-
-    /// Asks for the first two cache lines, to write them soon.
-    #[inline]
-    pub fn prefetch_write(self) {
-        prefetch::<true>(self.segment.ptr.as_ptr());
-        prefetch::<true>(self.segment.ptr.as_ptr().wrapping_add(64));
-    }
-
-    /// Copies up to `count` of the first bytes to `to`; returns how many. `to` may get [`SLACK`] bytes of anything
-    /// behind them, and has to have room for that.
-    #[inline]
-    pub fn read(self, to: &mut [u8], count: usize) -> usize {
-        let count = count.min(self.segment.len());
-        if count + SLACK > to.len().min(self.room as usize) {
-            let count = count.min(to.len());
-            return self.segment.source().read(to.get_mut(..count).unwrap_or_default());
-        }
-        // SAFETY: both sides have `count + SLACK` bytes, as was just checked; see `Segment::write` for the rest.
-        unsafe { copy_chunks(self.segment.ptr.as_ptr(), to.as_mut_ptr(), count) };
-        count
-    }
-
-    /// Copies the first `count` bytes of `from` to the beginning, which must have room for them. Bytes behind them, as
-    /// far as the segment itself reaches, may be overwritten as well.
-    #[inline]
-    pub fn write(self, from: &[u8], count: usize) -> bool {
-        if count > from.len() || count > self.segment.len() {
-            return false;
-        }
-        if count + SLACK > from.len().min(self.segment.len()) {
-            return self.segment.write(from.get(..count).unwrap_or_default()) == count;
-        }
-        // SAFETY: both sides have `count + SLACK` bytes, as was just checked; see `Segment::write` for the rest.
-        unsafe { copy_chunks(from.as_ptr(), self.segment.ptr.as_ptr(), count) };
-        true
-    }
-}
-
+/// Copies bytes. A few moves of fixed size are faster than a call for 76 bytes; the last move overlaps the one before it, so
+/// that no byte beyond `count` is touched: it might lie in a cache line that somebody else has.
+///
 /// # Safety
-/// `count + SLACK` bytes must be readable at `from` and writable at `to`, without overlap.
+/// `count` bytes must be readable at `from` and writable at `to`, without overlap.
 #[inline(always)]
-unsafe fn copy_chunks(from: *const u8, to: *mut u8, count: usize) {
-    let mut done = 0;
-    while done < count {
-        // SAFETY: by the contract, since `done` is less than `count`.
-        unsafe {
-            let chunk = from.add(done).cast::<[u8; CHUNK]>().read_unaligned();
-            to.add(done).cast::<[u8; CHUNK]>().write_unaligned(chunk);
-        }
-        done += CHUNK;
-    }
-}
-
-/// Hints that a cache line is wanted soon, to write it or just to read it. Any address will do.
-#[inline(always)]
-fn prefetch<const WRITE: bool>(place: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint: it neither faults nor changes anything. The one for writing has no intrinsic on the
-    // baseline processor, where it does nothing.
+unsafe fn copy(from: *const u8, to: *mut u8, count: usize) {
+    // SAFETY: by the contract; each move ends at `count` at the latest.
     unsafe {
-        if WRITE {
-            std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags, readonly));
-        } else {
-            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+        let Some(last) = count.checked_sub(CHUNK).filter(|_| count <= SHORT) else {
+            return std::ptr::copy_nonoverlapping(from, to, count);
+        };
+        let move_at = |at: usize| {
+            let chunk = from.add(at).cast::<[u8; CHUNK]>().read_unaligned();
+            to.add(at).cast::<[u8; CHUNK]>().write_unaligned(chunk);
+        };
+        let mut done = 0;
+        // Most frames are either as short as they can be or long.
+        if count >= 4 * CHUNK {
+            (0..4).for_each(|chunk| move_at(chunk * CHUNK));
+            done = 4 * CHUNK;
         }
+        while done < last {
+            move_at(done);
+            done += CHUNK;
+        }
+        move_at(last);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = place;
 }
 
 /// Storage for the segments of a burst, reused. Between bursts it holds nothing that anyone can reach.
@@ -349,22 +272,18 @@ mod tests {
     }
 
     #[test]
-    fn wide_copies_are_exact_where_it_counts() {
-        for len in 0..80usize {
-            for room in [len, len + 4, len + SLACK, 200] {
-                let mut memory: Vec<u8> = (0..200).map(|at| at as u8).collect();
-                // SAFETY: the vector has `room` bytes and is not touched while the segment is in use.
-                let wide = unsafe { Wide::new(Segment::new(memory.as_mut_ptr(), len as u32).unwrap(), room) };
-                let mut out = [0xee; 64 + SLACK];
-                let count = wide.read(&mut out, 64);
-                assert_eq!(count, len.min(64));
-                assert!(out[..count].iter().enumerate().all(|(at, byte)| *byte == at as u8));
-                assert!(wide.write(&[0xfe; 100], len));
-                assert!(!wide.write(&[0xfe; 100], len + 1));
-                assert!(
-                    memory[..len].iter().all(|byte| *byte == 0xfe) && memory[len..].iter().all(|byte| *byte != 0xfe)
-                );
-            }
+    fn copies_touch_nothing_else() {
+        let source: Vec<u8> = (0..400u32).map(|at| at as u8).collect();
+        for len in 0..=SHORT + 20 {
+            let mut memory = vec![0xee; len + 40];
+            // SAFETY: the vector is long enough and is not touched while the segment is in use.
+            let segment = unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap();
+            assert_eq!(segment.write(&source), len);
+            let mut back = vec![0xdd; len + 20];
+            assert_eq!(segment.source().read(&mut back), len);
+            assert_eq!((&memory[20..20 + len], &back[..len]), (&source[..len], &source[..len]));
+            assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
+            assert!(back[len..].iter().all(|byte| *byte == 0xdd));
         }
     }
 

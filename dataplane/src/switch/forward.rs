@@ -36,6 +36,18 @@ impl Places {
         }
     }
 
+    /// Adds `count` places from `first` on.
+    #[inline]
+    fn push_run(&mut self, first: u8, count: u8) {
+        let begin = usize::from(self.count);
+        if let Some(items) = self.items.get_mut(begin..begin + usize::from(count)) {
+            for (offset, item) in (0u8..).zip(items) {
+                *item = first.wrapping_add(offset);
+            }
+            self.count += count;
+        }
+    }
+
     /// Merges segments of the wire, for a receiver that prefers super-packets.
     fn coalesce(&mut self, burst: &mut Burst<'_>, shared: u64, prefers: Accepts) {
         if !(prefers.tso4 || prefers.tso6) {
@@ -49,6 +61,26 @@ impl Places {
     #[inline]
     fn as_slice(&self) -> &[u8] {
         self.items.get(..usize::from(self.count)).unwrap_or_default()
+    }
+}
+
+/// Frames in a row that go to one port, as most of a burst do.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    to: PortId,
+    first: u8,
+    count: u8,
+}
+
+impl Run {
+    const NONE: Self = Self { to: PortId(0), first: 0, count: 0 };
+
+    /// Takes in the frame at `place` if it goes on with the run.
+    #[inline]
+    fn extend(&mut self, to: PortId, place: u8) -> bool {
+        let goes_on = self.to == to && self.first.wrapping_add(self.count) == place && self.count > 0;
+        self.count += u8::from(goes_on);
+        goes_on
     }
 }
 
@@ -116,8 +148,9 @@ impl Forwarder {
                 count = admitted;
             }
         }
+        let mut run = Run::NONE;
         for place in 0..count {
-            let outcome = self.classify(snapshot, ingress, burst, place);
+            let outcome = self.classify(snapshot, ingress, burst, place, &mut run);
             if let Err(reason) = outcome {
                 ingress.stats.drop_frames(reason, 1);
             }
@@ -125,6 +158,7 @@ impl Forwarder {
                 ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
             }
         }
+        self.note_run(run);
         self.scratch.probe.enter(Stage::Deliver);
         let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
@@ -189,6 +223,7 @@ impl Forwarder {
         ingress: &PortView,
         burst: &mut Burst<'_>,
         place: u8,
+        run: &mut Run,
     ) -> Result<(), DropReason> {
         let frame = burst.frame_mut(place);
         let vid = ingress.vlan.ingress(frame.tag()).ok_or(DropReason::VlanDenied)?;
@@ -209,10 +244,16 @@ impl Forwarder {
         match to {
             Some(id) if id == ingress.id => Err(DropReason::SamePort),
             Some(id) => {
-                self.note(id, place);
+                if !run.extend(id, place) {
+                    self.note_run(std::mem::replace(run, Run { to: id, first: place, count: 1 }));
+                }
                 Ok(())
             }
-            None => self.flood(snapshot, ingress, vid, place),
+            None => {
+                // Order is kept for each destination.
+                self.note_run(std::mem::replace(run, Run::NONE));
+                self.flood(snapshot, ingress, vid, place)
+            }
         }
     }
 
@@ -252,7 +293,7 @@ impl Forwarder {
         for &id in members {
             let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
             if egress.vlan.egress(vid).is_some() {
-                self.note(id, place);
+                self.note_run(Run { to: id, first: place, count: 1 });
                 count += 1;
             }
         }
@@ -263,12 +304,15 @@ impl Forwarder {
     }
 
     #[inline]
-    fn note(&mut self, id: PortId, place: u8) {
-        let list = &mut self.lists[usize::from(id.0) % MAX_PORTS];
-        if list.count == 0 {
-            self.touched.push(id);
+    fn note_run(&mut self, run: Run) {
+        if run.count == 0 {
+            return;
         }
-        list.push(place);
+        let list = &mut self.lists[usize::from(run.to.0) % MAX_PORTS];
+        if list.count == 0 {
+            self.touched.push(run.to);
+        }
+        list.push_run(run.first, run.count);
     }
 
     /// Hands frames to a port's queues, in the form that it takes.

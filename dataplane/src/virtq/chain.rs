@@ -1,7 +1,8 @@
 //! The untrusted walk along a descriptor chain (virtio 1.2, 2.7.5 and 2.7.7).
 
 use crate::limits::MAX_CHAIN;
-use crate::mem::{GuestMemory, Segment, Wide};
+use crate::mem::prefetch::prefetch_read;
+use crate::mem::{GuestMemory, Locator, Segment};
 use crate::virtq::Fault;
 
 pub(crate) const NEXT: u16 = 1;
@@ -17,6 +18,17 @@ pub enum Direction {
     FromGuest,
     /// The guest receives: we write its buffers.
     ToGuest,
+}
+
+impl Direction {
+    /// What descriptors of such buffers have set.
+    #[inline]
+    pub(crate) fn flag(self) -> u16 {
+        match self {
+            Self::FromGuest => 0,
+            Self::ToGuest => WRITE,
+        }
+    }
 }
 
 /// A descriptor, read once.
@@ -46,6 +58,12 @@ impl Table {
     /// `len` descriptors from `first`, aligned to 8 bytes, must stay mapped while the table is in use.
     pub(crate) unsafe fn new(first: *const u8, len: u32) -> Self {
         Self { first: first.cast(), len }
+    }
+
+    /// Asks for a descriptor, to read it soon.
+    #[inline]
+    pub(crate) fn prefetch(self, index: u16) {
+        prefetch_read(self.first.wrapping_add(usize::from(index) * 2));
     }
 
     #[inline]
@@ -125,13 +143,12 @@ impl<'m> Walk<'m> {
     /// The chain at `head` if it is what most chains are: one buffer in one piece. `None` for all else, faults
     /// included, which [`Walk::run`] will tell apart.
     #[inline]
-    pub(crate) fn single(self, head: u16, hints: &mut Hints) -> Option<Wide<'m>> {
+    pub(crate) fn single(&self, head: u16, locator: &mut Locator<'m>) -> Option<Segment<'m>> {
         let descriptor = self.table.read(head).ok()?;
-        let wanted = if self.direction == Direction::ToGuest { WRITE } else { 0 };
-        if descriptor.flags & (INDIRECT | NEXT | WRITE) != wanted {
+        if descriptor.flags & (INDIRECT | NEXT | WRITE) != self.direction.flag() {
             return None;
         }
-        Wide::locate(self.memory, descriptor.addr, descriptor.len, &mut hints.buffers)
+        locator.whole(descriptor.addr, descriptor.len)
     }
 }
 
@@ -186,7 +203,7 @@ impl<'m, F: FnMut(Segment<'m>)> Buffers<'m, F> {
     /// One buffer.
     #[inline]
     pub(crate) fn buffer(&mut self, addr: u64, len: u32, flags: u16, hints: &mut Hints) -> Result<(), Fault> {
-        if (flags & WRITE != 0) != (self.direction == Direction::ToGuest) {
+        if flags & WRITE != self.direction.flag() {
             return Err(Fault::WrongDirection);
         }
         let (mut addr, mut left) = (addr, len as usize);

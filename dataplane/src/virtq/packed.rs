@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use crate::limits::{BURST, MAX_RING};
-use crate::mem::{GuestMemory, Segment, Wide};
+use crate::mem::{GuestMemory, Locator, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{Buffers, DESCRIPTOR, Direction, Hints, INDIRECT, NEXT, WRITE};
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
@@ -269,12 +269,11 @@ impl<'r> PackedWork<'r> {
 
     /// The slot's buffer if it is a chain of its own, in one piece.
     #[inline]
-    fn single(&self, slot: Slot, hints: &mut Hints) -> Option<Wide<'r>> {
-        let wanted = if self.direction == Direction::ToGuest { WRITE } else { 0 };
-        if slot.flags & (INDIRECT | NEXT | WRITE) != wanted {
+    fn single(&self, slot: Slot, locator: &mut Locator<'r>) -> Option<Segment<'r>> {
+        if slot.flags & (INDIRECT | NEXT | WRITE) != self.direction.flag() {
             return None;
         }
-        Wide::locate(&self.ring.memory, slot.addr, slot.len, &mut hints.buffers)
+        locator.whole(slot.addr, slot.len)
     }
 
     /// Follows a chain from its first slot. Returns its buffer id and its number of slots.
@@ -333,20 +332,20 @@ impl<'r> Work<'r> for PackedWork<'r> {
     #[inline]
     fn look_ahead(&mut self, ahead: &mut Ahead<'r>, wanted: usize) -> Result<(), Fault> {
         ahead.begin(self.taken);
-        let (mut at, mut hints) = (self.cursor, self.position.hints);
+        let (mut at, mut locator) = (self.cursor, self.ring.memory.locator(self.position.hints.buffers));
         for _ in 0..wanted.min(BURST) {
             let Some(slot) = self.ring.read(at) else { break };
             // Where the chain after a longer one begins is not known yet.
-            let Some(buffer) = self.single(slot, &mut hints) else { break };
+            let Some(buffer) = self.single(slot, &mut locator) else { break };
             ahead.push(slot.id, Some(buffer), self.direction);
             at = at.advance(1, self.ring.size);
         }
-        self.position.hints = hints;
+        self.position.hints.buffers = locator.hint();
         Ok(())
     }
 
     #[inline]
-    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)> {
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Segment<'r>)> {
         let (id, buffer) = ahead.get(self.taken)?;
         let chain = Chain { id, slot: self.cursor.slot, slots: 1 };
         self.cursor = self.cursor.advance(1, self.ring.size);
@@ -380,9 +379,7 @@ impl<'r> Work<'r> for PackedWork<'r> {
             self.flush();
         }
         let mut flags = if self.completing.wrap { AVAIL | USED } else { 0 };
-        if self.direction == Direction::ToGuest {
-            flags |= WRITE;
-        }
+        flags |= self.direction.flag();
         self.pending[self.count] = u64::from(len) | (u64::from(chain.id) << 32) | (u64::from(flags) << 48);
         self.pending_slots[self.count] = chain.slot;
         self.count += 1;

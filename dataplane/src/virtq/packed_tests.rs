@@ -142,7 +142,7 @@ fn one_after_the_other() {
         let mut ahead = Ahead::default();
         work.look_ahead(&mut ahead, 32).unwrap();
         let (chain, buffer) = work.take_ahead(&ahead).unwrap();
-        assert_eq!(buffer.segment().len(), 100 + round as usize);
+        assert_eq!(buffer.len(), 100 + round as usize);
         assert!(work.take_ahead(&ahead).is_none() && work.take(|_| ()).unwrap().is_none());
         work.complete(chain, round);
         assert!(work.publish() && !work.publish());
@@ -265,7 +265,7 @@ proptest! {
                     let mut expected = Vec::new();
                     for index in 0..take {
                         let mark = work.mark();
-                        let single = work.take_ahead(&ahead).map(|(chain, buffer)| (chain, buffer.segment().len() as u64));
+                        let single = work.take_ahead(&ahead).map(|(chain, buffer)| (chain, buffer.len() as u64));
                         let taken = match single {
                             Some(taken) => Some(taken),
                             None => work.take(|_| ()).unwrap(),

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use crate::limits::BURST;
-use crate::mem::{GuestMemory, Segment, Wide};
+use crate::mem::{GuestMemory, Segment};
 use crate::virtq::chain::Direction;
 use crate::virtq::{Fault, RingError};
 
@@ -76,7 +76,7 @@ pub trait Work<'r>: Sized {
     fn look_ahead(&mut self, ahead: &mut Ahead<'r>, wanted: usize) -> Result<(), Fault>;
 
     /// Takes the next chain if it was looked at and is one buffer in one piece; anything else is for [`Work::take`].
-    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)>;
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Segment<'r>)>;
 
     /// Takes the next chain and hands its buffers to `sink`. Returns it and its bytes in sum; `None` if there is none.
     ///
@@ -112,14 +112,14 @@ pub struct Ahead<'r> {
     count: u32,
     ids: [u16; BURST],
     places: [*mut u8; BURST],
-    sizes: [u64; BURST],
+    lens: [u32; BURST],
     memory: PhantomData<&'r GuestMemory>,
 }
 
 impl Default for Ahead<'_> {
     fn default() -> Self {
         let places = [std::ptr::null_mut(); BURST];
-        Self { first: 0, count: 0, ids: [0; BURST], places, sizes: [0; BURST], memory: PhantomData }
+        Self { first: 0, count: 0, ids: [0; BURST], places, lens: [0; BURST], memory: PhantomData }
     }
 }
 
@@ -132,7 +132,7 @@ impl<'r> Ahead<'r> {
 
     /// Notes the next chain, and asks for its buffer if it is a single one.
     #[inline]
-    pub(super) fn push(&mut self, id: u16, buffer: Option<Wide<'r>>, direction: Direction) {
+    pub(super) fn push(&mut self, id: u16, buffer: Option<Segment<'r>>, direction: Direction) {
         let index = self.count as usize;
         if index >= BURST {
             return;
@@ -144,20 +144,20 @@ impl<'r> Ahead<'r> {
                 Direction::FromGuest => buffer.prefetch_read(),
                 Direction::ToGuest => buffer.prefetch_write(),
             }
-            (self.places[index], self.sizes[index]) = buffer.into_parts();
+            (self.places[index], self.lens[index]) = buffer.into_parts();
         }
         self.count += 1;
     }
 
     /// The chain after `taken` ones, if it was looked at and is a single buffer.
     #[inline]
-    pub(super) fn get(&self, taken: u32) -> Option<(u16, Wide<'r>)> {
+    pub(super) fn get(&self, taken: u32) -> Option<(u16, Segment<'r>)> {
         let index = taken.wrapping_sub(self.first) as usize;
         if index >= self.count as usize || index >= BURST {
             return None;
         }
-        // SAFETY: what `Wide::into_parts` gave for memory that is held for `'r`.
-        let single = unsafe { Wide::from_parts(self.places[index], self.sizes[index]) };
+        // SAFETY: what `Segment::into_parts` gave for memory that is held for `'r`, or null.
+        let single = unsafe { Segment::new(self.places[index], self.lens[index]) };
         Some((self.ids[index], single?))
     }
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use crate::limits::{BURST, MAX_RING};
-use crate::mem::{GuestMemory, Segment, Wide};
+use crate::mem::prefetch::{prefetch_read, prefetch_write};
+use crate::mem::{GuestMemory, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
@@ -20,6 +21,9 @@ const NO_NOTIFY: u16 = 1;
 /// Bytes before the rings' elements: flags and index, 16 bits each.
 const RING_HEADER: usize = 4;
 const USED_ELEMENT: usize = 8;
+/// What fits into a cache line of 64 bytes.
+const DESCRIPTORS_PER_LINE: usize = 4;
+const USED_PER_LINE: usize = 8;
 
 /// A split ring over host pointers.
 #[derive(Debug)]
@@ -264,6 +268,22 @@ impl<'r> SplitWork<'r> {
         self.ring.load(self.ring.avail_element(self.position.next.wrapping_add(taken as u16)))
     }
 
+    /// Asks for what the next burst, from available index `first` on, needs of the ring: the driver's CPU had it last.
+    #[inline]
+    fn foresee(&self, first: u16) {
+        let ring = self.ring;
+        let known = self.position.seen.wrapping_sub(first).min(BURST as u16);
+        // One burst farther, so that reading the elements below does not wait.
+        prefetch_read(ring.avail_element(first.wrapping_add(BURST as u16)));
+        // Drivers mostly hand descriptors out in order.
+        for index in (0..known).step_by(DESCRIPTORS_PER_LINE) {
+            ring.table.prefetch(ring.load(ring.avail_element(first.wrapping_add(index))));
+        }
+        for index in (0..known).step_by(USED_PER_LINE) {
+            prefetch_write(ring.used_element(first.wrapping_add(index)));
+        }
+    }
+
     #[inline]
     fn walk(&self) -> Walk<'r> {
         Walk {
@@ -288,17 +308,19 @@ impl<'r> Work<'r> for SplitWork<'r> {
         ahead.begin(self.taken);
         let wanted = wanted.min(BURST) as u32;
         let count = self.left(wanted)?.min(wanted);
-        let (walk, mut hints) = (self.walk(), self.position.hints);
-        for offset in 0..count {
-            let head = self.head(self.taken.wrapping_add(offset));
-            ahead.push(head, walk.single(head, &mut hints), self.direction);
+        let (walk, mut locator) = (self.walk(), self.ring.memory.locator(self.position.hints.buffers));
+        let first = self.position.next.wrapping_add(self.taken as u16);
+        for offset in 0..count as u16 {
+            let head = self.ring.load(self.ring.avail_element(first.wrapping_add(offset)));
+            ahead.push(head, walk.single(head, &mut locator), self.direction);
         }
-        self.position.hints = hints;
+        self.position.hints.buffers = locator.hint();
+        self.foresee(first.wrapping_add(count as u16));
         Ok(())
     }
 
     #[inline]
-    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Wide<'r>)> {
+    fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Segment<'r>)> {
         let (id, buffer) = ahead.get(self.taken)?;
         self.taken += 1;
         Some((Chain { id, ..Chain::default() }, buffer))

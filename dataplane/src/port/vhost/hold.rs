@@ -88,12 +88,12 @@ impl Held {
     /// Adds a frame; `false` if there is no room.
     fn push(&mut self, burst: &Burst<'_>, place: u8) -> bool {
         let frame = burst.frame(place);
-        let (wire, count) = frame.wire();
+        let wire = frame.wire();
         let first = self.bytes.len();
-        if self.frames.len() >= MAX_HELD_FRAMES || first + count + MAX_FRAME > MAX_HELD_BYTES {
+        if self.frames.len() >= MAX_HELD_FRAMES || first + wire.len() + MAX_FRAME > MAX_HELD_BYTES {
             return false;
         }
-        self.bytes.extend_from_slice(wire.get(..count).unwrap_or_default());
+        self.bytes.extend_from_slice(wire);
         for piece in burst.tail(frame) {
             let begin = self.bytes.len();
             self.bytes.resize(begin + piece.len(), 0);

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_net as net;
 
 use crate::frame::{Burst, BurstStorage, Frame};
 use crate::limits::BURST;
-use crate::mem::{Marks, SLACK, Segment, SourceSegment};
+use crate::mem::{Marks, Segment, SourceSegment};
 use crate::port::stats::PortStats;
 use crate::port::{RxQueue, TxQueue};
 use crate::switch::DropReason;
@@ -17,7 +17,7 @@ use crate::virtq::chain::Direction;
 use crate::virtq::notify::EventFd;
 use crate::virtq::ring::{Ahead, Chain, Ring, Work};
 use crate::virtq::{Fault, Vring};
-use crate::wire::offload::Offload;
+use crate::wire::offload::{Offload, VirtioNetHdr};
 use crate::worker::meter::Stage;
 
 /// All that is needed to work a ring, but the ring.
@@ -105,13 +105,14 @@ impl<R: Ring> GuestTx<R> {
         let mut ahead = Ahead::default();
         work.look_ahead(&mut ahead, BURST)?;
         // Frames that are dropped at once leave room in the burst, but the guest's word alone must not keep us here.
-        while taken.chains < BURST && burst.has_room() {
+        while taken.chains < BURST {
             let (chain, loaded) = match work.take_ahead(&ahead) {
                 Some((chain, buffer)) => (chain, burst.load(self.header_len, buffer)),
-                None => match self.gather(work, burst)? {
+                None if burst.has_room() => match self.gather(work, burst)? {
                     Some(gathered) => gathered,
                     None => break,
                 },
+                None => break,
             };
             match loaded {
                 Ok(len) => taken.bytes += len as u64,
@@ -238,9 +239,10 @@ impl<R: Ring> GuestRx<R> {
     ) -> Result<(), Fault> {
         let mut ahead = Ahead::default();
         work.look_ahead(&mut ahead, frames.len())?;
+        let plain = self.header_len == VirtioNetHdr::LEN;
         for (place, &index) in frames.iter().enumerate() {
             let frame = burst.frame(index);
-            if self.put_plain(work, sent, burst, frame, &ahead) {
+            if plain && self.put_plain(work, sent, burst, frame, &ahead) {
                 continue;
             }
             match self.deliver(work, sent, burst, frame, scratch)? {
@@ -266,25 +268,25 @@ impl<R: Ring> GuestRx<R> {
         frame: &Frame,
         ahead: &Ahead<'r>,
     ) -> bool {
-        if self.header_len != 12 || !self.accepts.takes(frame.offload()) {
+        if !self.accepts.takes(frame.offload()) {
             return false;
         }
         let mark = work.mark();
         let Some((chain, buffer)) = work.take_ahead(ahead) else { return false };
-        let len = frame.len() + self.header_len;
-        let (bytes, count) = frame.wire();
-        if len > buffer.segment().len() || !buffer.write(bytes, count) {
+        let len = frame.len() + VirtioNetHdr::LEN;
+        if len > buffer.len() {
             work.rewind(mark);
             return false;
         }
+        let written = buffer.write(frame.wire());
         if !frame.is_whole() {
-            let mut rest = buffer.segment().skip(count);
+            let mut rest = buffer.skip(written);
             for piece in burst.tail(frame) {
                 rest = rest.skip(rest.write_from(*piece));
             }
         }
         if let Some(dirty) = &mut sent.dirty {
-            dirty.segment(buffer.segment(), len + SLACK);
+            dirty.segment(buffer, len);
         }
         work.complete(chain, len as u32);
         sent.frames += 1;
