@@ -2,17 +2,20 @@
 //!
 //! A worker that finds a port's capture on copies its frames into one of a few buffers, the control side empties them.
 //! A worker never waits for it: a buffer that is being emptied is passed over, one that is full loses the frame, and
-//! both are counted.
+//! both are counted. Frames that are not wanted cost a look at their headers and are not copied.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+pub mod filter;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::frame::{Burst, Frame};
-use crate::limits::MAX_FRAME;
+use crate::limits::{BURST, MAX_FRAME};
 use crate::port::stats::PortStats;
 use crate::switch::DropReason;
-use crate::sync::SpinLock;
+use crate::sync::{SpinGuard, SpinLock};
+use filter::Filter;
 
 /// Buffers: enough for some workers and the control side to find one each.
 const LANES: usize = 4;
@@ -33,30 +36,62 @@ pub enum Direction {
     Tx = 1,
 }
 
+/// What became of the frames of a burst, by their places.
+#[derive(Debug, Clone)]
+pub struct Outcomes([u8; BURST]);
+
+impl Default for Outcomes {
+    fn default() -> Self {
+        Self([DELIVERED; BURST])
+    }
+}
+
+impl Outcomes {
+    /// Nothing was dropped.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.0 = [DELIVERED; BURST];
+    }
+
+    /// Notes that a frame was dropped.
+    #[inline]
+    pub fn dropped(&mut self, place: u8, reason: DropReason) {
+        self.0[usize::from(place) % BURST] = reason as u8;
+    }
+
+    /// Why a frame was dropped, if it was.
+    #[inline]
+    pub fn reason(&self, place: u8) -> Option<DropReason> {
+        DropReason::ALL.get(usize::from(self.0[usize::from(place) % BURST])).copied()
+    }
+}
+
 /// What to capture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaptureOptions {
     /// Bytes kept of each frame, from its start.
     pub snap_length: usize,
     /// One direction only.
     pub direction: Option<Direction>,
+    /// These frames only.
+    pub filter: Option<Filter>,
 }
 
 impl Default for CaptureOptions {
     fn default() -> Self {
-        Self { snap_length: MAX_FRAME, direction: None }
+        Self { snap_length: MAX_FRAME, direction: None, filter: None }
     }
 }
 
 /// A frame that passed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Captured {
-    /// Nanoseconds since 1970.
+    /// Nanoseconds since 1970, when its burst had been dealt with.
     pub time_ns: u64,
     /// Which way it went.
     pub direction: Direction,
-    /// Why it was dropped, if that was decided when it was looked at. A frame for a port that has no buffers left
-    /// counts as delivered here; one beyond a rate limit is not seen at all.
+    /// Why it was dropped, if it was. A frame whose buffers alone were refused (`runt`, `oversize`, `bad_offload`) is
+    /// counted, but not seen.
     pub drop_reason: Option<DropReason>,
     /// Length of the whole frame, in bytes.
     pub length: usize,
@@ -69,10 +104,50 @@ pub struct Captured {
 pub struct CapturePoint {
     is_taken: AtomicBool,
     is_on: AtomicBool,
-    snap_length: AtomicU32,
-    skips: [AtomicBool; 2],
+    /// Workers try to read it and never wait; it is written when a capture begins and ends.
+    wanted: RwLock<Option<CaptureOptions>>,
     lost: AtomicU64,
-    lanes: [SpinLock<Vec<u8>>; LANES],
+    lanes: [SpinLock<Lane>; LANES],
+}
+
+/// A buffer for records. Its memory is there from the start, so that a worker neither waits for it nor clears it first.
+#[derive(Debug, Default)]
+struct Lane {
+    bytes: Box<[u8]>,
+    used: usize,
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self { bytes: vec![0xff; LANE].into_boxed_slice(), used: 0 }
+    }
+
+    /// The records.
+    fn records(&self) -> &[u8] {
+        self.bytes.get(..self.used).unwrap_or_default()
+    }
+
+    /// Adds a record: a header and the first `size` bytes of a frame. `false` if there is no room.
+    fn add(&mut self, header: &[u8; HEADER], burst: &Burst<'_>, frame: &Frame, size: usize) -> bool {
+        let Some(room) = self.bytes.get_mut(self.used..).and_then(|rest| rest.get_mut(..HEADER + size)) else {
+            return false;
+        };
+        let (front, mut rest) = room.split_at_mut(HEADER);
+        front.copy_from_slice(header);
+        let head = frame.head().get(..size).unwrap_or(frame.head());
+        let (front, tail) = rest.split_at_mut(head.len());
+        front.copy_from_slice(head);
+        rest = tail;
+        for piece in burst.tail(frame) {
+            if rest.is_empty() {
+                break;
+            }
+            let count = piece.read(rest);
+            rest = rest.get_mut(count..).unwrap_or_default();
+        }
+        self.used += HEADER + size;
+        true
+    }
 }
 
 impl CapturePoint {
@@ -82,50 +157,67 @@ impl CapturePoint {
         self.is_on.load(Ordering::Relaxed)
     }
 
-    /// Copies a frame for who looks, or counts it as lost. For workers.
+    /// Copies the frames at `places` for who looks, or counts them as lost. For workers.
     #[cold]
-    pub fn record(&self, burst: &Burst<'_>, frame: &Frame, direction: Direction, reason: Option<DropReason>) {
-        if self.skips[direction as usize].load(Ordering::Relaxed) {
+    pub fn record(
+        &self,
+        burst: &Burst<'_>,
+        places: &[u8],
+        direction: Direction,
+        reason: impl Fn(u8) -> Option<DropReason>,
+    ) {
+        // Refused only while a capture begins or ends.
+        let Ok(wanted) = self.wanted.try_read() else { return };
+        let Some(wanted) = wanted.as_ref().filter(|wanted| wanted.direction.is_none_or(|only| only == direction))
+        else {
             return;
-        }
-        let lane = self.lanes.iter().find_map(|lane| lane.try_lock());
-        let size = frame.len().min(self.snap_length.load(Ordering::Relaxed) as usize);
-        match lane {
-            // Never beyond its capacity, so that a worker does not allocate.
-            Some(mut lane) if lane.capacity() - lane.len() >= HEADER + size => {
-                let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-                lane.extend_from_slice(&time.to_ne_bytes());
-                lane.extend_from_slice(&[direction as u8, reason.map_or(DELIVERED, |reason| reason as u8)]);
-                lane.extend_from_slice(&(frame.len() as u32).to_ne_bytes());
-                lane.extend_from_slice(&(size as u32).to_ne_bytes());
-                copy(burst, frame, size, &mut lane);
+        };
+        // One buffer and one look at the clock for the whole burst, and none if nothing of it is wanted.
+        let mut lane = None;
+        for &place in places {
+            let (frame, reason) = (burst.frame(place), reason(place));
+            if wanted.filter.as_ref().is_some_and(|filter| !filter.matches(frame.head(), frame.len(), reason)) {
+                continue;
             }
-            _ => {
+            let size = frame.len().min(wanted.snap_length);
+            let kept = lane.get_or_insert_with(|| self.lane()).as_mut().is_some_and(|(lane, time)| {
+                lane.add(&header(*time, direction, reason, frame.len(), size), burst, frame, size)
+            });
+            if !kept {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
+
+    /// A buffer that nobody uses at the moment, and the time.
+    fn lane(&self) -> Option<(SpinGuard<'_, Lane>, u64)> {
+        let lane = self.lanes.iter().find_map(|lane| lane.try_lock())?;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        Some((lane, time))
+    }
+
+    fn want(&self, options: Option<CaptureOptions>) {
+        *self.wanted.write().unwrap_or_else(PoisonError::into_inner) = options;
+    }
 }
 
-/// Appends the first `size` bytes of a frame.
-fn copy(burst: &Burst<'_>, frame: &Frame, size: usize, to: &mut Vec<u8>) {
-    let end = to.len() + size;
-    to.extend_from_slice(frame.head().get(..size).unwrap_or(frame.head()));
-    for piece in burst.tail(frame) {
-        let at = to.len();
-        if at == end {
-            break;
-        }
-        to.resize(end.min(at + piece.len()), 0);
-        piece.read(&mut to[at..]);
-    }
-    to.resize(end, 0);
+/// What a record begins with; see [`parse`].
+fn header(time: u64, direction: Direction, reason: Option<DropReason>, len: usize, size: usize) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(&time.to_ne_bytes());
+    header[8] = direction as u8;
+    header[9] = reason.map_or(DELIVERED, |reason| reason as u8);
+    header[10..14].copy_from_slice(&(len as u32).to_ne_bytes());
+    header[14..].copy_from_slice(&(size as u32).to_ne_bytes());
+    header
 }
 
 /// A running capture of a port. It ends when dropped.
 #[derive(Debug)]
 pub struct Capture {
     stats: Arc<PortStats>,
+    /// A buffer to put in the place of a full one.
+    spare: Lane,
 }
 
 impl Capture {
@@ -136,28 +228,25 @@ impl Capture {
             return None;
         }
         point.lost.store(0, Ordering::Relaxed);
-        point.snap_length.store(options.snap_length.min(MAX_FRAME) as u32, Ordering::Relaxed);
-        for direction in [Direction::Rx, Direction::Tx] {
-            let skip = options.direction.is_some_and(|only| only != direction);
-            point.skips[direction as usize].store(skip, Ordering::Relaxed);
-        }
-        point.lanes.iter().for_each(|lane| *lane.lock() = Vec::with_capacity(LANE));
+        point.lanes.iter().for_each(|lane| *lane.lock() = Lane::new());
+        let snap_length = options.snap_length.min(MAX_FRAME);
+        point.want(Some(CaptureOptions { snap_length, ..options }));
         point.is_on.store(true, Ordering::Release);
-        Some(Self { stats })
+        Some(Self { stats, spare: Lane::new() })
     }
 
     /// Takes the frames that have passed since the last time, in order.
-    pub fn drain(&self) -> Vec<Captured> {
+    pub fn drain(&mut self) -> Vec<Captured> {
         let mut frames = Vec::new();
         for lane in &self.stats.capture.lanes {
-            if lane.lock().is_empty() {
+            if lane.lock().used == 0 {
                 continue;
             }
-            // Made before the lock is taken, for the length of which workers pass this buffer over.
-            let mut bytes = Vec::with_capacity(LANE);
-            std::mem::swap(&mut *lane.lock(), &mut bytes);
-            let mut rest = bytes.as_slice();
+            // For the length of the swap, workers pass this buffer over.
+            std::mem::swap(&mut *lane.lock(), &mut self.spare);
+            let mut rest = self.spare.records();
             frames.extend(std::iter::from_fn(|| parse(&mut rest)));
+            self.spare.used = 0;
         }
         frames.sort_by_key(|frame| frame.time_ns);
         frames
@@ -173,6 +262,7 @@ impl Drop for Capture {
     fn drop(&mut self) {
         let point = &self.stats.capture;
         point.is_on.store(false, Ordering::Release);
+        point.want(None);
         point.lanes.iter().for_each(|lane| drop(std::mem::take(&mut *lane.lock())));
         point.is_taken.store(false, Ordering::Release);
     }
@@ -209,14 +299,14 @@ mod tests {
         let (a, b) = bytes.split_at(len / 2);
         assert!(frame.push(SourceSegment::from_slice(a)) && frame.push(SourceSegment::from_slice(b)));
         frame.finish().unwrap();
-        stats.capture.record(&burst, burst.frame(0), direction, reason);
+        stats.capture.record(&burst, &[0], direction, |_| reason);
     }
 
     #[test]
     fn what_passes_is_seen() {
         let stats = Arc::new(PortStats::default());
         assert!(!stats.capture.is_on());
-        let capture = Capture::start(stats.clone(), CaptureOptions::default()).unwrap();
+        let mut capture = Capture::start(stats.clone(), CaptureOptions::default()).unwrap();
         assert!(Capture::start(stats.clone(), CaptureOptions::default()).is_none(), "one at a time");
         record(&stats, 60, Direction::Rx, None);
         record(&stats, 5000, Direction::Tx, Some(DropReason::MtuEgress));
@@ -229,22 +319,36 @@ mod tests {
         assert!(capture.drain().is_empty());
         drop(capture);
         assert!(!stats.capture.is_on());
+    }
 
-        let options = CaptureOptions { snap_length: 20, direction: Some(Direction::Tx) };
-        let capture = Capture::start(stats.clone(), options).unwrap();
-        record(&stats, 60, Direction::Rx, None);
+    #[test]
+    fn what_is_not_wanted_is_left_out() {
+        let stats = Arc::new(PortStats::default());
+        let filter = Some("greater 61 or dropped".parse().unwrap());
+        let options = CaptureOptions { snap_length: 20, direction: Some(Direction::Tx), filter };
+        let mut capture = Capture::start(stats.clone(), options).unwrap();
+        record(&stats, 70, Direction::Rx, None);
         record(&stats, 61, Direction::Tx, None);
+        record(&stats, 60, Direction::Tx, None);
+        record(&stats, 59, Direction::Tx, Some(DropReason::Full));
         let frames = capture.drain();
-        assert_eq!(frames.iter().map(|frame| (frame.bytes.len(), frame.length)).collect::<Vec<_>>(), [(20, 61)]);
+        assert_eq!(
+            frames.iter().map(|frame| (frame.bytes.len(), frame.length)).collect::<Vec<_>>(),
+            [(20, 61), (20, 59)]
+        );
+        assert_eq!(capture.lost(), 0);
     }
 
     #[test]
     fn what_does_not_fit_is_lost_and_counted() {
         let stats = Arc::new(PortStats::default());
-        let capture = Capture::start(stats.clone(), CaptureOptions::default()).unwrap();
+        let mut capture = Capture::start(stats.clone(), CaptureOptions::default()).unwrap();
         let fit = LANE / (HEADER + 9000);
-        (0..fit + 3).for_each(|_| record(&stats, 9000, Direction::Rx, None));
-        assert_eq!((capture.drain().len(), capture.lost()), (fit, 3));
+        // Buffers are used again.
+        for round in 1..4 {
+            (0..fit + 3).for_each(|_| record(&stats, 9000, Direction::Rx, None));
+            assert_eq!((capture.drain().len(), capture.lost()), (fit, 3 * round));
+        }
         record(&stats, 60, Direction::Rx, None);
         assert_eq!(capture.drain().len(), 1);
     }

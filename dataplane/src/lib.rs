@@ -9,6 +9,7 @@ pub mod frame;
 pub mod limits;
 pub mod mem;
 pub mod port;
+pub mod sandbox;
 pub mod status;
 pub mod switch;
 pub mod sync;

@@ -15,6 +15,10 @@ pub const MAX_BURST_SEGMENTS: usize = 8192;
 /// Memory segments of one descriptor chain. QEMU's own bound (`VIRTQUEUE_MAX_SIZE`); a longer chain faults the port.
 pub const MAX_CHAIN: usize = 1024;
 
+/// Buffers that are looked at for one burst of frames: as many as a burst of the longest chains has. A guest to which
+/// frames go could make others pay for more.
+pub const MAX_BURST_BUFFERS: u32 = (BURST * MAX_CHAIN) as u32;
+
 /// Largest split or packed ring, in descriptors (virtio 1.2, 2.7).
 pub const MAX_RING: u16 = 32_768;
 
@@ -68,6 +72,9 @@ pub const MAX_NAME: usize = 64;
 
 /// Longest name of a network interface, in bytes (`IFNAMSIZ` less its terminator).
 pub const MAX_INTERFACE_NAME: usize = 15;
+
+/// Longest description of a DPDK device, in bytes.
+pub const MAX_DEVICE: usize = 256;
 
 /// Largest VLAN id; 4095 is reserved (IEEE 802.1Q).
 pub const MAX_VLAN: u16 = 4094;

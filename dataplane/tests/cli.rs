@@ -439,6 +439,7 @@ fn wrong_words() {
         (&["--port", &long], "the kernel takes at most 107; use a shorter one"),
         (&["--control", &long_path(dir)], "cannot be used multiple times"),
         (&["--foo"], "unknown argument '--foo'; see 'sluice run --help'"),
+        (&["--sandbox", "on"], "sandbox mode must be auto, off or strict"),
         (&["--mode", "fast"], "mode must be adaptive, poll or interrupt"),
         (&["--cpu", "0,0"], "CPU 0 is given twice"),
         (&["--cpu", "x"], "cpu must be a number"),
@@ -467,12 +468,15 @@ fn wrong_files() {
     let cases = [
         (
             "[control]\nsokcet = \"/x\"\n".to_owned(),
-            "sluice.toml:2:1: unknown key `sokcet`, expected `socket` or `group` (in 'sokcet = \"/x\"')",
+            "sluice.toml:2:1: unknown key `sokcet`, expected one of `socket`, `group`, `socket_root` (in 'sokcet = \"/x\"')",
         ),
         ("mode = \"poll\"\n".into(), "sluice.toml:1:1: unknown key `mode`"),
         (format!("{port}vlan = 5000\n"), "sluice.toml:5:8: vlan must be a number from 1 to 4094"),
         (format!("{port}{port}"), "sluice.toml:6:8: port vm1 is given twice"),
         ("[control\n".into(), "sluice.toml:1:9: "),
+        ("[sandbox]\nmode = \"on\"\n".into(), "sluice.toml:2:8: sandbox mode must be auto, off or strict, not 'on'"),
+        ("[sandbox]\nkinds = [\"tap\", \"vhost\"]\n".into(), "sluice.toml:2:9: 'vhost' is no kind of port"),
+        ("[control]\nsocket_root = \"here\"\n".into(), "sluice.toml:2:15: the path must start with '/'"),
     ];
     for (text, expected) in cases {
         let file = bench.file(&text);

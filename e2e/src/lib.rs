@@ -4,6 +4,7 @@
 //! process ends: see [`process`] (children) and [`scratch`] (files, links).
 
 pub mod agent;
+pub mod hostile;
 pub mod image;
 pub mod lab;
 pub mod machine;

@@ -25,6 +25,24 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Its name, for `ip`.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// Joins two namespaces by a wire: a veth pair without the offloads that a wire does not have either.
+    pub fn wire(&self, link: &str, other: &Self, other_link: &str, mtu: usize) -> Result<()> {
+        let ends =
+            [(self, link), (other, other_link)].map(|(space, link)| format!("{link} netns {} mtu {mtu}", space.0));
+        run("sh", &["-c", &format!("ip link add {} type veth peer name {}", ends[0], ends[1])])?;
+        for (space, link) in [(self, link), (other, other_link)] {
+            space.run(&format!(
+                "ip link set {link} addrgenmode none up && ethtool -K {link} tx off txvlan off gro off"
+            ))?;
+        }
+        Ok(())
+    }
+
     /// Moves a link of the host into the namespace.
     pub fn take(&self, link: &str) -> Result<()> {
         run("ip", &["link", "set", link, "netns", &self.0]).map(drop)

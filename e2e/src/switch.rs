@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use crate::net::Namespace;
 use crate::process::Process;
 use crate::scratch::Scratch;
 use crate::{machine, wait};
@@ -36,6 +37,8 @@ pub fn sluice(arguments: &[&str]) -> Result<Output> {
 pub struct Switch {
     process: Process,
     arguments: Vec<String>,
+    /// Network namespace that it runs in.
+    namespace: Option<String>,
     scratch: Scratch,
 }
 
@@ -43,10 +46,19 @@ impl Switch {
     /// Starts `sluice run` on the switch's CPU with a control socket and state of its own and these
     /// further arguments, and waits until it answers.
     pub fn start(arguments: &[&str]) -> Result<Self> {
+        Self::start_at(None, arguments)
+    }
+
+    /// [`Switch::start`] in a network namespace.
+    pub fn start_in(namespace: &Namespace, arguments: &[&str]) -> Result<Self> {
+        Self::start_at(Some(namespace.name().to_owned()), arguments)
+    }
+
+    fn start_at(namespace: Option<String>, arguments: &[&str]) -> Result<Self> {
         let scratch = Scratch::new("sw")?;
         let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let process = spawn(&scratch, &arguments)?;
-        let mut switch = Self { process, arguments, scratch };
+        let process = spawn(&scratch, &arguments, namespace.as_deref())?;
+        let mut switch = Self { process, arguments, namespace, scratch };
         switch.wait_ready()?;
         Ok(switch)
     }
@@ -62,7 +74,7 @@ impl Switch {
             }
         }
         self.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        self.process = spawn(&self.scratch, &self.arguments)?;
+        self.process = spawn(&self.scratch, &self.arguments, self.namespace.as_deref())?;
         self.wait_ready()
     }
 
@@ -155,8 +167,16 @@ fn control_path(scratch: &Scratch) -> PathBuf {
     scratch.join("ctl.sock")
 }
 
-fn spawn(scratch: &Scratch, arguments: &[String]) -> Result<Process> {
-    let mut command = Command::new(program()?);
+fn spawn(scratch: &Scratch, arguments: &[String], namespace: Option<&str>) -> Result<Process> {
+    let mut command = match namespace {
+        // It becomes the program.
+        Some(namespace) => {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", namespace]).arg(program()?);
+            command
+        }
+        None => Command::new(program()?),
+    };
     command.arg("run").arg("--control").arg(control_path(scratch)).arg("--state").arg(scratch.join("state"));
     command.args(arguments);
     Process::start("sluice", command, &scratch.join("sluice.log"), &machine::cpus()?.switch)

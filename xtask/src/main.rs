@@ -1,6 +1,8 @@
 //! `cargo xtask …`: the only entry point people need.
 
+mod bench;
 mod demo;
+mod fuzz;
 mod setup;
 mod stage;
 mod test;
@@ -8,7 +10,7 @@ mod test;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Set up, demonstrate and test Sluice.
+/// Set up, demonstrate, test and measure Sluice.
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 struct Arguments {
@@ -26,16 +28,22 @@ enum Task {
     },
     /// Boot two guests, let them talk through the switch, and show it.
     Demo(demo::Options),
+    /// Let fuzzers look for inputs that break the switch.
+    Fuzz(fuzz::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
+    /// Measure the switch beside its peers; writes tables and plots.
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Setup { check: true } => setup::check(),
-        Task::Setup { check: false } => setup::ensure(),
+        Task::Setup { check: false } => setup::ensure_all(),
         Task::Demo(options) => demo::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,8 @@ use clap::Args;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::fuzz::TRIPLE;
+use crate::setup;
 use crate::stage::{self, cargo};
 
 /// All of it together ends by then.
@@ -15,6 +17,9 @@ pub(crate) struct Options {
     /// Leave out the systems tests.
     #[arg(long)]
     fast: bool,
+    /// Run the tests of memory and of hostile guests under the address sanitizer, and nothing else.
+    #[arg(long, conflicts_with_all = ["fast", "only"])]
+    asan: bool,
     /// Run one stage only, or one file of the systems tests (such as `traffic`).
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
@@ -44,15 +49,54 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 10] =
-    ["errors", "traffic", "isolation", "tap", "testpmd", "idle", "multiqueue", "offloads", "lifecycle", "migration"];
+const SYSTEMS: [&str; 13] = [
+    "errors",
+    "traffic",
+    "isolation",
+    "tap",
+    "hostile",
+    "testpmd",
+    "idle",
+    "multiqueue",
+    "offloads",
+    "uplink",
+    "kubevirt",
+    "lifecycle",
+    "migration",
+];
+/// Our programs, beside the switch, that systems tests run.
+const PARTS: [&str; 3] = ["sluice-device-plugin", "sluice-cni", "sluice-binding-sidecar"];
 
 struct Stage {
     name: &'static str,
     command: Command,
 }
 
+/// The same tests against a build that notices each access to memory that is not ours.
+fn sanitized() -> Vec<Stage> {
+    let sanitized = |arguments: &[&str]| {
+        let mut command = cargo(arguments);
+        command.args(["--target", TRIPLE]).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", "-Zsanitizer=address");
+        // Code that is not optimised at all is too slow for the time limits of the tests.
+        command.env("CARGO_TARGET_DIR", "target/asan").env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
+        command
+    };
+    let dataplane = ["test", "-p", "sluice", "--lib", "--test", "vhost_session", "--test", "control", "--quiet"];
+    let mut hostile = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "--test-threads=1"]);
+    hostile.env("SLUICE_BIN", format!("target/asan/{TRIPLE}/debug/sluice")).env("RUST_LIB_BACKTRACE", "0");
+    // Freed memory is kept for a while to notice its use, which must not pass for a leak.
+    hostile.env("ASAN_OPTIONS", "quarantine_size_mb=2:thread_local_quarantine_size_kb=64");
+    vec![
+        Stage { name: "dataplane", command: sanitized(&dataplane) },
+        Stage { name: "build", command: sanitized(&["build", "-p", "sluice", "--bins"]) },
+        Stage { name: "hostile", command: hostile },
+    ]
+}
+
 fn stages(options: &Options) -> Vec<Stage> {
+    if options.asan {
+        return sanitized();
+    }
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     let mut stages = vec![
@@ -62,25 +106,52 @@ fn stages(options: &Options) -> Vec<Stage> {
             command: cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         },
         Stage { name: "doc", command: doc },
-        Stage {
-            name: "unit",
-            command: cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]),
-        },
+        Stage { name: "deploy", command: Command::new(e2e::machine::repository().join("deploy/check")) },
     ];
     if !options.fast {
         let xtask = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
         let mut setup = Command::new(xtask);
         setup.arg("setup");
         stages.push(Stage { name: "setup", command: setup });
+    }
+    let unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
+    stages.push(Stage { name: "unit", command: unit });
+    if !options.fast {
         stages.push(Stage { name: "build", command: cargo(&["build", "--release", "-p", "sluice", "--bins"]) });
+        let mut parts = cargo(&["build", "--quiet", "--bins"]);
+        parts.args(PARTS.iter().flat_map(|part| ["-p", part]));
+        stages.push(Stage { name: "parts", command: parts });
         for name in SYSTEMS {
             let mut command = cargo(&["test", "-p", "e2e", "--test", name, "--quiet", "--", "--test-threads=1"]);
             // The release build is what people run; backtraces of a failed test are those of the harness.
             command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
             stages.push(Stage { name, command });
         }
+        if has_dpdk() {
+            stages.extend(dpdk_stages());
+        }
     }
     stages
+}
+
+fn has_dpdk() -> bool {
+    let query = Command::new("pkg-config").args(["--exists", "libdpdk >= 22.11"]).status();
+    query.is_ok_and(|status| status.success())
+}
+
+/// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
+fn dpdk_stages() -> [Stage; 3] {
+    let lint =
+        cargo(&["clippy", "-p", "sluice", "--features", "dpdk", "--all-targets", "--quiet", "--", "-D", "warnings"]);
+    let unit = cargo(&["test", "-p", "sluice", "--features", "dpdk", "--lib", "--bins", "--quiet", "dpdk"]);
+    let mut systems = cargo(&["test", "-p", "e2e", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
+    systems.args(["over_a_wire", "a_network_is_a_vlan"]);
+    systems.env("SLUICE_BIN", "target/debug/sluice").env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
+    [
+        Stage { name: "dpdk-clippy", command: lint },
+        Stage { name: "dpdk", command: unit },
+        Stage { name: "uplink-dpdk", command: systems },
+    ]
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -93,7 +164,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             bail!("no stage is called {only}; there are {}", names.join(", "));
         }
         let is_system = SYSTEMS.contains(&only.as_str());
-        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build"));
+        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build" | "parts"));
     }
     let count = stages.len();
     for (number, stage) in (1..).zip(stages) {
@@ -111,8 +182,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Runs a stage; gives whether the later ones make sense.
 fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) -> Result<bool> {
-    let Stage { name, command } = stage;
+    let Stage { name, mut command } = stage;
     println!("==> {place} {name}");
+    if name == "unit" && setup::has_foreign_clients() {
+        // Then none of them may be left out.
+        command.env("SLUICE_REQUIRE_FOREIGN", "1");
+    }
     let (start, failed) = (Instant::now(), tally.failed);
     let outcome = stage::run(command, Some(deadline), |line| tally.take(line))?;
     let seconds = start.elapsed().as_secs();
@@ -127,7 +202,7 @@ fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) ->
         // What does not even get to its tests counts as one that failed.
         tally.failed += 1;
     }
-    Ok(!outcome.late && !matches!(name, "setup" | "build"))
+    Ok(!outcome.late && !matches!(name, "setup" | "build" | "parts"))
 }
 
 #[cfg(test)]

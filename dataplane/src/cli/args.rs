@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use sluice::capture::filter::Filter;
 use sluice::config::{PortConfig, PortQueue, PortText, WorkerMode, parse_cpu, parse_switch, parse_worker};
+use sluice::sandbox::SandboxMode;
 
 /// Where the control socket is unless said otherwise.
 pub(crate) const DEFAULT_CONTROL: &str = "/run/sluice/control.sock";
@@ -18,6 +20,7 @@ A port is written NAME=KIND:TARGET[,key=value]..., for example
   vm2=vhost-user:/run/vm2.sock,mode=server,mtu=9000
   host=tap:sluice0,network=blue,trunk=10,20-29
   up=afxdp:eth1                                    takes the interface over as an uplink
+  up=dpdk:net_tap0,iface=up0                       a device of DPDK's with its arguments, if built in
 
 Keys:
   mode=client|server   who listens on the vhost-user socket: the VM (client, the default) or the switch
@@ -96,6 +99,13 @@ pub(crate) struct RunArgs {
     /// Control socket [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
+    /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_root: Option<PathBuf>,
+    /// How much the process gives up once it has started: auto (what the kernel can do), strict (all, or it does not
+    /// start) or off [default: auto]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) sandbox: Option<SandboxMode>,
     /// Where to keep the ports [default: /var/lib/sluice]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
@@ -185,7 +195,22 @@ pub(crate) struct StatsArgs {
     pub(crate) interval: u32,
 }
 
+const FILTER_HELP: &str = "\
+A filter is one or more of these, joined by and, or, not and parentheses:
+
+  [src|dst] host ADDRESS      [src|dst] net PREFIX/LENGTH      of IPv4, IPv6 and ARP
+  [tcp|udp] [src|dst] port N  [tcp|udp] [src|dst] portrange N-M
+  ether [src|dst|host] MAC    ether proto 0xNNNN    broadcast    multicast
+  ip  ip6  arp  icmp  icmp6  tcp  udp  sctp         vlan [N]
+  less BYTES  greater BYTES                         dropped [REASON]
+
+for example
+
+  sluice capture up --write - --filter 'vlan 10 and (arp or icmp)' | tshark -i -
+  sluice capture vm1 --write x.pcapng --filter 'dropped full or tcp port 80' --snaplen 128";
+
 #[derive(Debug, Args)]
+#[command(after_long_help = FILTER_HELP)]
 pub(crate) struct CaptureArgs {
     /// The port
     pub(crate) name: String,
@@ -193,11 +218,14 @@ pub(crate) struct CaptureArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) write: PathBuf,
     /// Bytes to keep of each frame; 0 for all
-    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    #[arg(long, visible_alias = "snaplen", value_name = "BYTES", default_value_t = 0)]
     pub(crate) snap_length: u32,
     /// Only frames from the port (rx), or to it (tx)
     #[arg(long, value_enum)]
     pub(crate) direction: Option<CaptureDirection>,
+    /// Only frames for which this holds, like 'host 10.0.0.1 and tcp port 80'
+    #[arg(long, value_name = "EXPR")]
+    pub(crate) filter: Option<Filter>,
     /// End after so many frames
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<u64>,

@@ -47,7 +47,8 @@ async fn capture(mut client: Client, args: &CaptureArgs, ended: &AtomicBool) -> 
         Some(CaptureDirection::Tx) => proto::Direction::Tx,
     };
     let snap_length = args.snap_length.min(MAX_FRAME as u32);
-    let request = proto::CaptureRequest { name: args.name.clone(), snap_length, direction: direction.into() };
+    let filter = args.filter.as_ref().map(ToString::to_string).unwrap_or_default();
+    let request = proto::CaptureRequest { name: args.name.clone(), snap_length, direction: direction.into(), filter };
     let mut answers = client.capture(request).await.map_err(refused)?.into_inner();
     // Only now: a refusal leaves an old file alone.
     let broken = |error: std::io::Error| match error.kind() {

@@ -10,6 +10,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use sluice::config::{FileConfig, FileError, PortConfig, SwitchConfig, check_workers};
 use sluice::control::{About, ControlSocket, Controller, StateStore, serve};
+use sluice::sandbox::{self, DEFAULT_KINDS, Needs, Sandbox, SandboxMode};
 use sluice::switch::Switch;
 use tokio::runtime::{self, Runtime};
 use tracing_subscriber::EnvFilter;
@@ -34,7 +35,8 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
     let metrics = setup.metrics.map(listen).transpose()?;
     // The kernel chooses if the port was 0.
     let metrics_address = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
-    let switch = Switch::start(&setup.switch)
+    let (config, sandbox) = confine(&setup, &store)?;
+    let switch = Switch::start(&config)
         .map_err(|error| Failure::Failed(format!("cannot start the workers: {error}; check --cpu")))?;
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
     let served =
@@ -44,7 +46,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
             serve(runtime, controller.clone(), socket, metrics, ended).map_err(Failure::failed)
         });
     let result = served.and_then(|server| {
-        announce(&controller, metrics_address);
+        announce(&controller, metrics_address, &sandbox);
         wait(&mut signals);
         controller.set_ready(false);
         server.stop().map_err(|error| Failure::Failed(format!("the control server ended: {error}")))
@@ -63,9 +65,34 @@ fn one_heap() {
     }
 }
 
+/// Gives up what the switch does not need for its ports. Threads started before would not, so there must be none yet.
+fn confine(setup: &Setup, store: &StateStore) -> Result<(SwitchConfig, Sandbox), Failure> {
+    let mut config = setup.switch.clone();
+    let mut kinds = config.kinds.take().unwrap_or_else(|| DEFAULT_KINDS.map(str::to_owned).to_vec());
+    for port in setup.file_ports.iter().chain(&setup.argument_ports).chain(store.ports()) {
+        let kind = port.target.kind();
+        if !kinds.iter().any(|known| known == kind) {
+            kinds.push(kind.to_owned());
+        }
+    }
+    let sandbox = sandbox::apply(&Needs {
+        mode: setup.sandbox,
+        kinds: kinds.clone(),
+        state: setup.about.state_dir.clone(),
+        control: setup.about.control.clone(),
+        socket_root: config.socket_root.clone(),
+    });
+    let sandbox = sandbox.map_err(Failure::failed)?;
+    config.confine_workers = sandbox.workers;
+    // What there is no privilege for is refused with a better reason than the kernel's.
+    config.kinds = (setup.sandbox != SandboxMode::Off).then_some(kinds);
+    Ok((config, sandbox))
+}
+
 /// Everything that was asked for, checked.
 struct Setup {
     switch: SwitchConfig,
+    sandbox: SandboxMode,
     about: About,
     group: Option<String>,
     metrics: Option<SocketAddr>,
@@ -85,11 +112,21 @@ impl Setup {
         let control = absolute(args.control.or(file.control).unwrap_or_else(|| DEFAULT_CONTROL.into()))?;
         ControlSocket::check_path(&control).map_err(Failure::Usage)?;
         let state_dir = absolute(args.state.or(file.state).unwrap_or_else(|| DEFAULT_STATE.into()))?;
+        let socket_root = args.socket_root.or(file.socket_root).map(absolute).transpose()?;
         for port in &args.ports {
             port.check_folder().map_err(Failure::failed)?;
         }
         Ok(Self {
-            switch: SwitchConfig { workers, mode, fdb: file.fdb, rebalance },
+            switch: SwitchConfig {
+                workers,
+                mode,
+                fdb: file.fdb,
+                rebalance,
+                socket_root,
+                kinds: file.kinds,
+                confine_workers: false,
+            },
+            sandbox: args.sandbox.or(file.sandbox).unwrap_or_default(),
             about: About { mode, control, state_dir },
             group: file.group,
             metrics: args.metrics.or(file.metrics),
@@ -147,7 +184,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
     })
 }
 
-fn announce(controller: &Arc<Controller>, metrics: Option<SocketAddr>) {
+fn announce(controller: &Arc<Controller>, metrics: Option<SocketAddr>, sandbox: &Sandbox) {
     let about = controller.about();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -156,6 +193,7 @@ fn announce(controller: &Arc<Controller>, metrics: Option<SocketAddr>) {
         mode = %about.mode,
         ports = controller.switch().port_configs().len(),
         metrics = metrics.map(tracing::field::display),
+        %sandbox,
         "ready"
     );
 }

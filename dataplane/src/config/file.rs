@@ -12,6 +12,7 @@ use toml::Spanned;
 
 use super::{FdbConfig, InvalidPort, PortConfig, PortText, WorkerMode, check_workers, number, parse_cpu, parse_switch};
 use crate::limits::{MAX_FDB_AGE_SECONDS, MAX_FDB_ENTRIES};
+use crate::sandbox::{SandboxMode, parse_kinds};
 
 /// What a configuration file says; what it leaves out is `None` or the default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,8 +21,14 @@ pub struct FileConfig {
     pub control: Option<PathBuf>,
     /// `[control] group`: name or number of the group that may use the control socket.
     pub group: Option<String>,
+    /// `[control] socket_root`: folder that the sockets of all vhost-user ports have to be in.
+    pub socket_root: Option<PathBuf>,
     /// `[state] dir`.
     pub state: Option<PathBuf>,
+    /// `[sandbox] mode`.
+    pub sandbox: Option<SandboxMode>,
+    /// `[sandbox] kinds`: kinds of port that can be added.
+    pub kinds: Option<Vec<String>>,
     /// `[metrics] listen`; metrics are off without it.
     pub metrics: Option<SocketAddr>,
     /// `[switch] mode`.
@@ -115,6 +122,7 @@ impl Wrong {
 struct Sections {
     control: ControlSection,
     state: StateSection,
+    sandbox: SandboxSection,
     metrics: MetricsSection,
     switch: SwitchSection,
     worker: Vec<WorkerSection>,
@@ -126,12 +134,20 @@ struct Sections {
 struct ControlSection {
     socket: Option<Spanned<Word>>,
     group: Option<Word>,
+    socket_root: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct StateSection {
     dir: Option<Spanned<Word>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SandboxSection {
+    mode: Option<Spanned<Word>>,
+    kinds: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -188,6 +204,8 @@ impl Sections {
     fn check(self) -> Result<FileConfig, Wrong> {
         let mode = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
         let rebalance = |word: &Spanned<Word>| at(word, parse_switch("rebalance", &word.as_ref().0));
+        let sandbox = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
+        let kinds = |word: &Spanned<Word>| at(word, parse_kinds(&word.as_ref().0));
         let listen = |word: &Spanned<Word>| {
             let text = &word.as_ref().0;
             at(word, text.parse().map_err(|_| format!("listen must be like 127.0.0.1:9090, not '{text}'")))
@@ -195,7 +213,10 @@ impl Sections {
         Ok(FileConfig {
             control: self.control.socket.as_ref().map(absolute).transpose()?,
             group: self.control.group.map(|word| word.0),
+            socket_root: self.control.socket_root.as_ref().map(absolute).transpose()?,
             state: self.state.dir.as_ref().map(absolute).transpose()?,
+            sandbox: self.sandbox.mode.as_ref().map(sandbox).transpose()?,
+            kinds: self.sandbox.kinds.as_ref().map(kinds).transpose()?,
             metrics: self.metrics.listen.as_ref().map(listen).transpose()?,
             mode: self.switch.mode.as_ref().map(mode).transpose()?,
             fdb: self.switch.fdb()?,

@@ -111,6 +111,11 @@ pub enum PortTarget {
         /// Let the workers poll the driver.
         busy_poll: bool,
     },
+    /// A device that DPDK has a driver for, as an uplink. Needs a switch that was built with it.
+    Dpdk {
+        /// In DPDK's own words, like `net_tap0,iface=up0`; 1 to 256 visible ASCII characters.
+        device: String,
+    },
 }
 
 impl PortTarget {
@@ -120,6 +125,7 @@ impl PortTarget {
             Self::VhostUser { .. } => "vhost-user",
             Self::Tap { .. } => "tap",
             Self::Afxdp { .. } => "afxdp",
+            Self::Dpdk { .. } => "dpdk",
         }
     }
 
@@ -131,6 +137,8 @@ impl PortTarget {
                 Self::Tap { interface: a } | Self::Afxdp { interface: a, .. },
                 Self::Tap { interface: b } | Self::Afxdp { interface: b, .. },
             ) => a == b,
+            // A device is known to DPDK by what is before its arguments.
+            (Self::Dpdk { device: a }, Self::Dpdk { device: b }) => a.split(',').next() == b.split(',').next(),
             _ => false,
         }
     }
@@ -141,6 +149,7 @@ impl std::fmt::Display for PortTarget {
         match self {
             Self::VhostUser { path, .. } => path.display().fmt(f),
             Self::Tap { interface } | Self::Afxdp { interface, .. } => f.write_str(interface),
+            Self::Dpdk { device } => f.write_str(device),
         }
     }
 }
@@ -272,11 +281,26 @@ pub struct SwitchConfig {
     pub fdb: FdbConfig,
     /// Move queues from busy workers to idle ones.
     pub rebalance: bool,
+    /// Folder that the sockets of all vhost-user ports have to be in, where no link is followed. Without it they can be
+    /// anywhere.
+    pub socket_root: Option<PathBuf>,
+    /// Kinds of port that can be added; all without it.
+    pub kinds: Option<Vec<String>>,
+    /// Workers confine themselves; see [`crate::sandbox`].
+    pub confine_workers: bool,
 }
 
 impl Default for SwitchConfig {
     fn default() -> Self {
-        Self { workers: Vec::new(), mode: WorkerMode::default(), fdb: FdbConfig::default(), rebalance: true }
+        Self {
+            workers: Vec::new(),
+            mode: WorkerMode::default(),
+            fdb: FdbConfig::default(),
+            rebalance: true,
+            socket_root: None,
+            kinds: None,
+            confine_workers: false,
+        }
     }
 }
 

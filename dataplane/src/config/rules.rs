@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::{InvalidPort, PortConfig, PortTarget, RateLimit, VlanMode};
 use crate::limits::{
-    MAX_INTERFACE_NAME, MAX_NAME, MAX_OWNER, MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU, MIN_RATE,
+    MAX_DEVICE, MAX_INTERFACE_NAME, MAX_NAME, MAX_OWNER, MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU,
+    MIN_RATE,
 };
 
 impl PortConfig {
@@ -37,6 +38,7 @@ impl PortConfig {
         match &self.target {
             PortTarget::VhostUser { path, .. } => check_socket_path(path)?,
             PortTarget::Tap { interface } | PortTarget::Afxdp { interface, .. } => check_interface(interface)?,
+            PortTarget::Dpdk { device } => check_device(device)?,
         }
         check_name("network", &self.network)?;
         self.check_vlans()?;
@@ -98,6 +100,19 @@ impl PortConfig {
         };
         Err(MissingFolder { port: self.name.clone(), folder: folder.to_owned(), source })
     }
+}
+
+fn check_device(device: &str) -> Result<(), InvalidPort> {
+    if !cfg!(feature = "dpdk") {
+        let problem = "kind dpdk is not built in; build with --features dpdk, or use vhost-user, tap or afxdp";
+        return Err(InvalidPort::new("kind", problem));
+    }
+    let fits = (1..=MAX_DEVICE).contains(&device.len()) && device.bytes().all(|byte| byte.is_ascii_graphic());
+    if fits && !device.starts_with(',') {
+        return Ok(());
+    }
+    let problem = format!("a DPDK device is written like net_tap0,iface=up0, in at most {MAX_DEVICE} characters");
+    Err(InvalidPort::new("target", problem))
 }
 
 /// The folder of a vhost-user socket cannot be used.

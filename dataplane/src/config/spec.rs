@@ -61,6 +61,12 @@ impl PortText {
     /// Takes one part between commas: `key=value`, or a further value of a list.
     fn add_part(&mut self, part: &str) -> Result<(), InvalidPort> {
         match (part.split_once('='), self.options.last_mut()) {
+            // What is no key of ours is an argument of the device.
+            (argument, None) if self.kind == "dpdk" && argument.is_none_or(|(key, _)| !Self::KEYS.contains(&key)) => {
+                self.target.push(',');
+                self.target.push_str(part);
+                Ok(())
+            }
             (Some((key, value)), _) => self.set(key, value),
             (None, Some(("trunk", list))) => {
                 list.push(',');
@@ -143,10 +149,10 @@ impl PortText {
                 replace: self.parse_switch("replace")?,
                 busy_poll: self.parse_switch("busy-poll")?,
             }),
-            "dpdk" => {
-                let problem = "kind dpdk is not built in; use vhost-user, tap or afxdp";
-                Err(InvalidPort::new("kind", problem))
+            "dpdk" if mode.is_some() => {
+                Err(InvalidPort::new("mode", "mode is for ports of kind vhost-user and afxdp only"))
             }
+            "dpdk" => Ok(PortTarget::Dpdk { device: self.target.clone() }),
             other => Err(InvalidPort::new("kind", format!("unknown kind '{other}'; use vhost-user, tap or afxdp"))),
         }
     }
@@ -275,6 +281,7 @@ impl fmt::Display for PortConfig {
                 }
             }
             PortTarget::Tap { interface } => write!(out, "tap:{interface}")?,
+            PortTarget::Dpdk { device } => write!(out, "dpdk:{device}")?,
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
                 write!(out, "afxdp:{interface}")?;
                 if *mode != AfxdpMode::Auto {
@@ -351,7 +358,22 @@ mod tests {
         assert_eq!((uplink.target, uplink.queues), (target(AfxdpMode::Auto, false, false), Some(2)));
         let uplink: PortConfig = "up=afxdp:eth1,mode=skb,replace=on,busy-poll=on,trunk=10".parse().unwrap();
         assert_eq!(uplink.target, target(AfxdpMode::Skb, true, true));
-        assert!(problem("up=dpdk:net_tap0").contains("not built in"));
+    }
+
+    #[test]
+    fn a_dpdk_device_has_arguments_of_its_own() {
+        let spec = "up=dpdk:net_tap0,iface=up0,remote=eth1,trunk=10,20,mtu=9000";
+        let text = PortText::from_spec(spec).unwrap();
+        assert_eq!(text.target, "net_tap0,iface=up0,remote=eth1");
+        if !cfg!(feature = "dpdk") {
+            assert!(problem(spec).contains("not built in; build with --features dpdk"));
+            return;
+        }
+        let port: PortConfig = spec.parse().unwrap();
+        assert_eq!((port.mtu, &port.vlan), (Some(9000), &VlanMode::Trunk { native: None, allowed: vec![10, 20] }));
+        assert_eq!(port.to_string(), spec);
+        assert!(port.target.collides(&PortTarget::Dpdk { device: "net_tap0".into() }));
+        assert!(problem("up=dpdk:,iface=x").contains("is written like net_tap0"));
     }
 
     #[test]

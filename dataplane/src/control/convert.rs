@@ -3,6 +3,7 @@
 use sluice_proto::sluice::v1 as proto;
 
 use super::ControlError;
+use crate::capture::filter::InvalidFilter;
 use crate::capture::{CaptureOptions, Captured, Direction};
 use crate::config::{
     AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode, VlanMode,
@@ -27,6 +28,7 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         PortTarget::Tap { interface } => {
             proto::port_config::Target::Tap(proto::TapTarget { interface: interface.clone() })
         }
+        PortTarget::Dpdk { device } => proto::port_config::Target::Dpdk(proto::DpdkTarget { device: device.clone() }),
         PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
             let mode = match mode {
                 AfxdpMode::Auto => proto::AfxdpMode::Auto,
@@ -74,6 +76,7 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
             path: target.path.into(),
         },
         Some(proto::port_config::Target::Tap(target)) => PortTarget::Tap { interface: target.interface },
+        Some(proto::port_config::Target::Dpdk(target)) => PortTarget::Dpdk { device: target.device },
         Some(proto::port_config::Target::Afxdp(target)) => PortTarget::Afxdp {
             mode: match target.mode() {
                 proto::AfxdpMode::Zerocopy => AfxdpMode::ZeroCopy,
@@ -237,16 +240,18 @@ pub(super) fn captured(frame: Captured) -> proto::CapturedFrame {
     }
 }
 
-pub(super) fn capture_options(request: &proto::CaptureRequest) -> CaptureOptions {
+pub(super) fn capture_options(request: &proto::CaptureRequest) -> Result<CaptureOptions, InvalidFilter> {
     let default = CaptureOptions::default();
-    CaptureOptions {
+    let filter = (!request.filter.is_empty()).then(|| request.filter.parse()).transpose()?;
+    Ok(CaptureOptions {
         snap_length: if request.snap_length == 0 { default.snap_length } else { request.snap_length as usize },
         direction: match request.direction() {
             proto::Direction::Unspecified => None,
             proto::Direction::Rx => Some(Direction::Rx),
             proto::Direction::Tx => Some(Direction::Tx),
         },
-    }
+        filter,
+    })
 }
 
 pub(super) fn fdb_entry(entry: FdbEntryStatus) -> proto::FdbEntry {

@@ -271,8 +271,10 @@ impl Control for Service {
     async fn capture(&self, request: Request<proto::CaptureRequest>) -> Reply<Self::CaptureStream> {
         let request = request.into_inner();
         let controller = self.controller.clone();
-        let capture = controller.switch().capture(&request.name, convert::capture_options(&request));
-        let capture = capture.map_err(|error| Status::from(ControlError::from(error)))?;
+        let options =
+            convert::capture_options(&request).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let capture = controller.switch().capture(&request.name, options);
+        let mut capture = capture.map_err(|error| Status::from(ControlError::from(error)))?;
         let mut interval = tokio::time::interval(CAPTURE_ROUND);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // The first answer, without frames, says that it has begun.

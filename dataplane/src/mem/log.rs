@@ -9,7 +9,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::limits::MAX_DIRTY_LOG;
-use crate::mem::{GuestMemory, MemError, Region, Segment};
+use crate::mem::{GuestMemory, MemError, OnLoss, Region, Segment};
 
 /// Bytes of guest memory for each bit (`VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
@@ -35,6 +35,17 @@ impl Log {
             return Err(MemError::LogOffset(offset));
         }
         Ok(Self { region: Region::map(file, 0, size, 0, offset)? })
+    }
+
+    /// The same log; `owner` is told if its memory goes.
+    #[must_use]
+    pub fn telling(self, owner: std::sync::Arc<dyn OnLoss>) -> Self {
+        Self { region: self.region.telling(owner) }
+    }
+
+    /// As [`Region::is_lost`].
+    pub(super) fn is_lost(&self) -> bool {
+        self.region.is_lost()
     }
 
     /// Pages that there are bits for.
@@ -190,6 +201,18 @@ mod tests {
         marks.range((517 * 8 - 1) * 0x1000, 0x2000);
         marks.finish();
         assert_eq!(pages(&file, 0), [517 * 8 - 1]);
+    }
+
+    #[test]
+    fn a_truncated_log_is_survived() {
+        let (memory, file) = logged(0x300, 64);
+        file.set_len(0).unwrap();
+        assert!(!memory.is_lost());
+        let mut marks = memory.dirty().unwrap();
+        marks.range(0, 1);
+        marks.finish();
+        assert!(memory.is_lost());
+        assert!(!memory.logged_by(None).unwrap().is_lost());
     }
 
     #[test]

@@ -5,25 +5,25 @@
 //! can change at any time under our hands, since the guest runs meanwhile: they are only ever read by volatile loads or
 //! raw copies, never through references.
 
+mod file;
+mod guard;
 mod log;
 pub(crate) mod prefetch;
 mod segment;
 
+pub use guard::OnLoss;
 pub use log::{Log, Marks};
 pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS};
-
-/// Size of an ordinary page, in bytes.
-const SMALL_PAGE: u64 = 4096;
+use file::SMALL_PAGE;
+use guard::Guard;
 
 /// Why a memory region was refused.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +84,8 @@ pub struct Region {
     pub uva: u64,
     /// Bytes of the mapping that precede the region, since mappings begin at (huge) page boundaries.
     lead: usize,
+    /// Before `map`, since it has to go first.
+    guard: Guard,
     map: MmapRegion,
 }
 
@@ -102,7 +104,7 @@ impl Region {
         for first in [gpa, uva, offset] {
             first.checked_add(len).ok_or(MemError::Wraps)?;
         }
-        let page = check_file(&file, offset, len)?;
+        let page = file::check(&file, offset, len)?;
         // Huge page mappings have to begin and end on huge pages.
         let lead = offset % page;
         let whole =
@@ -116,7 +118,20 @@ impl Region {
             .map_err(MemError::Map)?;
         // SAFETY: the range is the mapping just made; advice that fails changes nothing.
         unsafe { libc::madvise(map.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
-        Ok(Self { gpa, len, uva, lead: lead as usize, map })
+        Ok(Self { gpa, len, uva, lead: lead as usize, guard: Guard::new(map.as_ptr(), size), map })
+    }
+
+    /// The same region; `owner` is told if its memory goes, which otherwise nobody is.
+    #[must_use]
+    pub fn telling(mut self, owner: Arc<dyn OnLoss>) -> Self {
+        self.guard.tell(owner);
+        self
+    }
+
+    /// Whether the memory behind the region has gone: its file was truncated, or the host has a page less than it
+    /// promised. What is written to it since reaches nobody.
+    pub fn is_lost(&self) -> bool {
+        self.guard.is_lost()
     }
 
     fn host(&self, offset: u64) -> *mut u8 {
@@ -131,30 +146,6 @@ impl Region {
         }
         hit(self.uva, other.uva).then_some(other.uva)
     }
-}
-
-/// Refuses what is no memory file or too short; returns its page size.
-fn check_file(file: &File, offset: u64, len: u64) -> Result<u64, MemError> {
-    let meta = file.metadata().map_err(MemError::Stat)?;
-    let kind = meta.file_type();
-    if !kind.is_file() {
-        return Err(MemError::NotMemory(match () {
-            () if kind.is_dir() => "directory",
-            () if kind.is_fifo() => "pipe",
-            () if kind.is_socket() => "socket",
-            () if kind.is_char_device() || kind.is_block_device() => "device",
-            () => "special file",
-        }));
-    }
-    if offset.checked_add(len).is_none_or(|end| end > meta.size()) {
-        return Err(MemError::BeyondFile { len, offset, size: meta.size() });
-    }
-    // SAFETY: an all-zero statfs is a valid value, and the kernel fills it.
-    let huge = unsafe {
-        let mut fs: libc::statfs = std::mem::zeroed();
-        (libc::fstatfs(file.as_raw_fd(), &mut fs) == 0 && fs.f_type == libc::HUGETLBFS_MAGIC).then_some(fs.f_bsize)
-    };
-    Ok(huge.and_then(|size| u64::try_from(size).ok()).filter(|size| size.is_power_of_two()).unwrap_or(SMALL_PAGE))
 }
 
 /// The whole memory of one guest.
@@ -283,6 +274,11 @@ impl GuestMemory {
         self.regions.iter().map(|r| r.len).sum()
     }
 
+    /// Whether some of it has gone, or its dirty log; see [`Region::is_lost`].
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.is_lost()) || self.log.as_ref().is_some_and(|log| log.is_lost())
+    }
+
     /// Number of regions.
     pub fn regions(&self) -> usize {
         self.regions.len()
@@ -388,6 +384,11 @@ pub(crate) mod tests {
             }
         };
         assert!(matches!(Region::map(pipe, 0, 4096, 0, 0), Err(MemError::NotMemory("pipe"))));
+        let foreign = File::open("/sys/kernel/notes").unwrap();
+        assert!(matches!(
+            Region::map(foreign, 0, 8, 0, 0),
+            Err(MemError::NotMemory("file of a file system that is not this host's own"))
+        ));
         assert!(matches!(Region::map(memfd(4096), 0, 4097, 0, 0), Err(MemError::BeyondFile { .. })));
         assert!(matches!(Region::map(memfd(4096), 0, 4096, 0, 1), Err(MemError::BeyondFile { .. })));
         assert!(matches!(Region::map(memfd(4096), u64::MAX, 4096, 0, 0), Err(MemError::Wraps)));

@@ -6,6 +6,8 @@
 //! publishes it to the workers through [`Publisher`].
 
 pub mod afxdp;
+#[cfg(feature = "dpdk")]
+pub mod dpdk;
 pub mod stats;
 pub mod tap;
 pub mod vhost;
@@ -55,7 +57,7 @@ pub trait RxQueue: Send + Sync + std::fmt::Debug {
 /// Takes frames to the other side. Workers share it.
 pub trait TxQueue: Send + Sync + std::fmt::Debug {
     /// Delivers the frames of `burst` whose indices are listed, in order. Frames that do not fit are dropped and
-    /// counted; this never waits for the other side.
+    /// counted, and noted in [`Scratch::outcomes`]; this never waits for the other side.
     ///
     /// # Errors
     /// The [`Fault`] of the other side that ends this port's service until it resets.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
 use crate::limits::MAX_QUEUE_PAIRS;
+use crate::mem::OnLoss;
 use crate::switch::DropReason;
 use crate::virtq::Fault;
 
@@ -106,10 +107,13 @@ impl PortStats {
         self.drops.0[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// Records a fault. The port serves no frame until [`PortStats::clear_fault`].
+    /// Records a fault, unless there is one: what follows from it is not worth telling. The port serves no frame until
+    /// [`PortStats::clear_fault`].
     pub fn set_fault(&self, fault: Fault) {
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        self.fault.store(u64::from(fault.code()), Ordering::Release);
+        let code = u64::from(fault.code());
+        if self.fault.compare_exchange(0, code, Ordering::Release, Ordering::Relaxed).is_ok() {
+            self.faults.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// The fault that stopped the port, if one did.
@@ -121,5 +125,13 @@ impl PortStats {
     /// The other side has reset: serve it again.
     pub fn clear_fault(&self) {
         self.fault.store(0, Ordering::Release);
+    }
+}
+
+impl OnLoss for PortStats {
+    /// Takes the place of any other fault, since it outlives them: a reset of the driver does not bring memory back.
+    fn memory_lost(&self) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+        self.fault.store(u64::from(Fault::MemoryLost.code()), Ordering::Release);
     }
 }

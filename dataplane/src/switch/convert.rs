@@ -2,6 +2,7 @@
 //!
 //! The receiver decides: what its driver accepted at its last reset is what it gets. Most frames pass as they are.
 
+use crate::capture::Outcomes;
 use crate::frame::{Burst, Frame};
 use crate::limits::{MAX_CHAIN, MAX_FRAME};
 use crate::port::vhost::queue::Filled;
@@ -55,12 +56,19 @@ pub struct Scratch {
     pub probe: Probe,
     /// Payload copies made.
     pub copies: Copies,
+    /// What a queue has dropped of the burst that it was given.
+    pub outcomes: Outcomes,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        let filled = Filled::with_capacity(MAX_CHAIN);
-        Self { rebuilt: Rebuilt::default(), filled, probe: Probe::default(), copies: Copies::default() }
+        Self {
+            rebuilt: Rebuilt::default(),
+            filled: Filled::with_capacity(MAX_CHAIN),
+            probe: Probe::default(),
+            copies: Copies::default(),
+            outcomes: Outcomes::default(),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::capture::Direction;
+use crate::capture::{Direction, Outcomes};
 use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame};
 use crate::limits::{BURST, MAX_PORTS};
 use crate::mem::SourceSegment;
@@ -94,6 +94,8 @@ pub struct Forwarder {
     touched: Vec<PortId>,
     /// Bits of the frames of a burst that go to more than one port.
     shared: u64,
+    /// What was decided on the frames of a burst. Not the scratch's: frames that were held are sent in between.
+    arrivals: Outcomes,
     scratch: Scratch,
     recent: Recent,
     /// For frames that were held, delivered in the midst of another burst.
@@ -122,6 +124,7 @@ impl Forwarder {
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
             shared: 0,
+            arrivals: Outcomes::default(),
             scratch: Scratch::default(),
             recent: Recent::NONE,
             spare: Some(Box::default()),
@@ -139,8 +142,8 @@ impl Forwarder {
         self.scratch.probe.enter(Stage::Classify);
         self.recent = Recent::NONE;
         self.shared = 0;
-        let captured = ingress.stats.capture.is_on();
-        let mut count = burst.count() as u8;
+        let offered = burst.count() as u8;
+        let mut count = offered;
         if let Some(policer) = &ingress.policers.rx {
             let admitted = policer.admit((0..count).map(|place| burst.frame(place).len()));
             if admitted < count {
@@ -148,15 +151,16 @@ impl Forwarder {
                 count = admitted;
             }
         }
+        self.arrivals.clear();
         let mut run = Run::NONE;
         for place in 0..count {
-            let outcome = self.classify(snapshot, ingress, burst, place, &mut run);
-            if let Err(reason) = outcome {
+            if let Err(reason) = self.classify(snapshot, ingress, burst, place, &mut run) {
                 ingress.stats.drop_frames(reason, 1);
+                self.arrivals.dropped(place, reason);
             }
-            if captured {
-                ingress.stats.capture.record(burst, burst.frame(place), Direction::Rx, outcome.err());
-            }
+        }
+        if ingress.stats.capture.is_on() {
+            self.record_arrival(ingress, burst, offered, count);
         }
         self.note_run(run);
         self.scratch.probe.enter(Stage::Deliver);
@@ -172,6 +176,16 @@ impl Forwarder {
         }
         self.touched.clear();
         self.scratch.probe.enter(Stage::Publish);
+    }
+
+    /// Shows a burst, of which the first `admitted` frames were switched, to who looks at the port.
+    #[cold]
+    fn record_arrival(&mut self, ingress: &PortView, burst: &Burst<'_>, offered: u8, admitted: u8) {
+        let mut all = Places::EMPTY;
+        (0..offered).for_each(|place| all.push(place));
+        (admitted..offered).for_each(|place| self.arrivals.dropped(place, DropReason::RateRx));
+        let outcomes = &self.arrivals;
+        ingress.stats.capture.record(burst, all.as_slice(), Direction::Rx, |place| outcomes.reason(place));
     }
 
     /// Sends, as if it came from the port, what a station would to make itself known.
@@ -322,29 +336,36 @@ impl Forwarder {
                 self.scratch.copies.extra += u64::from(list.count);
                 return hold.keep(burst, list.as_slice());
             }
-            egress.stats.drop_frames(DropReason::LinkDown, u64::from(list.count));
-            return;
+            return refuse(egress, burst, list.as_slice(), DropReason::LinkDown);
         };
         let mut ready = if unchanged { list } else { adapt(egress, burst, &list) };
         if let Some(policer) = &egress.policers.tx {
             let admitted = policer.admit(ready.as_slice().iter().map(|place| burst.frame(*place).len()));
             if admitted < ready.count {
-                egress.stats.drop_frames(DropReason::RateTx, u64::from(ready.count - admitted));
+                refuse(
+                    egress,
+                    burst,
+                    ready.as_slice().get(usize::from(admitted)..).unwrap_or_default(),
+                    DropReason::RateTx,
+                );
                 ready.count = admitted;
             }
         }
         if ingress.link.coalesce && ready.count > 1 {
             ready.coalesce(burst, self.shared, first.prefers());
         }
-        if egress.stats.capture.is_on() {
-            for &place in ready.as_slice() {
-                egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, None);
-            }
+        let captured = egress.stats.capture.is_on();
+        if captured {
+            self.scratch.outcomes.clear();
         }
         if egress.link.tx.len() == 1 {
             self.send(egress, first.as_ref(), burst, ready);
         } else {
             self.spread(egress, burst, ready);
+        }
+        if captured {
+            let outcomes = &self.scratch.outcomes;
+            egress.stats.capture.record(burst, ready.as_slice(), Direction::Tx, |place| outcomes.reason(place));
         }
     }
 
@@ -393,12 +414,18 @@ fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
             ready.push(place);
             continue;
         };
-        egress.stats.drop_frames(reason, 1);
-        if egress.stats.capture.is_on() {
-            egress.stats.capture.record(burst, burst.frame(place), Direction::Tx, Some(reason));
-        }
+        refuse(egress, burst, &[place], reason);
     }
     ready
+}
+
+/// Drops frames that cannot go to a port.
+#[cold]
+fn refuse(egress: &PortView, burst: &Burst<'_>, places: &[u8], reason: DropReason) {
+    egress.stats.drop_frames(reason, places.len() as u64);
+    if egress.stats.capture.is_on() {
+        egress.stats.capture.record(burst, places, Direction::Tx, |_| Some(reason));
+    }
 }
 
 /// Gives a frame the form that it has behind a port.

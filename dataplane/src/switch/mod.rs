@@ -5,6 +5,7 @@
 
 mod balance;
 pub mod convert;
+mod departed;
 mod drops;
 pub mod fdb;
 pub mod forward;
@@ -19,6 +20,7 @@ mod tests;
 pub mod vlan;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -29,7 +31,7 @@ use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::VhostPort;
+use crate::port::vhost::{SocketPlace, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
 use crate::worker::{self, WorkerShared};
@@ -98,6 +100,8 @@ struct Inner {
     workers: Vec<Arc<WorkerShared>>,
     tables: Mutex<Tables>,
     stopping: AtomicBool,
+    socket_root: Option<PathBuf>,
+    kinds: Option<Vec<String>>,
     housekeeper: report::Housekeeper,
     loads: Mutex<load::Loads>,
     /// Move queues by load.
@@ -144,6 +148,8 @@ enum Driver {
     Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
     Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
     Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
+    #[cfg(feature = "dpdk")]
+    Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -164,6 +170,8 @@ impl Switch {
             workers: workers.into_iter().map(Arc::new).collect(),
             tables: Mutex::default(),
             stopping: AtomicBool::new(false),
+            socket_root: config.socket_root.clone(),
+            kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
             loads: Mutex::default(),
             rebalance: config.rebalance,
@@ -171,7 +179,7 @@ impl Switch {
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
-            let thread = worker::start(id, shared.clone(), config.mode, inner.fdb.clone(), first.clone());
+            let thread = worker::start(id, shared.clone(), config, inner.fdb.clone(), first.clone());
             let cpu = shared.cpu;
             let thread = thread.map_err(|e| match cpu {
                 Some(cpu) => std::io::Error::new(e.kind(), format!("cannot run a worker on CPU {cpu}: {e}")),
@@ -179,6 +187,10 @@ impl Switch {
             })?;
             lock(&switch.threads).push(thread);
         }
+        let pulses = inner.workers.iter().map(|worker| worker.pulse.clone()).collect();
+        let watched = inner.clone();
+        let watchdog = worker::watchdog::start(pulses, move || watched.stopping.load(Ordering::Acquire))?;
+        lock(&switch.threads).push(watchdog);
         let housekeeper = report::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
@@ -237,6 +249,7 @@ impl Switch {
             worker.wake.signal();
         }
         for thread in std::mem::take(&mut *lock(&self.threads)) {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -298,12 +311,22 @@ impl Inner {
         config: &PortConfig,
         stats: &Arc<PortStats>,
     ) -> std::io::Result<Driver> {
+        let kind = config.target.kind();
+        if self.kinds.as_ref().is_some_and(|kinds| kinds.iter().all(|known| known != kind)) {
+            return Err(std::io::Error::other(format!(
+                "this switch has given up what {kind} ports need; add '{kind}' to kinds of [sandbox] in its file and \
+                 restart it"
+            )));
+        }
         let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
         publisher.publish(Link::down(PortState::Connecting, None));
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                VhostPort::start(&config.name, path.clone(), *mode, config.queues, config.mtu, publisher)
-                    .map(Driver::Vhost)
+                let place = match &self.socket_root {
+                    Some(root) => SocketPlace::under(root, path.clone()).map_err(std::io::Error::other)?,
+                    None => path.into(),
+                };
+                VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
@@ -311,6 +334,13 @@ impl Inner {
                 let options = afxdp::Options { mode, queues, replace, busy_poll };
                 AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
             }
+            #[cfg(feature = "dpdk")]
+            PortTarget::Dpdk { device } => {
+                crate::port::dpdk::DpdkPort::start(&config.name, device, config.queues, config.mtu, publisher)
+                    .map(Driver::Dpdk)
+            }
+            #[cfg(not(feature = "dpdk"))]
+            PortTarget::Dpdk { .. } => Err(std::io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -344,7 +374,7 @@ impl Inner {
             worker.mailbox.put(snapshot.clone());
             worker.wake.signal();
         }
-        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.load(Ordering::Acquire) >= snapshot.epoch;
+        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.reached(snapshot.epoch);
         let patience = Instant::now();
         while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
             // A worker is never away for longer than a few bursts.
@@ -355,6 +385,11 @@ impl Inner {
             }
         }
         true
+    }
+
+    /// Forgets the stations learned behind a port.
+    fn forget_stations(&self, id: PortId) {
+        self.fdb.retain(|entry| entry.port == id && !entry.is_static);
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
@@ -427,9 +462,10 @@ struct PortPublisher {
 }
 
 impl Publisher for PortPublisher {
-    fn publish(&self, link: Link) {
+    fn publish(&self, mut link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
         let mut tables = lock(&inner.tables);
+        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
         let of_port = |entry: &&Entry| entry.id == self.id;
         let Some((config, policers)) =
             tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
@@ -453,13 +489,16 @@ impl Publisher for PortPublisher {
         inner.publish(&mut tables);
         // No worker learns behind the port any more; what is known would only swallow frames.
         if down {
-            self.forget_stations();
+            inner.forget_stations(self.id);
         }
     }
 
     fn forget_stations(&self) {
-        if let Some(inner) = self.inner.upgrade() {
-            inner.fdb.retain(|entry| entry.port == self.id && !entry.is_static);
+        let Some(inner) = self.inner.upgrade() else { return };
+        let holds = |view: Arc<PortView>| view.link.hold.is_some();
+        // Frames for them are held until they are heard elsewhere.
+        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
+            inner.forget_stations(self.id);
         }
     }
 

@@ -47,6 +47,7 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
             inner.housekeeper.sleep();
             inner.fdb.set_now(began.elapsed().as_secs() as u32);
             inner.fdb.age();
+            inner.end_holds();
             sampler.round(&inner);
             sampler.rebalance(&inner);
             log_faults(&lock(&inner.tables), &mut faults);

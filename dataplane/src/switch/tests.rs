@@ -242,6 +242,38 @@ fn what_is_held_is_bounded_and_counted() {
     assert_eq!(bench.drops(1, DropReason::LinkDown), 7 + MAX_HELD_FRAMES as u64);
 }
 
+/// The source of a migration ends before its guest is heard at the target.
+#[test]
+fn what_is_held_outlives_the_frontend_for_a_while() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
+    let inner = &switch.inner;
+    let publisher = PortPublisher { inner: Arc::downgrade(inner), id: PortId(0), stats: Arc::default() };
+    let held = || lock(&inner.tables).slots[0].view().unwrap().link.hold.clone();
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    inner.fdb.learn(station, PortId(0));
+    let hold = Arc::new(Hold::new(Arc::default()));
+    publisher.publish(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let began = Instant::now();
+    // The frontend hangs up.
+    publisher.publish(Link::down(PortState::Down, None));
+    publisher.forget_stations();
+    publisher.publish(Link::down(PortState::Connecting, None));
+    if began.elapsed() < Duration::from_secs(1) {
+        assert!(held().is_some_and(|now| Arc::ptr_eq(&now, &hold)));
+        assert_eq!(inner.fdb.lookup(station), Some(PortId(0)));
+    }
+    // The guest was not heard: the housekeeper sees to it.
+    while held().is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is held for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    while inner.fdb.lookup(station).is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is known for ever");
+    }
+    switch.stop();
+}
+
 #[test]
 fn a_configured_address_moves_only_to_a_port_that_has_it_too() {
     let owner = Port { mac: Some(mac(0)), ..Port::default() };
@@ -416,6 +448,38 @@ fn what_does_not_fit_is_counted() {
     assert_eq!(bench.received(1).len(), 1);
     bench.send(0, &[frame(mac(2), mac(0), 60)]);
     assert_eq!(bench.drops(2, DropReason::LinkDown), 1);
+}
+
+#[test]
+fn a_capture_tells_what_became_of_frames() {
+    use crate::capture::{Capture, CaptureOptions, Direction};
+    let down = Port { up: false, ..Port::default() };
+    let mut bench = Bench::new(&[Port::default(), Port::default(), down]);
+    bench.introduce();
+    let mut captures: Vec<_> = bench
+        .stations
+        .iter()
+        .map(|station| Capture::start(station.stats.clone(), CaptureOptions::default()).unwrap())
+        .collect();
+    let mut seen = |port: usize| {
+        let frames = captures[port].drain().into_iter();
+        frames.map(|frame| (frame.direction, frame.length, frame.drop_reason)).collect::<Vec<_>>()
+    };
+    // One buffer for two frames, a port that is down, and a frame to oneself.
+    bench.post(1, 1, 200);
+    bench.send(
+        0,
+        &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61), frame(mac(2), mac(0), 62), frame(mac(0), mac(0), 63)],
+    );
+    let rx = |len, reason| (Direction::Rx, len, reason);
+    let tx = |len, reason| (Direction::Tx, len, reason);
+    assert_eq!(seen(0), [rx(60, None), rx(61, None), rx(62, None), rx(63, Some(DropReason::SamePort))]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, Some(DropReason::Full))]);
+    assert_eq!(seen(2), [tx(62, Some(DropReason::LinkDown))]);
+    // What one burst has dropped is not said of the next.
+    bench.post(1, 2, 200);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(1), mac(0), 61)]);
+    assert_eq!(seen(1), [tx(60, None), tx(61, None)]);
 }
 
 #[test]

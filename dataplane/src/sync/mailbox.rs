@@ -1,8 +1,8 @@
 //! A slot for the newest value: the writer overwrites, the reader takes. Neither waits.
 
 use std::ptr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, Ordering};
+
+use crate::sync::primitives::{Arc, AtomicPtr, Ordering};
 
 /// Hands the newest `Arc<T>` from the control side to one worker without a lock.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl<T> Mailbox<T> {
 
 impl<T> Drop for Mailbox<T> {
     fn drop(&mut self) {
-        drop(Self::own(*self.slot.get_mut()));
+        drop(self.take());
     }
 }
 

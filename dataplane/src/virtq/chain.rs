@@ -103,13 +103,13 @@ pub(crate) struct Walk<'m> {
 }
 
 impl<'m> Walk<'m> {
-    /// Hands every buffer of the chain at `head` to `sink`, in order, and returns their bytes in sum.
+    /// Hands every buffer of the chain at `head` to `sink`, in order. Returns their bytes in sum and how many they are.
     /// Buffers that cross from one memory region into an adjacent one come in pieces; empty ones do not come at all.
     ///
     /// # Errors
     /// [`Fault`] if the chain breaks a rule. The sink may have got some of it.
     #[inline]
-    pub(crate) fn run(self, head: u16, hints: &mut Hints, sink: impl FnMut(Segment<'m>)) -> Result<u64, Fault> {
+    pub(crate) fn run(self, head: u16, hints: &mut Hints, sink: impl FnMut(Segment<'m>)) -> Result<(u64, u32), Fault> {
         let mut descriptor = self.table.read(head)?;
         let mut buffers = Buffers::new(self.memory, self.direction, sink);
         let mut table = self.table;
@@ -130,7 +130,7 @@ impl<'m> Walk<'m> {
             buffers.buffer(descriptor.addr, descriptor.len, descriptor.flags, hints)?;
             left -= 1;
             if !descriptor.has(NEXT) {
-                return Ok(buffers.bytes);
+                return Ok((buffers.bytes, buffers.count));
             }
             // As many descriptors as the table has, all different, would have ended by now.
             if left == 0 {
@@ -170,19 +170,24 @@ fn enter(memory: &GuestMemory, addr: u64, len: u32, hints: &mut Hints) -> Result
 pub(crate) struct Buffers<'m, F> {
     memory: &'m GuestMemory,
     direction: Direction,
-    segments: usize,
+    count: u32,
     bytes: u64,
     put: F,
 }
 
 impl<'m, F: FnMut(Segment<'m>)> Buffers<'m, F> {
     pub(crate) fn new(memory: &'m GuestMemory, direction: Direction, put: F) -> Self {
-        Self { memory, direction, segments: 0, bytes: 0, put }
+        Self { memory, direction, count: 0, bytes: 0, put }
     }
 
     /// Bytes handed on so far.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Buffers so far, empty ones included; one in several pieces counts as several.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
     }
 
     /// All buffers of a packed ring's indirect table: every entry, in order, without next (2.8.7).
@@ -207,12 +212,13 @@ impl<'m, F: FnMut(Segment<'m>)> Buffers<'m, F> {
             return Err(Fault::WrongDirection);
         }
         let (mut addr, mut left) = (addr, len as usize);
+        if left == 0 {
+            // It counts: a chain of nothing must not keep us for as long as its ring is.
+            self.one_more()?;
+        }
         while left > 0 {
             let range = self.memory.translate(addr, left, &mut hints.buffers).ok_or(Fault::UnmappedAddress)?;
-            self.segments += 1;
-            if self.segments > MAX_CHAIN {
-                return Err(Fault::ChainTooLong);
-            }
+            self.one_more()?;
             // SAFETY: a range of guest memory that was just translated, of memory held for `'m`. Its length is at
             // most the descriptor's, a u32.
             let segment = unsafe { Segment::new(range.ptr, range.len as u32) };
@@ -222,5 +228,11 @@ impl<'m, F: FnMut(Segment<'m>)> Buffers<'m, F> {
             left -= range.len;
         }
         Ok(())
+    }
+
+    #[inline]
+    fn one_more(&mut self) -> Result<(), Fault> {
+        self.count += 1;
+        if self.count as usize > MAX_CHAIN { Err(Fault::ChainTooLong) } else { Ok(()) }
     }
 }

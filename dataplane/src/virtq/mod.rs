@@ -7,6 +7,7 @@ pub mod notify;
 pub mod packed;
 pub mod ring;
 pub mod split;
+mod suppress;
 
 use std::sync::Arc;
 
@@ -53,6 +54,12 @@ faults! {
     WrongDirection = 7, "a descriptor's direction is wrong for its queue";
     /// More buffers in one chain than any driver makes.
     ChainTooLong = 8, "a descriptor chain has more than 1024 buffers";
+    /// The file behind guest memory or the dirty log was truncated, or the host has a page less than it promised.
+    MemoryLost = 9, "memory of the guest has gone: its file was truncated, or the host ran out of pages for it; restart the VM";
+    /// A write to the notification descriptor had to wait.
+    NotifyBlocked = 10, "the frontend made its notification descriptor block; connect it anew";
+    /// Chains whose many buffers hold next to nothing, so that frames cost far more than their bytes.
+    Wasteful = 11, "it takes more than 32768 buffers to receive one burst of frames";
 }
 
 impl Fault {

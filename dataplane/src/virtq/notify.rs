@@ -1,7 +1,15 @@
 //! Event file descriptors: how a ring's two sides wake each other.
+//!
+//! The frontend shares the descriptors that it gives us, and with them the mode they are in. It can make one blocking
+//! again and fill its counter at any moment, so that a write to it waits, and the kernel has no way of writing to one
+//! that never does. Therefore a worker shows in its [`Pulse`] when it is within such a write, and a watchdog
+//! (`worker/watchdog.rs`) gets it out again by a signal.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -51,12 +59,34 @@ impl EventFd {
         Ok(Self(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// Wakes whoever waits for it. A full counter means that it is awake already.
+    /// Wakes whoever waits for it, which must be ourselves: see [`EventFd::notify`]. A full counter means that it is
+    /// awake already.
     #[inline]
     pub fn signal(&self) {
+        self.write();
+    }
+
+    /// Wakes the frontend, or the guest. `false` if the frontend made us wait, and the watchdog ended that.
+    #[inline]
+    pub fn notify(&self) -> bool {
+        PULSE.with_borrow(|pulse| {
+            let Some(pulse) = pulse else { return self.write() };
+            let writes = pulse.writes.load(Ordering::Relaxed);
+            pulse.writes.store(writes.wrapping_add(1), Ordering::Relaxed);
+            let done = self.write();
+            pulse.writes.store(writes.wrapping_add(2), Ordering::Relaxed);
+            done
+        })
+    }
+
+    /// Adds one to the counter. `false` if that was interrupted.
+    #[inline]
+    fn write(&self) -> bool {
         let one = 1u64;
-        // SAFETY: writes eight bytes from a local. The result does not matter: see above.
-        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+        // SAFETY: writes eight bytes from a local.
+        let written = unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+        // Only a write that has to wait can be interrupted.
+        written == 8 || std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted
     }
 
     /// Resets the counter. Never waits, even if the frontend has made the descriptor, which it shares with us,
@@ -74,6 +104,62 @@ impl AsRawFd for EventFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+thread_local! {
+    /// Of this thread, if it is a worker.
+    static PULSE: RefCell<Option<Arc<Pulse>>> = const { RefCell::new(None) };
+}
+
+/// What a worker shows of its writes to descriptors of frontends.
+#[derive(Debug, Default)]
+pub struct Pulse {
+    /// Its kernel id; 0 until it runs.
+    thread: AtomicI32,
+    /// Begun and ended writes in sum: odd within one.
+    writes: AtomicU32,
+}
+
+impl Pulse {
+    /// Makes it that of this thread.
+    pub fn begin(self: &Arc<Self>) {
+        // SAFETY: the call has no conditions.
+        self.thread.store(unsafe { libc::gettid() }, Ordering::Release);
+        PULSE.set(Some(self.clone()));
+    }
+
+    /// A number that is odd within a write, and another one for each.
+    pub fn writes(&self) -> u32 {
+        self.writes.load(Ordering::Relaxed)
+    }
+
+    /// Interrupts the thread, should it be waiting. The thread must be running; any other system call that this hits
+    /// is either not one that waits or one that is repeated.
+    pub fn interrupt(&self) {
+        let thread = self.thread.load(Ordering::Acquire);
+        if thread != 0 {
+            // SAFETY: sends a signal, which has a handler, to a thread of our own.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, INTERRUPT) };
+        }
+    }
+}
+
+/// A signal that nobody else sends: by default it is ignored.
+const INTERRUPT: libc::c_int = libc::SIGURG;
+
+/// Lets the signal of [`Pulse::interrupt`] end a wait, and do nothing else.
+pub fn allow_interrupts() {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let handler: extern "C" fn(libc::c_int) = nothing;
+        // SAFETY: an all-zero action is valid: no flags, so that calls are not restarted. The handler does nothing.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as libc::sighandler_t;
+            libc::sigaction(INTERRUPT, &action, std::ptr::null_mut());
+        }
+    });
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::limits::{BURST, MAX_RING};
 use crate::mem::{GuestMemory, Locator, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{Buffers, DESCRIPTOR, Direction, Hints, INDIRECT, NEXT, WRITE};
-use crate::virtq::ring::{Ahead, Chain, Ring, Work};
+use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
 use crate::virtq::{Fault, RingConfig, RingError};
 
 const AVAIL: u16 = 1 << 7;
@@ -240,6 +240,7 @@ pub struct PackedWork<'r> {
     pending_slots: [u32; PENDING],
     count: usize,
     published: bool,
+    walked: Walked,
 }
 
 /// Where taking stood.
@@ -264,6 +265,7 @@ impl<'r> PackedWork<'r> {
             pending_slots: [0; PENDING],
             count: 0,
             published: false,
+            walked: Walked::default(),
         }
     }
 
@@ -359,10 +361,12 @@ impl<'r> Work<'r> for PackedWork<'r> {
         let mut hints = self.position.hints;
         let (id, slots) = self.follow(first, &mut buffers, &mut hints)?;
         self.position.hints = hints;
+        let (bytes, count) = (buffers.bytes(), buffers.count());
+        self.walked.add(count)?;
         let chain = Chain { id, slot: self.cursor.slot, slots };
         self.cursor = self.cursor.advance(slots, self.ring.size);
         self.taken += 1;
-        Ok(Some((chain, buffers.bytes())))
+        Ok(Some((chain, bytes)))
     }
 
     fn mark(&self) -> Mark {

@@ -6,7 +6,7 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::limits::BURST;
+use crate::limits::{BURST, MAX_BURST_BUFFERS};
 use crate::mem::{GuestMemory, Segment};
 use crate::virtq::chain::Direction;
 use crate::virtq::{Fault, RingError};
@@ -99,6 +99,19 @@ pub trait Work<'r>: Sized {
 
     /// Whether the driver wants to be notified of what was published since the last call.
     fn needs_notification(&mut self) -> bool;
+}
+
+/// Buffers looked at since the ring was locked.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Walked(u32);
+
+impl Walked {
+    /// Adds those of one chain.
+    #[inline]
+    pub(super) fn add(&mut self, buffers: u32) -> Result<(), Fault> {
+        self.0 += buffers;
+        if self.0 > MAX_BURST_BUFFERS { Err(Fault::Wasteful) } else { Ok(()) }
+    }
 }
 
 /// A look at the next chains, so that their buffers are on the way to our cache while we work on those before them.

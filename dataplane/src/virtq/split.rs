@@ -4,15 +4,15 @@
 //! available, take some of them, write their used elements, and publish all with one store.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use crate::limits::{BURST, MAX_RING};
 use crate::mem::prefetch::{prefetch_read, prefetch_write};
 use crate::mem::{GuestMemory, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
-use crate::virtq::ring::{Ahead, Chain, Ring, Work};
-use crate::virtq::{Fault, RingConfig, RingError};
+use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
+use crate::virtq::{Fault, RingConfig, RingError, suppress};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver polls.
 const NO_INTERRUPT: u16 = 1;
@@ -127,15 +127,19 @@ impl SplitRing {
     }
 
     #[inline]
-    fn load(&self, place: *mut u16) -> u16 {
+    fn atomic(&self, place: *mut u16) -> &AtomicU16 {
         // SAFETY: every `place` comes from the methods above: inside an area that `map` checked, and aligned.
-        u16::from_le(unsafe { AtomicU16::from_ptr(place) }.load(Ordering::Acquire))
+        unsafe { AtomicU16::from_ptr(place) }
+    }
+
+    #[inline]
+    fn load(&self, place: *mut u16) -> u16 {
+        u16::from_le(self.atomic(place).load(Ordering::Acquire))
     }
 
     #[inline]
     fn store(&self, place: *mut u16, value: u16) {
-        // SAFETY: as in `load`.
-        unsafe { AtomicU16::from_ptr(place) }.store(value.to_le(), Ordering::Release);
+        self.atomic(place).store(value.to_le(), Ordering::Release);
     }
 }
 
@@ -169,7 +173,12 @@ impl SplitRing {
 
     fn store_event(&self, index: u16) {
         self.store(self.avail_event(), index);
-        self.mark_used([(RING_HEADER + (usize::from(self.mask) + 1) * USED_ELEMENT, 2)]);
+        self.mark_used([self.event_range()]);
+    }
+
+    /// Where the available event is in the used ring's area.
+    fn event_range(&self) -> (usize, usize) {
+        (RING_HEADER + (usize::from(self.mask) + 1) * USED_ELEMENT, 2)
     }
 }
 
@@ -182,29 +191,28 @@ impl Ring for SplitRing {
 
     #[inline]
     fn try_lock(&self, direction: Direction) -> Option<SplitWork<'_>> {
-        Some(SplitWork { ring: self, direction, position: self.position.try_lock()?, taken: 0, completed: 0 })
+        Some(SplitWork::new(self, direction, self.position.try_lock()?))
     }
 
     #[inline]
     fn lock(&self, direction: Direction) -> SplitWork<'_> {
-        SplitWork { ring: self, direction, position: self.position.lock(), taken: 0, completed: 0 }
+        SplitWork::new(self, direction, self.position.lock())
     }
 
     #[inline]
     fn lock_in_time(&self, direction: Direction) -> Option<SplitWork<'_>> {
-        Some(SplitWork { ring: self, direction, position: self.position.lock_in_time()?, taken: 0, completed: 0 })
+        Some(SplitWork::new(self, direction, self.position.lock_in_time()?))
     }
 
     fn enable_notification(&self) -> bool {
         let Some(position) = self.position.try_lock() else { return true };
-        if self.config.event_idx {
-            self.store_event(position.next);
+        let (place, request, mark) = if self.config.event_idx {
+            (self.avail_event(), position.next, self.event_range())
         } else {
-            self.store_flags(0);
-        }
-        // Our request must be visible before we look for the last time, or a chain could slip through unnoticed.
-        fence(Ordering::SeqCst);
-        self.load(self.avail_index()) != position.next
+            (self.used_flags(), 0, (0, RING_HEADER))
+        };
+        let (place, index) = (self.atomic(place), self.atomic(self.avail_index()));
+        suppress::arm(place, request, index, position.next, || self.mark_used([mark]))
     }
 
     fn disable_notification(&self) {
@@ -244,9 +252,15 @@ pub struct SplitWork<'r> {
     taken: u32,
     /// Of those, chains completed.
     completed: u32,
+    walked: Walked,
 }
 
 impl<'r> SplitWork<'r> {
+    #[inline]
+    fn new(ring: &'r SplitRing, direction: Direction, position: SpinGuard<'r, Position>) -> Self {
+        Self { ring, direction, position, taken: 0, completed: 0, walked: Walked::default() }
+    }
+
     /// Chains left to take, looking anew only if fewer than `wanted` are known of.
     #[inline]
     fn left(&mut self, wanted: u32) -> Result<u32, Fault> {
@@ -332,7 +346,8 @@ impl<'r> Work<'r> for SplitWork<'r> {
             return Ok(None);
         }
         let id = self.head(self.taken);
-        let bytes = self.walk().run(id, &mut self.position.hints, sink)?;
+        let (bytes, buffers) = self.walk().run(id, &mut self.position.hints, sink)?;
+        self.walked.add(buffers)?;
         self.taken += 1;
         Ok(Some((Chain { id, ..Chain::default() }, bytes)))
     }
@@ -375,12 +390,9 @@ impl<'r> Work<'r> for SplitWork<'r> {
     fn needs_notification(&mut self) -> bool {
         let (old, new) = (self.position.decided, self.position.next);
         self.position.decided = new;
-        // The used index must be visible before we look whether anyone waits for it.
-        fence(Ordering::SeqCst);
         if !self.ring.config.event_idx {
-            return self.ring.load(self.ring.avail_flags()) & NO_INTERRUPT == 0;
+            return suppress::wanted_by_flags(self.ring.atomic(self.ring.avail_flags()), NO_INTERRUPT);
         }
-        let event = self.ring.load(self.ring.used_event());
-        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        suppress::wanted_by_event(self.ring.atomic(self.ring.used_event()), old, new)
     }
 }

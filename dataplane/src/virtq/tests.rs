@@ -69,6 +69,32 @@ fn indirect_tables_end_and_do_not_nest() {
     assert_eq!(table(&[desc(A, 4, NEXT, 9), desc(A, 4, 0, 0)]), Err(Fault::DescriptorIndex));
 }
 
+/// Buffers without a byte cost as much as others, so they count: in a chain, and in all chains of a burst.
+#[test]
+fn empty_buffers_are_bounded() {
+    let mut guest = TestGuest::new(2048, VERSION_1);
+    (0..2048).for_each(|index| guest.set_desc(index, desc(u64::MAX, 0, NEXT, (index + 1) % 2048)));
+    guest.make_available(0);
+    assert_eq!(one(&guest, Direction::FromGuest), Err(Fault::ChainTooLong));
+
+    let mut guest = TestGuest::new(64, VERSION_1 | INDIRECT_DESC);
+    for index in 0..1024 {
+        let last = index == 1023;
+        let entry = desc(0x10_0000, u32::from(last), if last { WRITE } else { WRITE | NEXT }, index + 1);
+        guest.write(0x20_0000 + 16 * u64::from(index), &entry.bytes());
+    }
+    guest.set_desc(0, desc(0x20_0000, 16 * 1024, INDIRECT, 0));
+    (0..64).for_each(|_| guest.make_available(0));
+    let ring = SplitRing::new(&guest.config(), guest.memory.clone()).unwrap();
+    let mut work = ring.lock(Direction::ToGuest);
+    for _ in 0..crate::limits::BURST {
+        let mark = work.mark();
+        assert_eq!(work.take(|_| ()).map(|taken| taken.unwrap().1), Ok(1));
+        work.rewind(mark);
+    }
+    assert_eq!(work.take(|_| ()).map(drop), Err(Fault::Wasteful));
+}
+
 #[test]
 fn indirect_only_where_negotiated() {
     let mut guest = TestGuest::new(8, VERSION_1);

@@ -1,5 +1,6 @@
 //! The Internet checksum (RFC 1071), its incremental update (RFC 1624) and its completion for virtio.
 
+use super::l4::UDP_CSUM_OFFSET;
 use super::{WireError, put_be16};
 
 /// A running ones' complement sum of bytes that may come in pieces.
@@ -75,12 +76,13 @@ impl Sum {
         !self.fold()
     }
 
-    /// The checksum as a transport header holds it: 0xffff in place of zero, which means "none" in UDP (RFC 768).
-    /// TCP, where both mean the same, gets it too, as from Linux.
+    /// The checksum as a transport header holds it whose field is `offset` bytes from its start. In UDP, where zero
+    /// means "none" (RFC 768), 0xffff takes its place. Elsewhere that would be right as well, but not what a sender
+    /// computes (RFC 1624).
     #[inline]
-    pub fn transport_checksum(&self) -> u16 {
+    pub fn transport_checksum(&self, offset: u16) -> u16 {
         match self.checksum() {
-            0 => 0xffff,
+            0 if offset == UDP_CSUM_OFFSET => 0xffff,
             checksum => checksum,
         }
     }
@@ -159,7 +161,7 @@ pub fn complete_partial(frame: &mut [u8], start: u16, offset: u16) -> Result<(),
     let covered = frame.get_mut(usize::from(start)..).ok_or(WireError::CsumOutsideFrame)?;
     let mut sum = Sum::new();
     sum.add(covered);
-    put_be16(covered, usize::from(offset), sum.transport_checksum()).ok_or(WireError::CsumOutsideFrame)
+    put_be16(covered, usize::from(offset), sum.transport_checksum(offset)).ok_or(WireError::CsumOutsideFrame)
 }
 
 #[cfg(test)]
@@ -214,12 +216,14 @@ mod tests {
     }
 
     #[test]
-    fn zero_becomes_all_ones() {
+    fn zero_becomes_all_ones_in_udp() {
         // Pseudo header sum 0xffff and a header of zeros: the checksum computes to zero.
-        let mut frame = [0u8; 8];
-        frame[6..].copy_from_slice(&[0xff, 0xff]);
-        complete_partial(&mut frame, 0, 6).unwrap();
-        assert_eq!(frame[6..], [0xff, 0xff]);
+        for (offset, expected) in [(6, [0xff, 0xff]), (16, [0, 0])] {
+            let mut frame = [0u8; 20];
+            frame[offset..offset + 2].fill(0xff);
+            complete_partial(&mut frame, 0, offset as u16).unwrap();
+            assert_eq!(frame[offset..offset + 2], expected);
+        }
     }
 
     #[test]
@@ -312,11 +316,6 @@ mod tests {
             put_be16(&mut completed, start + offset, pseudo.fold()).unwrap();
             complete_partial(&mut completed, start as u16, offset as u16).unwrap();
 
-            // 0 and 0xffff are the same number to TCP.
-            let field = start + offset;
-            if frame[field..field + 2] == [0, 0] {
-                frame[field..field + 2].fill(0xff);
-            }
             prop_assert_eq!(&completed, &frame);
             let sliced = SlicedPacket::from_ethernet(&completed).unwrap();
             prop_assert!(matches!(sliced.transport, Some(TransportSlice::Udp(_) | TransportSlice::Tcp(_))));

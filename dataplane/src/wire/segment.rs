@@ -183,7 +183,7 @@ impl<'a> Segmenter<'a> {
         let mut sum = Sum::new();
         sum.add(transport);
         sum.add(self.frame.get(payload.clone())?);
-        put_be16(transport, field, sum.transport_checksum())?;
+        put_be16(transport, field, sum.transport_checksum(self.kind.csum_offset()))?;
         Some(Csum::None)
     }
 }

@@ -5,18 +5,19 @@
 
 pub mod meter;
 pub mod stats;
+pub mod watchdog;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::config::WorkerMode;
+use crate::config::{SwitchConfig, WorkerMode};
 use crate::frame::BurstStorage;
 use crate::switch::fdb::Fdb;
 use crate::switch::forward::Forwarder;
 use crate::switch::snapshot::{Plan, Served, Snapshot};
-use crate::sync::Mailbox;
-use crate::virtq::notify::EventFd;
+use crate::sync::{Epoch, Mailbox};
+use crate::virtq::notify::{EventFd, Pulse};
 use meter::Stage;
 use stats::{Clock, WorkerStats};
 
@@ -33,13 +34,15 @@ pub struct WorkerShared {
     /// The newest snapshot, if the worker has not taken it up yet.
     pub mailbox: Mailbox<Snapshot>,
     /// Epoch of the snapshot that the worker uses.
-    pub acknowledged: AtomicU64,
+    pub acknowledged: Epoch,
     /// Wakes the worker from its sleep.
     pub wake: EventFd,
     /// Tells the worker to end.
     pub stop: AtomicBool,
     /// Counters.
     pub stats: WorkerStats,
+    /// For the watchdog.
+    pub pulse: Arc<Pulse>,
     /// CPU it is pinned to.
     pub cpu: Option<usize>,
 }
@@ -52,10 +55,11 @@ impl WorkerShared {
     pub fn new(cpu: Option<usize>) -> std::io::Result<Self> {
         Ok(Self {
             mailbox: Mailbox::default(),
-            acknowledged: AtomicU64::new(0),
+            acknowledged: Epoch::default(),
             wake: EventFd::new()?,
             stop: AtomicBool::new(false),
             stats: WorkerStats::default(),
+            pulse: Arc::default(),
             cpu,
         })
     }
@@ -75,19 +79,23 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) 
         }
         OwnedFd::from_raw_fd(fd)
     };
-    let add = |fd: i32, data: u64| {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
+    let add = |fd: i32, data: u64, events: i32| {
+        let mut event = libc::epoll_event { events: events as u32, u64: data };
         // SAFETY: `event` is a local that the kernel copies.
         match unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
         }
     };
-    add(shared.wake.as_raw_fd(), WAKE)?;
+    add(shared.wake.as_raw_fd(), WAKE, libc::EPOLLIN)?;
+    // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
+    // it is read (`EFD_SEMAPHORE`), and a worker would never sleep again. Queues are empty when it goes to sleep.
+    let events = libc::EPOLLIN | libc::EPOLLET;
     for (place, fd) in fds.enumerate() {
         if let Some(fd) = fd {
             // Two queues may share a descriptor; the first one then stands for both.
-            add(fd, place as u64).or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
+            add(fd, place as u64, events)
+                .or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
         }
     }
     Ok(epoll)
@@ -96,21 +104,24 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) 
 /// Starts a worker. It ends after `stop` was set and it was woken.
 ///
 /// # Errors
-/// If the thread cannot be started, or not on that CPU.
+/// If the thread cannot be started, or not on that CPU, or not be confined.
 pub fn start(
     id: usize,
     shared: Arc<WorkerShared>,
-    mode: WorkerMode,
+    config: &SwitchConfig,
     fdb: Arc<Fdb>,
     first: Arc<Snapshot>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let (mode, confined) = (config.mode, config.confine_workers);
     let (ready, started) = std::sync::mpsc::channel();
     let thread = std::thread::Builder::new().name(format!("sl-worker-{id}")).spawn(move || {
         let pinned = shared.cpu.map_or(Ok(()), pin);
+        let pinned = pinned.and_then(|()| if confined { crate::sandbox::confine_worker() } else { Ok(()) });
         let failed = pinned.is_err();
         if ready.send(pinned).is_err() || failed {
             return;
         }
+        shared.pulse.begin();
         let worker =
             Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.
@@ -152,7 +163,7 @@ impl Worker<'_> {
         while !self.shared.stop.load(Ordering::Relaxed) {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
-                self.shared.acknowledged.store(snapshot.epoch, Ordering::Release);
+                self.shared.acknowledged.acknowledge(snapshot.epoch);
                 if self.id == 0 {
                     self.forwarder.release_returned(&snapshot);
                 }

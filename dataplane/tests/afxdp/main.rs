@@ -3,12 +3,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is meant to panic")]
 
+mod kernel;
 mod support;
 
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use sluice::status::PortState;
-use support::{Ear, Host, Namespace, alone, check_frame, stream, within};
+use support::{Ear, Host, Mouth, Namespace, alone, check_frame, stream, within};
 
 /// A switch with an uplink and a tap with the address of host 1, and a plain host 2 on the wire.
 fn pair(uplink: &str) -> (Host, Namespace) {
@@ -190,6 +192,59 @@ fn the_link_flaps_and_the_mtu_changes() {
     assert!(host.port("up").drops["mtu_egress"] > 0);
     host.namespace.ip("link set up0 mtu 4000");
     within("ping with the new MTU", || host.namespace.ping(2, 2000));
+}
+
+#[test]
+fn networks_stay_apart_while_wires_come_and_go() {
+    let _alone = alone();
+    let (host, far) = (Host::new(&[]), Arc::new(Namespace::new()));
+    // Two networks, each with a wire, on which somebody talks, and a tap, on which somebody listens.
+    let (networks, wires, taps) = (["blue", "red"], ["up0", "up1"], ["tap0", "tap1"]);
+    let lay = |at: usize| host.namespace.wire(wires[at], &far, ["far0", "far1"][at]);
+    for at in 0..2 {
+        lay(at);
+        host.add(&format!("tap{at}=tap:{},network={}", taps[at], networks[at])).unwrap();
+        host.add(&format!("up{at}=afxdp:{},network={}", wires[at], networks[at])).unwrap();
+        host.namespace.ip(&format!("link set {} addrgenmode none", taps[at]));
+    }
+    let ears = taps.map(|tap| Ear::new(&host.namespace, tap));
+    let _mouths = [("far0", 0), ("far1", 1)].map(|(interface, mark)| Mouth::new(&far, interface, mark));
+    let given = |at: usize| host.port(&format!("tap{at}")).tx_frames;
+    for round in 0..4 {
+        for (at, wire) in wires.iter().enumerate() {
+            let name = format!("up{at}");
+            match round {
+                0 => drop(far.ip(&format!("link set far{at} down"))),
+                1 => drop(host.namespace.ip(&format!("link set {wire} down"))),
+                2 => drop(host.namespace.ip(&format!("link del {wire}"))),
+                // The other port gets the place that this one had in the switch's tables.
+                _ => drop(host.switch.remove_port(&name).unwrap()),
+            }
+            if round < 3 {
+                within("the link down", || host.port(&name).state != PortState::Up);
+            }
+        }
+        for at in [1, 0] {
+            match round {
+                0 => drop(far.ip(&format!("link set far{at} up"))),
+                1 => drop(host.namespace.ip(&format!("link set {} up", wires[at]))),
+                2 => lay(at),
+                _ => host.add(&format!("up{at}=afxdp:{},network={}", wires[at], networks[at])).unwrap(),
+            }
+            host.wait_for(&format!("up{at}"), PortState::Up);
+        }
+        let before = [given(0), given(1)];
+        within("frames again", || given(0) > before[0] + 100 && given(1) > before[1] + 100);
+    }
+    for (mark, ear) in (0u8..).zip(ears) {
+        let heard = ear.finish();
+        let theirs: Vec<_> = heard.iter().filter(|frame| frame.bytes[12..14] == [0x88, 0xb5]).collect();
+        assert!(theirs.len() > 400, "{} frames", theirs.len());
+        assert!(
+            theirs.iter().all(|frame| frame.bytes[14..].iter().all(|byte| *byte == mark)),
+            "a frame of the other network"
+        );
+    }
 }
 
 /// The id of the XDP program on an interface, by another way than the switch's own.

@@ -231,6 +231,16 @@ pub(crate) struct Heard {
     pub(crate) vlan: Option<u16>,
 }
 
+impl Heard {
+    /// The frame with its tag.
+    pub(crate) fn tagged(self) -> Vec<u8> {
+        let Some(tci) = self.vlan else { return self.bytes };
+        let mut bytes = [&[0; 4][..], &self.bytes].concat();
+        let start = sluice::wire::insert_tag(&mut bytes, 4, tci).expect("room for a tag");
+        bytes.split_off(start)
+    }
+}
+
 /// Listens to what an interface receives.
 #[derive(Debug)]
 pub(crate) struct Ear {
@@ -246,9 +256,7 @@ impl Ear {
         let thread = std::thread::spawn(move || {
             let mut heard = Vec::new();
             while !ended.load(Ordering::Acquire) {
-                while let Some(frame) = hear(&socket) {
-                    heard.extend(frame);
-                }
+                heard.extend(std::iter::from_fn(|| hear(&socket)));
                 std::thread::sleep(Duration::from_millis(1));
             }
             heard
@@ -272,6 +280,11 @@ impl Drop for Ear {
 
 /// A packet socket on an interface, for all protocols.
 pub(crate) fn packet_socket(interface: &str) -> OwnedFd {
+    try_packet_socket(interface).expect("the interface")
+}
+
+/// [`packet_socket`], if the interface is there.
+pub(crate) fn try_packet_socket(interface: &str) -> Option<OwnedFd> {
     let all = (libc::ETH_P_ALL as u16).to_be();
     let name = std::ffi::CString::new(interface).unwrap();
     // SAFETY: the name is terminated, the address a local of the length given, the options are ints.
@@ -290,13 +303,16 @@ pub(crate) fn packet_socket(interface: &str) -> OwnedFd {
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = all;
         address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
-        assert_eq!(libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32), 0);
-        socket
+        // Zero would be all of them.
+        if address.sll_ifindex == 0 {
+            return None;
+        }
+        (libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32) == 0).then_some(socket)
     }
 }
 
-/// The next frame; `Some(None)` for one that is of no interest.
-fn hear(socket: &OwnedFd) -> Option<Option<Heard>> {
+/// The next frame, if one is there.
+pub(crate) fn hear(socket: &OwnedFd) -> Option<Heard> {
     #[repr(C, align(8))]
     struct Control([u8; 128]);
     let mut bytes = vec![0u8; 70_000];
@@ -326,7 +342,7 @@ fn hear(socket: &OwnedFd) -> Option<Option<Heard>> {
         (count as usize, vlan)
     };
     bytes.truncate(count);
-    Some(Some(Heard { bytes, vlan }))
+    Some(Heard { bytes, vlan })
 }
 
 /// Checks with an independent parser that an IP frame's lengths and checksums are right.
@@ -347,4 +363,50 @@ pub(crate) fn check_frame(heard: &Heard, mtu: usize) {
     };
     // Zero and 0xffff are the same number to TCP.
     assert_eq!(tcp.checksum() % 0xffff, sum % 0xffff);
+}
+
+/// Sends broadcasts and frames to nobody in particular, all marked with `mark`, until it is dropped. Interfaces may come
+/// and go.
+#[derive(Debug)]
+pub(crate) struct Mouth {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Mouth {
+    pub(crate) fn new(namespace: &Arc<Namespace>, interface: &'static str, mark: u8) -> Self {
+        let (stop, namespace) = (Arc::new(AtomicBool::new(false)), namespace.clone());
+        let ended = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let frames = [0xff, 0x02].map(|first| {
+                let mut frame = vec![mark; 100];
+                frame[..14].copy_from_slice(&[first, 255, 255, 255, 255, 255, 2, 0, 0, 0, 9, mark, 0x88, 0xb5]);
+                frame
+            });
+            while !ended.load(Ordering::Acquire) {
+                let Some(socket) = namespace.run(|| try_packet_socket(interface)) else {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                };
+                // Until the interface is gone or down.
+                let send = |frame: &Vec<u8>| {
+                    // SAFETY: the kernel reads the frame, of the length given.
+                    unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) > 0 }
+                };
+                while !ended.load(Ordering::Acquire) && frames.iter().all(send) {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Mouth {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }

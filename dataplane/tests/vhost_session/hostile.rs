@@ -250,6 +250,7 @@ fn messages_that_are_none() {
     let guest = Guest::new(MIB);
     let memory = guest.file.as_raw_fd();
     let cases = [
+        (Message::new(1, vec![]).with(&[memory; 33]), "more than 32 descriptors"),
         (Message::new(0, vec![]), "request number 0 is unknown"),
         (Message::new(99, vec![]), "request number 99 is unknown"),
         (Message::new(1, vec![]).flags(0), "flags"),
@@ -338,6 +339,20 @@ fn garbage_and_silence() {
     let mut peer = qemu.accept();
     peer.bring_up(&guest);
     assert_eq!(bench.recorder.newest().state, PortState::Up);
+}
+
+/// A frontend that asks and never listens is told so. Its queue of answers is full after a while.
+#[test]
+fn answers_that_are_not_read() {
+    let _shared = shared();
+    let bench = Bench::new("unread", Client);
+    let qemu = bench.listen();
+    let mark = bench.recorder.mark();
+    let peer = qemu.accept();
+    peer.stream.set_write_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
+    let question = words(&[1, 1, 0]);
+    while peer.bytes(&question, &[]) {}
+    bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("does not read our replies"));
 }
 
 /// The reason of a failure stays visible while the port is connected again, until it works.

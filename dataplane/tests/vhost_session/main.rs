@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod hostile;
+mod lost;
 mod support;
 
 use std::os::fd::AsRawFd;

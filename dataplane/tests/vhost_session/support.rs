@@ -334,8 +334,8 @@ impl Peer {
         self.bytes(&bytes, fds);
     }
 
-    /// Sends bytes along with descriptors.
-    pub(crate) fn bytes(&self, bytes: &[u8], fds: &[RawFd]) {
+    /// Sends bytes along with descriptors. `false` if that was not possible.
+    pub(crate) fn bytes(&self, bytes: &[u8], fds: &[RawFd]) -> bool {
         let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
         let mut control = [0u64; 64];
         // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has
@@ -354,7 +354,7 @@ impl Peer {
                 (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
                 std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
             }
-            libc::sendmsg(self.stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL);
+            libc::sendmsg(self.stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL) > 0
         }
     }
 

@@ -170,18 +170,18 @@ impl Transmitter {
     /// Writes the checksum that was left open, if one was.
     fn complete(&self, state: &mut State, csum: Csum, len: usize) -> Option<()> {
         let Csum::Partial { start, offset } = csum else { return Some(()) };
-        let (start, field) = (usize::from(start), usize::from(start) + usize::from(offset));
+        let field = usize::from(start) + usize::from(offset);
         if field + 2 > len.min(CHUNK) {
             return None;
         }
         let mut sum = Sum::new();
-        let mut from = start;
+        let mut from = usize::from(start);
         for (frame, size) in &state.pieces {
             sum.add(self.umem.bytes(frame).get(from..*size)?);
             from = 0;
         }
         let (first, _) = state.pieces.first_mut()?;
-        put_be16(self.umem.bytes_mut(first), field, sum.transport_checksum())
+        put_be16(self.umem.bytes_mut(first), field, sum.transport_checksum(offset))
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
@@ -214,12 +214,14 @@ impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut state) = self.state.lock_in_time() else {
             self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&place| scratch.outcomes.dropped(place, DropReason::Contended));
             return Ok(());
         };
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
                 self.stats.drop_frames(reason, 1);
+                scratch.outcomes.dropped(place, reason);
             }
         }
         scratch.probe.enter(Stage::Publish);

@@ -144,31 +144,35 @@ impl TxQueue for TapTx {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let stats = &self.stats;
         let (mut count, mut bytes) = (0, 0);
-        let mut account = |outcome: Result<u64, DropReason>| match outcome {
+        let Scratch { rebuilt, outcomes, copies, .. } = scratch;
+        let mut account = |place, outcome: Result<u64, DropReason>| match outcome {
             Ok(len) => {
                 count += 1;
                 bytes += len;
             }
-            Err(reason) => stats.drop_frames(reason, 1),
+            Err(reason) => {
+                stats.drop_frames(reason, 1);
+                outcomes.dropped(place, reason);
+            }
         };
         for &place in frames {
             let frame = burst.frame(place);
             if HOST.takes(frame.offload()) {
-                account(self.write(*frame.offload(), frame.head(), burst.tail(frame)));
+                account(place, self.write(*frame.offload(), frame.head(), burst.tail(frame)));
                 continue;
             }
-            let converted = scratch.rebuilt.convert(burst, frame, HOST, |offload, head, payload| {
-                scratch.copies.extra += 1;
-                account(self.write(offload, head, &[SourceSegment::from_slice(payload)]));
+            let converted = rebuilt.convert(burst, frame, HOST, |offload, head, payload| {
+                copies.extra += 1;
+                account(place, self.write(offload, head, &[SourceSegment::from_slice(payload)]));
                 true
             });
             if !converted {
-                account(Err(DropReason::CannotConvert));
+                account(place, Err(DropReason::CannotConvert));
             }
         }
         // Several workers may send to the host at once; the kernel orders them, the counters are approximate then.
         stats.tx(0).add(count, bytes);
-        scratch.copies.delivered += count;
+        copies.delivered += count;
         Ok(())
     }
 

@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
-use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -17,13 +16,18 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use crate::config::SocketMode;
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
+use crate::port::vhost::place::SocketPlace;
 use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
+use crate::virtq::Fault;
 use crate::virtq::notify::EventFd;
 
 /// Pause before each attempt to reach the frontend.
 const RETRY_MS: u16 = 50;
+
+/// The same after a frontend has held up a worker, which then is less than a hundredth of its time.
+const PENALTY_MS: u16 = 15_000;
 
 /// Pause between looks at a header of which only a part has come.
 const PARTIAL_MS: u16 = 5;
@@ -51,7 +55,7 @@ struct Stop {
 }
 
 impl VhostPort {
-    /// Starts the port's thread, which connects to `path` (or listens there) and serves the frontend until
+    /// Starts the port's thread, which connects to the socket at `place` (or listens there) and serves the frontend until
     /// [`VhostPort::stop`]. `queues` bounds the queue pairs that frames to the guest are spread over, `mtu` is what the
     /// port is configured to. A socket that is not there, or not ours to use, is no error: the port waits for it and
     /// says so in its link.
@@ -60,23 +64,14 @@ impl VhostPort {
     /// If the process has no thread or descriptor left.
     pub fn start(
         name: &str,
-        path: PathBuf,
+        place: impl Into<SocketPlace>,
         mode: SocketMode,
         queues: Option<u16>,
         mtu: Option<u16>,
         publisher: Arc<dyn Publisher>,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop { event: EventFd::new()?, stream: Mutex::new(None) });
-        let mut connection = Connection {
-            path,
-            queues,
-            mtu,
-            publisher,
-            stop: stop.clone(),
-            shown: None,
-            failure: None,
-            log: LogGate::default(),
-        };
+        let mut connection = Connection::new(place.into(), queues, mtu, publisher, stop.clone());
         let port = name.to_owned();
         let run = move || {
             let _span = tracing::info_span!("vhost-user", port).entered();
@@ -106,6 +101,18 @@ impl Drop for VhostPort {
     }
 }
 
+/// Serves one frontend over a connection that is there already, until it hangs up. Returns why the connection failed, if
+/// it did. For fuzzers: there is no thread, and nothing is tried again.
+#[doc(hidden)]
+pub fn serve_once(stream: UnixStream, publisher: Arc<dyn Publisher>) -> Option<String> {
+    let stop = match EventFd::new() {
+        Ok(event) => Arc::new(Stop { event, stream: Mutex::new(None) }),
+        Err(error) => return Some(error.to_string()),
+    };
+    let mut connection = Connection::new(std::path::PathBuf::new().into(), None, None, publisher, stop);
+    connection.session(stream).err().map(|failure| failure.to_string())
+}
+
 /// What a connection ended with.
 enum End {
     /// We were told to stop.
@@ -119,6 +126,8 @@ enum End {
 enum Failure {
     #[error("the frontend sent half a header")]
     HalfHeader,
+    #[error("the frontend does not read our replies")]
+    Unread,
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("{0:?}: {1}")]
@@ -132,7 +141,7 @@ enum Failure {
 }
 
 struct Connection {
-    path: PathBuf,
+    place: SocketPlace,
     queues: Option<u16>,
     mtu: Option<u16>,
     publisher: Arc<dyn Publisher>,
@@ -141,17 +150,30 @@ struct Connection {
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
     failure: Option<String>,
+    /// Pause before the next attempt, in milliseconds.
+    pause: u16,
     log: LogGate,
 }
 
 impl Connection {
+    fn new(
+        place: SocketPlace,
+        queues: Option<u16>,
+        mtu: Option<u16>,
+        publisher: Arc<dyn Publisher>,
+        stop: Arc<Stop>,
+    ) -> Self {
+        let (shown, failure) = (None, None);
+        Self { place, queues, mtu, publisher, stop, shown, failure, pause: RETRY_MS, log: LogGate::default() }
+    }
+
     fn run_client(&mut self) {
         loop {
-            match socket::connect(&self.path) {
+            match socket::connect(&self.place) {
                 Ok(stream) => self.serve(stream),
                 Err(error) => self.waiting(&error),
             }
-            if self.stopped(RETRY_MS) {
+            if self.rest() {
                 return self.show(PortState::Down, "stopped".to_owned());
             }
         }
@@ -160,11 +182,11 @@ impl Connection {
     fn run_server(&mut self) {
         let mut listener = None;
         loop {
-            listener = listener.or_else(|| Listener::bind(&self.path).map_err(|error| self.waiting(&error)).ok());
+            listener = listener.or_else(|| Listener::bind(&self.place).map_err(|error| self.waiting(&error)).ok());
             if let Some(listener) = &listener {
                 self.accept(listener);
             }
-            if self.stopped(RETRY_MS) {
+            if self.rest() {
                 return self.show(PortState::Down, "stopped".to_owned());
             }
         }
@@ -172,18 +194,24 @@ impl Connection {
 
     /// Waits for a frontend and serves it.
     fn accept(&mut self, listener: &Listener) {
-        self.show(PortState::Connecting, self.told(format!("waiting for a frontend on {}", self.path.display())));
+        self.show(
+            PortState::Connecting,
+            self.told(format!("waiting for a frontend on {}", self.place.path().display())),
+        );
         if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
             return;
         }
-        match listener.socket.accept() {
-            Ok((stream, _)) => match stream.set_nonblocking(false) {
-                Ok(()) => self.serve(stream),
-                Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
-            },
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => self.waiting(&SocketError::Io(self.path.clone(), error)),
+        match listener.accept() {
+            Ok(Some(stream)) => self.serve(stream),
+            Ok(None) => {}
+            Err(error) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
         }
+    }
+
+    /// Pauses before the next attempt. Returns whether we are to stop.
+    fn rest(&mut self) -> bool {
+        let pause = std::mem::replace(&mut self.pause, RETRY_MS);
+        self.stopped(pause)
     }
 
     fn stopped(&self, milliseconds: u16) -> bool {
@@ -218,16 +246,23 @@ impl Connection {
     fn serve(&mut self, stream: UnixStream) {
         self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.log.pass() {
-            tracing::info!(path = %self.path.display(), suppressed, "connected");
+            tracing::info!(path = %self.place.path().display(), suppressed, "connected");
         }
         self.shown = None;
         // A fault of ours, provoked by this frontend, must cost no more than one of its own.
         let end = panic::catch_unwind(AssertUnwindSafe(|| self.session(stream))).unwrap_or(Err(Failure::Panicked));
         *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.publisher.forget_stations();
+        let fault = self.publisher.stats().fault();
         self.publisher.stats().clear_fault();
+        if fault == Some(Fault::NotifyBlocked) {
+            self.pause = PENALTY_MS;
+        }
         let (state, reason) = match end {
             Ok(End::Stopped) => return,
+            Ok(End::HungUp) if fault == Some(Fault::NotifyBlocked) => {
+                (PortState::Failed, Fault::NotifyBlocked.to_string())
+            }
             Ok(End::HungUp) => (PortState::Connecting, "the frontend hung up".to_owned()),
             Err(failure) => (PortState::Failed, failure.to_string()),
         };
@@ -251,6 +286,10 @@ impl Connection {
                 let stopped = self.stopped(0);
                 return Ok(if stopped { End::Stopped } else { End::HungUp });
             };
+            // The crate would try for ever.
+            if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
+                return Err(Failure::Unread);
+            }
             if !answer(header, &stream, &device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
@@ -285,6 +324,9 @@ impl Connection {
                 // Closed with our replies unread: gone all the same.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    return Err(MessageError::Descriptors.into());
+                }
                 Err(error) => return Err(error.into()),
             }
             if self.stopped(PARTIAL_MS) {

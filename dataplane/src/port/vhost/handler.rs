@@ -15,14 +15,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
-use crate::mem::{GuestMemory, Log, MemError, Region};
+use crate::mem::{GuestMemory, Log, MemError, OnLoss, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::hold::Hold;
 use crate::port::vhost::ring::{Place, Queue, Ring, Surroundings};
 use crate::port::{Link, Publisher, RxEntry};
 use crate::status::PortState;
-use crate::virtq::RingError;
 use crate::virtq::notify::{EventFd, NotifyError};
+use crate::virtq::{Fault, RingError};
 
 /// Vrings of one device.
 const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
@@ -174,8 +174,21 @@ impl Device {
             ring.base = 0;
         }
         self.features &= features::PROTOCOL_FEATURES | features::LOG_ALL;
-        self.publisher.stats().clear_fault();
+        self.clear_fault();
         self.settle();
+    }
+
+    /// Serves the guest again after a fault, now that it begins anew, unless that cannot help.
+    fn clear_fault(&self) {
+        let stats = self.publisher.stats();
+        if stats.fault() == Some(Fault::NotifyBlocked) || self.memory.is_lost() {
+            return;
+        }
+        stats.clear_fault();
+        // It may have gone at this moment.
+        if self.memory.is_lost() {
+            stats.memory_lost();
+        }
     }
 
     /// Makes sure that there is a ring with that index.
@@ -242,8 +255,18 @@ impl Device {
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.move_to(index, &self.memory);
         }
+        // Nobody uses the memory that was lost any more.
+        if self.publisher.stats().fault() == Some(Fault::MemoryLost) {
+            self.clear_fault();
+        }
         self.settle();
         Ok(())
+    }
+
+    /// Maps a region of guest memory, for whose loss this port is to blame.
+    fn map(&self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<Region, MemError> {
+        let (gpa, len, uva) = (region.guest_phys_addr, region.memory_size, region.user_addr);
+        Ok(Region::map(file, gpa, len, uva, region.mmap_offset)?.telling(self.publisher.stats().clone()))
     }
 
     /// Makes and publishes whatever can run now.
@@ -314,10 +337,6 @@ impl Drop for Device {
     }
 }
 
-fn map(region: &VhostUserMemoryRegion, file: File) -> std::result::Result<Region, MemError> {
-    Region::map(file, region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset)
-}
-
 impl VhostUserBackendReqHandlerMut for Device {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
@@ -371,7 +390,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let regions = regions.iter().zip(files).map(|(region, file)| map(region, file));
+        let regions = regions.iter().zip(files).map(|(region, file)| self.map(region, file));
         let regions = regions.collect::<std::result::Result<_, _>>().map_err(DeviceError::Memory)?;
         self.change_memory(&GuestMemory::new(regions).map_err(DeviceError::Memory)?)?;
         Ok(None)
@@ -426,7 +445,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.publish();
         self.rings[place].freeze();
         self.rings[place].stop();
-        self.publisher.stats().clear_fault();
+        self.clear_fault();
         self.publish();
         Ok(VhostUserVringState::new(index, self.rings[place].base))
     }
@@ -485,7 +504,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         fd: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        let region = map(region, fd).map_err(DeviceError::Memory)?;
+        let region = self.map(region, fd).map_err(DeviceError::Memory)?;
         self.change_memory(&self.memory.with(region).map_err(DeviceError::Memory)?)?;
         Ok(None)
     }
@@ -500,7 +519,7 @@ impl VhostUserBackendReqHandlerMut for Device {
     /// means that the old one is not written to any more.
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         let log = Log::map(file, log.mmap_size, log.mmap_offset).map_err(DeviceError::Memory)?;
-        self.log = Some(Arc::new(log));
+        self.log = Some(Arc::new(log.telling(self.publisher.stats().clone())));
         self.change_memory(&self.memory.clone())?;
         Ok(())
     }

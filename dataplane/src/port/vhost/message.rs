@@ -5,10 +5,10 @@
 //! keep those few for ourselves.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
 /// Bytes of a header: request, flags and size of what follows.
 pub(super) const HEADER: usize = 12;
@@ -36,6 +36,9 @@ pub(super) enum MessageError {
     /// The rest of the message did not come.
     #[error("{0:?}: cannot read the whole message: {1}")]
     Truncated(FrontendReq, #[source] io::Error),
+    /// More than go with any message.
+    #[error("more than {MAX_ATTACHED_FD_ENTRIES} descriptors came with a message")]
+    Descriptors,
     /// The frontend does not read our replies.
     #[error("{0:?}: cannot send the reply: {1}")]
     Reply(FrontendReq, #[source] io::Error),
@@ -91,10 +94,48 @@ impl Header {
 
 /// Copies the bytes at the head of the stream, up to a header's worth, and leaves them there. Returns how many there
 /// are; 0 means that the frontend has hung up.
+///
+/// # Errors
+/// `ENOBUFS` if more descriptors come with them than any message has. The crate would take the bytes, lose the
+/// descriptors, and wait for a header that it has had.
 pub(super) fn peek(stream: &UnixStream, header: &mut [u8; HEADER]) -> io::Result<usize> {
-    // SAFETY: the kernel writes at most `HEADER` bytes to a buffer of that size.
-    let count = unsafe { libc::recv(stream.as_raw_fd(), header.as_mut_ptr().cast(), HEADER, libc::MSG_PEEK) };
-    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    let mut data = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: HEADER };
+    let mut control = [0u64; MAX_ATTACHED_FD_ENTRIES / 2 + 2];
+    // SAFETY: an all-zero header is valid; its pointers are to locals that outlive the calls. What the kernel writes to
+    // `control` is well-formed, and lies within the length that it sets. The descriptors are copies made for us.
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&mut data, 1);
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE((MAX_ATTACHED_FD_ENTRIES * size_of::<RawFd>()) as u32) as usize;
+        let count = libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_PEEK | libc::MSG_CMSG_CLOEXEC);
+        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        close_all(&message);
+        if message.msg_flags & libc::MSG_CTRUNC != 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+        }
+        Ok(count)
+    }
+}
+
+/// Closes the descriptors that came with a message.
+///
+/// # Safety
+/// The control data must be what the kernel wrote, and nobody else may own the descriptors.
+unsafe fn close_all(message: &libc::msghdr) {
+    // SAFETY: by the contract.
+    unsafe {
+        let mut part = libc::CMSG_FIRSTHDR(message);
+        while let Some(header) = part.as_ref() {
+            if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let fds = libc::CMSG_DATA(part).cast::<RawFd>();
+                for place in 0..(header.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>() {
+                    drop(OwnedFd::from_raw_fd(fds.add(place).read_unaligned()));
+                }
+            }
+            part = libc::CMSG_NXTHDR(message, part);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! - `connection` is the thread: it finds the frontend, waits for messages, ends promptly when told to.
-//! - `socket` connects and listens in directories that others can write to.
+//! - `socket` connects and listens in directories that others can write to, which `place` finds its way in.
 //! - `message` knows messages on the wire, and which of them the `vhost` crate must not see.
 //! - `handler` is the device: what each message does to features, memory and rings.
 //! - [`hold`] keeps frames for a guest that migrates.
@@ -31,8 +31,10 @@ pub mod features;
 mod handler;
 pub mod hold;
 mod message;
+mod place;
 pub mod queue;
 mod ring;
 mod socket;
 
 pub use connection::VhostPort;
+pub use place::SocketPlace;

@@ -65,8 +65,8 @@ impl QueueSetup {
     fn notify<'r>(&self, work: &mut impl Work<'r>) -> bool {
         let Some(call) = &self.call else { return false };
         let wanted = work.needs_notification();
-        if wanted {
-            call.signal();
+        if wanted && !call.notify() {
+            self.stats.set_fault(Fault::NotifyBlocked);
         }
         wanted
     }
@@ -250,9 +250,13 @@ impl<R: Ring> GuestRx<R> {
                 // Nothing behind it fits either, most likely, and order is kept.
                 Err(DropReason::Full) => {
                     self.setup.stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
+                    frames[place..].iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Full));
                     break;
                 }
-                Err(reason) => self.setup.stats.drop_frames(reason, 1),
+                Err(reason) => {
+                    self.setup.stats.drop_frames(reason, 1);
+                    scratch.outcomes.dropped(index, reason);
+                }
             }
         }
         Ok(())
@@ -433,6 +437,7 @@ impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut work) = self.ring.lock_in_time(Direction::ToGuest) else {
             self.setup.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Contended));
             return Ok(());
         };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
@@ -453,8 +458,8 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         }
         // The guest that wakes may take our CPU: not while other workers wait for the ring.
         drop(work);
-        if let Some(call) = call {
-            call.signal();
+        if call.is_some_and(|call| !call.notify()) {
+            self.setup.stats.set_fault(Fault::NotifyBlocked);
         }
         outcome
     }

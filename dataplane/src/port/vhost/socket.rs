@@ -1,14 +1,19 @@
 //! Unix sockets in directories that others can write to.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::limits::MAX_SOCKET_PATH;
+use crate::port::vhost::place::{Opened, SocketPlace};
+
+/// Frontends that may wait while we serve one. A port has one frontend, so more are none.
+const BACKLOG: libc::c_int = 8;
 
 /// Why there is no connection, in the operator's terms.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +29,8 @@ pub(super) enum SocketError {
          default ACL for this user"
     )]
     Denied(PathBuf),
+    #[error("{0} leads through a symbolic link or out of the folder of sockets; it is not followed")]
+    Planted(PathBuf),
     #[error("{0} is {1}, not a socket; nothing is done to it")]
     Foreign(PathBuf, &'static str),
     #[error("cannot listen on {0}: its directory does not exist")]
@@ -44,44 +51,73 @@ impl SocketError {
             Some(libc::ECONNREFUSED) => Self::Refused(path),
             Some(libc::EAGAIN) => Self::Busy(path),
             Some(libc::EACCES | libc::EPERM) => Self::Denied(path),
+            Some(libc::ELOOP | libc::EXDEV) => Self::Planted(path),
             _ => Self::Io(path, error),
         }
     }
 }
 
-/// Connects to the socket at `path`, without waiting. The last component must be a socket itself: whoever owns the
-/// directory may have planted a link in its place. What was checked is what is connected, since both go through the
-/// same descriptor.
-pub(super) fn connect(path: &Path) -> Result<UnixStream, SocketError> {
-    let socket = open_socket(path)?;
-    connect_to(&by_descriptor(&socket)).map_err(SocketError::at(path))
+/// Connects to the socket there, without waiting. What was checked is what is connected, since both go through the same
+/// descriptor.
+pub(super) fn connect(place: &SocketPlace) -> Result<UnixStream, SocketError> {
+    connect_in(&open_folder(place)?, place)
+}
+
+fn open_folder(place: &SocketPlace) -> Result<Opened<'_>, SocketError> {
+    place.open().map_err(SocketError::at(place.path()))
+}
+
+fn connect_in(folder: &Opened<'_>, place: &SocketPlace) -> Result<UnixStream, SocketError> {
+    let socket = open_socket(folder, place)?;
+    connect_to(&by_descriptor(&socket)).map_err(SocketError::at(place.path()))
 }
 
 /// The listening side of a port in server mode. The socket is gone when this is dropped.
 pub(super) struct Listener {
     pub(super) socket: UnixListener,
+    /// Leads there through the descriptor of its folder.
     path: PathBuf,
+    _folder: OwnedFd,
     /// Device and inode of what we made, so that we never remove another's.
     made: (u64, u64),
 }
 
 impl Listener {
-    /// Listens on `path` for this user and group. Removes a socket that nobody listens on any more, and nothing else.
-    pub(super) fn bind(path: &Path) -> Result<Self, SocketError> {
-        if path.as_os_str().len() > MAX_SOCKET_PATH {
-            return Err(SocketError::PathLength(path.to_owned()));
+    /// Listens there for this user and group. Removes a socket that nobody listens on any more, and nothing else.
+    pub(super) fn bind(place: &SocketPlace) -> Result<Self, SocketError> {
+        // Ours could be longer, but not that by which the frontend connects.
+        if place.path().as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(SocketError::PathLength(place.path().to_owned()));
         }
-        remove_stale(path)?;
-        let socket = UnixListener::bind(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => SocketError::NoDirectory(path.to_owned()),
-            _ => SocketError::at(path)(error),
+        let failed = || SocketError::at(place.path());
+        let folder = open_folder(place).map_err(|error| match error {
+            SocketError::Absent(path) => SocketError::NoDirectory(path),
+            other => other,
         })?;
-        let made = open_socket(path)?;
-        let permissions = fs::Permissions::from_mode(0o660);
-        fs::set_permissions(by_descriptor(&made), permissions).map_err(SocketError::at(path))?;
-        let meta = made.metadata().map_err(SocketError::at(path))?;
-        socket.set_nonblocking(true).map_err(SocketError::at(path))?;
-        Ok(Self { socket, path: path.to_owned(), made: (meta.dev(), meta.ino()) })
+        let path = by_descriptor(&folder.folder).join(folder.name);
+        remove_stale(&folder, place, &path)?;
+        let socket = UnixListener::bind(&path).map_err(failed())?;
+        let made = open_socket(&folder, place)?;
+        fs::set_permissions(by_descriptor(&made), fs::Permissions::from_mode(0o660)).map_err(failed())?;
+        let meta = made.metadata().map_err(failed())?;
+        socket.set_nonblocking(true).map_err(failed())?;
+        // SAFETY: a plain call on a descriptor that is open. If it fails, the queue is as long as it was.
+        unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) };
+        Ok(Self { socket, path, _folder: folder.folder, made: (meta.dev(), meta.ino()) })
+    }
+
+    /// The next frontend that has not hung up yet; `None` if there is none. Those that connect and go again must not
+    /// keep the others waiting.
+    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+        for _ in 0..=4 * BACKLOG {
+            match self.socket.accept() {
+                Ok((stream, _)) if hung_up(&stream)? => {}
+                Ok((stream, _)) => return stream.set_nonblocking(false).map(|()| Some(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -94,20 +130,19 @@ impl Drop for Listener {
     }
 }
 
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
-    match connect(path) {
+fn remove_stale(folder: &Opened<'_>, place: &SocketPlace, path: &Path) -> Result<(), SocketError> {
+    match connect_in(folder, place) {
         Err(SocketError::Absent(_)) => Ok(()),
-        Err(SocketError::Refused(_)) => fs::remove_file(path).map_err(SocketError::at(path)),
-        Ok(_) | Err(SocketError::Busy(_)) => Err(SocketError::InUse(path.to_owned())),
+        Err(SocketError::Refused(_)) => fs::remove_file(path).map_err(SocketError::at(place.path())),
+        Ok(_) | Err(SocketError::Busy(_)) => Err(SocketError::InUse(place.path().to_owned())),
         Err(other) => Err(other),
     }
 }
 
 /// A handle on the socket file itself, not on what listens there.
-fn open_socket(path: &Path) -> Result<File, SocketError> {
-    let flags = libc::O_PATH | libc::O_NOFOLLOW;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(SocketError::at(path))?;
-    let kind = file.metadata().map_err(SocketError::at(path))?.file_type();
+fn open_socket(folder: &Opened<'_>, place: &SocketPlace) -> Result<File, SocketError> {
+    let file = folder.entry().map_err(SocketError::at(place.path()))?;
+    let kind = file.metadata().map_err(SocketError::at(place.path()))?.file_type();
     let other = match () {
         () if kind.is_socket() => return Ok(file),
         () if kind.is_symlink() => "a symbolic link",
@@ -116,10 +151,10 @@ fn open_socket(path: &Path) -> Result<File, SocketError> {
         () if kind.is_file() => "a file",
         () => "a device",
     };
-    Err(SocketError::Foreign(path.to_owned(), other))
+    Err(SocketError::Foreign(place.path().to_owned(), other))
 }
 
-fn by_descriptor(file: &File) -> PathBuf {
+fn by_descriptor(file: &impl AsRawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
@@ -164,6 +199,16 @@ pub(super) fn wait<const N: usize>(fds: [RawFd; N], milliseconds: Option<u16>) -
     Ok(polled.map(|polled| polled.revents != 0))
 }
 
+/// Waits until the longest reply can be sent without waiting, or the frontend has hung up. `false` if it cannot be when
+/// the time is over.
+pub(super) fn has_room(stream: &UnixStream, limit: Duration) -> bool {
+    let mut polled = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one local, as the length says.
+    let count = unsafe { libc::poll(&mut polled, 1, limit.as_millis() as libc::c_int) };
+    // A signal cuts it short, and the next message will wait again.
+    count != 0
+}
+
 /// Whether the other side has closed the connection, even if there is something left to read.
 pub(super) fn hung_up(stream: &UnixStream) -> io::Result<bool> {
     let mut polled = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
@@ -177,6 +222,14 @@ pub(super) fn hung_up(stream: &UnixStream) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn connect(path: &Path) -> Result<UnixStream, SocketError> {
+        super::connect(&path.into())
+    }
+
+    fn bind(path: &Path) -> Result<Listener, SocketError> {
+        Listener::bind(&path.into())
+    }
 
     fn directory() -> tempfile::TempDir {
         tempfile::tempdir().unwrap()
@@ -221,7 +274,7 @@ mod tests {
         let _listener = UnixListener::bind(&short).unwrap();
         fs::rename(&short, deep.join("s")).unwrap();
         connect(&deep.join("s")).unwrap();
-        assert!(matches!(Listener::bind(&deep.join("t")), Err(SocketError::PathLength(_))));
+        assert!(matches!(bind(&deep.join("t")), Err(SocketError::PathLength(_))));
     }
 
     #[test]
@@ -229,24 +282,92 @@ mod tests {
         let dir = directory();
         let path = dir.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
-        let listener = Listener::bind(&path).unwrap();
+        let listener = bind(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
-        assert!(matches!(Listener::bind(&path), Err(SocketError::InUse(_))));
+        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
         drop(listener);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listener::bind(&path), Err(SocketError::Foreign(..))));
+        assert!(matches!(bind(&path), Err(SocketError::Foreign(..))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn those_who_left_do_not_keep_others_waiting() {
+        let dir = directory();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path.clone().into()).unwrap();
+        let mut gone = 0;
+        while let Ok(stream) = connect(&path) {
+            drop(stream);
+            gone += 1;
+        }
+        assert!(gone <= BACKLOG + 1, "the queue is short");
+        assert!(listener.accept().unwrap().is_none());
+        let stays = connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some());
+        drop(stays);
     }
 
     #[test]
     fn removes_only_its_own_socket() {
         let dir = directory();
         let path = dir.path().join("s");
-        let listener = Listener::bind(&path).unwrap();
+        let listener = bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "other").unwrap();
         drop(listener);
         assert!(path.exists());
+    }
+
+    /// Everything that the owner of a folder of sockets can plant there.
+    #[test]
+    fn nothing_planted_under_the_root_is_followed() {
+        let (dir, outside) = (directory(), directory());
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("vm")).unwrap();
+        let foreign = outside.path().join("s");
+        let _foreign = UnixListener::bind(&foreign).unwrap();
+        let under = |path: &str| SocketPlace::under(&root, root.join(path));
+        let check = |path: &str| super::connect(&under(path).unwrap());
+        let link = |target: &Path, path: &str| std::os::unix::fs::symlink(target, root.join(path)).unwrap();
+
+        link(&foreign, "vm/link");
+        assert!(matches!(check("vm/link"), Err(SocketError::Foreign(_, "a symbolic link"))));
+        link(outside.path(), "out");
+        assert!(matches!(check("out/s"), Err(SocketError::Planted(_))));
+        link(Path::new("vm"), "inside");
+        let _socket = UnixListener::bind(root.join("vm/s")).unwrap();
+        assert!(matches!(check("inside/s"), Err(SocketError::Planted(_))), "not even inside");
+        link(Path::new("/proc/self/cwd"), "magic");
+        assert!(matches!(check("magic/s"), Err(SocketError::Planted(_))));
+        assert!(matches!(check("vm/../../root/vm/s"), Err(SocketError::Planted(_))));
+        assert!(matches!(check("vm"), Err(SocketError::Foreign(_, "a directory"))));
+        fs::write(root.join("vm/file"), "").unwrap();
+        assert!(matches!(check("vm/file"), Err(SocketError::Foreign(_, "a file"))));
+        let fifo = std::ffi::CString::new(root.join("vm/fifo").into_os_string().into_encoded_bytes()).unwrap();
+        // SAFETY: the path is a C string.
+        assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+        assert!(matches!(check("vm/fifo"), Err(SocketError::Foreign(_, "a pipe"))));
+        assert!(matches!(
+            super::connect(&SocketPlace::from(Path::new("/dev/null"))),
+            Err(SocketError::Foreign(_, "a device"))
+        ));
+        assert!(matches!(check("vm/none"), Err(SocketError::Absent(_))));
+        check("vm/s").unwrap();
+        assert!(under("../other").is_ok_and(|place| super::connect(&place).is_err()));
+        assert!(SocketPlace::under(&root, foreign.clone()).is_err(), "outside");
+
+        // Neither is anything made or removed outside.
+        assert!(matches!(Listener::bind(&under("out/t").unwrap()), Err(SocketError::Planted(_))));
+        assert!(matches!(Listener::bind(&under("vm/link").unwrap()), Err(SocketError::Foreign(..))));
+        assert!(foreign.exists() && !outside.path().join("t").exists());
+        drop(Listener::bind(&under("vm/t").unwrap()).unwrap());
+        assert!(!root.join("vm/t").exists());
+
+        // A link to the root is the operator's own.
+        let alias = dir.path().join("alias");
+        std::os::unix::fs::symlink(&root, &alias).unwrap();
+        super::connect(&SocketPlace::under(&alias, alias.join("vm/s")).unwrap()).unwrap();
     }
 }

@@ -1,0 +1,266 @@
+//! The AF_XDP uplink beside dpdk-testpmd's (net_vhost and net_af_xdp), in one run and on the same wire.
+//!
+//! `uplink rate`: frames of 64 bytes circulate between two drivers, over a veth pair both of whose ends belong to the
+//! switch, and what the switch's process pays for each. `uplink tcp`: a guest sends to a plain host behind the wire,
+//! and receives. `uplink flap`: two guests' traffic while the uplink beside them goes up and down. A number behind that
+//! says how many rounds (3).
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::process::ChildStdin;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use e2e::lab::{Lab, iperf_rate, mac};
+use e2e::net::Namespace;
+use e2e::process::Process;
+use e2e::qemu::{Guest, GuestSpec, Nic};
+use e2e::scratch::Scratch;
+use e2e::switch::Switch;
+use e2e::testpmd::{Testpmd, TestpmdSpec};
+use e2e::{machine, peer, wait};
+
+const SECONDS: u64 = 4;
+const LIMIT: Duration = Duration::from_secs(60);
+/// What a guest's device must not offer where nobody would do it.
+const NO_OFFLOADS: &str = "csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,\
+     guest_uso4=off,guest_uso6=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,host_uso=off";
+
+fn main() -> Result<()> {
+    let _turn = machine::exclusive()?;
+    let rounds = std::env::args().nth(2).and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    match std::env::args().nth(1).as_deref() {
+        Some("rate") => rate(rounds),
+        Some("tcp") => tcp(rounds),
+        Some("flap") => flap(rounds),
+        _ => bail!("say what: rate, tcp or flap"),
+    }
+}
+
+/// The switch that is measured.
+enum Peer {
+    Sluice(Switch),
+    Testpmd { process: Process, _stdin: ChildStdin },
+}
+
+impl Peer {
+    /// `ports` are pairs that belong together: a socket and an interface.
+    fn start(ours: bool, space: &Namespace, ports: &[(String, &str)], scratch: &Scratch) -> Result<Self> {
+        if ours {
+            let pairs = ports.iter().enumerate().flat_map(|(pair, (socket, interface))| {
+                [
+                    format!("vm{pair}=vhost-user:{socket},network=n{pair}"),
+                    format!("up{pair}=afxdp:{interface},network=n{pair}"),
+                ]
+            });
+            let arguments: Vec<String> = pairs.flat_map(|spec| ["--port".to_owned(), spec]).collect();
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            return Switch::start_in(space, &arguments).map(Self::Sluice);
+        }
+        peer::reserve_hugepages(512)?;
+        let cpu = machine::cpus()?.switch[0];
+        let mut command = space.command("stdbuf");
+        command.args([
+            "-oL",
+            "dpdk-testpmd",
+            "--lcores",
+            &format!("0@{cpu},1@{cpu}"),
+            "-m",
+            "256",
+            "--no-pci",
+            "--in-memory",
+        ]);
+        command.args(["--file-prefix", &format!("sl-up-{}", std::process::id())]);
+        for (pair, (socket, interface)) in ports.iter().enumerate() {
+            command.args(["--vdev", &format!("net_vhost{pair},iface={socket},client=1,queues=1")]);
+            command.args(["--vdev", &format!("net_af_xdp{pair},iface={interface}")]);
+        }
+        command.args(["--", "-i", "--nb-cores=1", "--total-num-mbufs=32768", "--txd=1024", "--rxd=1024"]);
+        command.args(["--port-topology=paired", "--forward-mode=io", "--auto-start"]);
+        let (process, stdin) = Process::start_interactive("testpmd", command, &scratch.join("peer.log"), &[])?;
+        Ok(Self::Testpmd { process, _stdin: stdin })
+    }
+
+    fn pid(&self) -> u32 {
+        match self {
+            Self::Sluice(switch) => switch.pid(),
+            Self::Testpmd { process, .. } => process.pid(),
+        }
+    }
+}
+
+/// User and system time of a process.
+fn times(pid: u32) -> Result<[f64; 2]> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let seconds = |at: usize| Some(fields.get(at)?.parse::<f64>().ok()? / 100.0);
+    Ok([seconds(11).context("no time")?, seconds(12).context("no time")?])
+}
+
+/// A namespace with both ends of a wire.
+fn loop_wire() -> Result<Namespace> {
+    let space = Namespace::new()?;
+    space.wire("wire0", &space, "wire1", 1500)?;
+    Ok(space)
+}
+
+fn rate(rounds: usize) -> Result<()> {
+    let scratch = Scratch::new("rate")?;
+    println!("64 B over one veth pair, frames that both drivers receive together");
+    println!("{:>10} {:>8} {:>16} {:>16}", "", "Mpps", "user ns/frame", "system ns/frame");
+    for _ in 0..rounds {
+        for ours in [true, false] {
+            let space = loop_wire()?;
+            let sockets = ["a", "b"].map(|name| scratch.join(format!("{name}.sock")));
+            let ports = sockets.iter().zip(1..).map(|(socket, number)| (socket.clone(), mac(number))).collect();
+            let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
+            // The second comes when somebody has connected to the first.
+            wait::until_true("the first socket", LIMIT, || Ok(sockets[0].exists()))?;
+            let links = ["wire0", "wire1"];
+            let pairs: Vec<_> = sockets.iter().map(|socket| socket.display().to_string()).zip(links).collect();
+            let peer = Peer::start(ours, &space, &pairs, &scratch)?;
+            driver.wait_ready()?;
+            std::thread::sleep(Duration::from_secs(1));
+            // All of them fit into either driver's ring: none is lost, or fewer and fewer would circulate.
+            driver.start_circulating(3)?;
+            std::thread::sleep(Duration::from_secs(1));
+            let received =
+                |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
+            let (frames, spent, began) = (received(&mut driver)?, times(peer.pid())?, Instant::now());
+            std::thread::sleep(Duration::from_secs(SECONDS));
+            let frames = (received(&mut driver)? - frames) as f64;
+            let (seconds, after) = (began.elapsed().as_secs_f64(), times(peer.pid())?);
+            let [user, system] = [0, 1].map(|at| (after[at] - spent[at]) * 1e9 / frames);
+            let name = if ours { "sluice" } else { "testpmd" };
+            println!("{name:>10} {:>8.3} {user:>16.0} {system:>16.0}", frames / seconds / 1e6);
+            if let Peer::Sluice(switch) = &peer {
+                let dropped = |name| switch.port(name).map(|port| port.0["drops"].clone());
+                let names = ["vm0", "up0", "vm1", "up1"];
+                println!("{:>10} {:?}", "drops", names.into_iter().map(dropped).collect::<Result<Vec<_>>>()?);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn tcp(rounds: usize) -> Result<()> {
+    println!("TCP between a guest ({}) and a plain host on the wire, Mbit/s", machine::accelerator()?);
+    for (name, ours, properties) in
+        [("sluice", true, ""), ("sluice, no offloads", true, NO_OFFLOADS), ("testpmd", false, NO_OFFLOADS)]
+    {
+        let scratch = Scratch::new("tcp")?;
+        let (space, far) = (Namespace::new()?, Namespace::new()?);
+        space.wire("up0", &far, "far0", 1500)?;
+        far.run("ip addr add 10.0.0.100/24 dev far0")?;
+        let socket = scratch.join("vm.sock");
+        let mut nic = Nic::new(&socket, &mac(1));
+        if !properties.is_empty() {
+            nic = nic.with(properties);
+        }
+        let mut guest = GuestSpec::new("vm1").nic(nic).start()?;
+        let _peer = Peer::start(ours, &space, &[(socket.display().to_string(), "up0")], &scratch)?;
+        guest.wait_ready(LIMIT)?;
+        guest.set_address("eth0", "10.0.0.1/24")?;
+        wait::until_true("the wire", LIMIT, || Ok(guest.run("ping -c 1 -W 1 10.0.0.100").is_ok()))?;
+        let rates = ["", "-R"].map(|reverse| best(rounds, &guest, &far, &scratch, reverse));
+        let [out, back] = rates;
+        println!("{name:>22}: to the wire {:>6.0}, from the wire {:>6.0}", out?, back?);
+    }
+    Ok(())
+}
+
+fn best(rounds: usize, guest: &Guest, far: &Namespace, scratch: &Scratch, reverse: &str) -> Result<f64> {
+    let mut best = 0.0_f64;
+    for _ in 0..rounds {
+        let mut server = far.command("iperf3");
+        server.args(["-s", "-1", "--forceflush"]);
+        let log = scratch.join("iperf.log");
+        let _ = std::fs::remove_file(&log);
+        let mut server = Process::start("iperf3", server, &log, &[])?;
+        wait::until_true("iperf3", LIMIT, || Ok(server.log().contains("Server listening")))?;
+        let report = guest.run_for(&format!("iperf3 -J -c 10.0.0.100 -t 3 {reverse}"), LIMIT)?;
+        best = best.max(iperf_rate(&report)?);
+        server.wait_exit(LIMIT)?;
+    }
+    Ok(best)
+}
+
+fn flap(rounds: usize) -> Result<()> {
+    let (space, far) = (Namespace::new()?, Namespace::new()?);
+    space.wire("up0", &far, "far0", 1500)?;
+    let mut lab = Lab::around(Switch::start_in(&space, &["--port", "up=afxdp:up0"])?)?;
+    let ports = (1..=2).map(|number| (lab.socket(&format!("vm{number}")), mac(number))).collect();
+    lab.add_port("vm1", "")?;
+    lab.add_port("vm2", "")?;
+    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
+    driver.wait_ready()?;
+    driver.start_circulating(4)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let mut rates = [Vec::new(), Vec::new()];
+    for round in 0..2 * rounds {
+        let flaps = AtomicU32::new(0);
+        let stop = AtomicBool::new(round % 2 == 0);
+        let rate = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| flap_until(&far, &stop, &flaps));
+            let rate = per_second(&mut driver);
+            stop.store(true, Ordering::Relaxed);
+            thread.join().map_err(|_| anyhow::anyhow!("the flapping failed"))??;
+            rate
+        })?;
+        println!("{:>4} flaps: {:.3} Mpps", flaps.load(Ordering::Relaxed), rate / 1e6);
+        rates[round % 2].push(rate);
+    }
+    let [quiet, flapping] = rates.map(median);
+    println!("flapping costs {:.1} % of the median", (1.0 - flapping / quiet) * 100.0);
+    lab.switch()?.wait_port("up", "up")
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).copied().unwrap_or_default()
+}
+
+fn per_second(driver: &mut Testpmd) -> Result<f64> {
+    let received =
+        |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
+    let (before, began) = (received(driver)?, Instant::now());
+    std::thread::sleep(Duration::from_secs(1));
+    Ok((received(driver)? - before) as f64 / began.elapsed().as_secs_f64())
+}
+
+/// Takes the far end of the wire down and up again, twenty times a second, without a process for each.
+fn flap_until(space: &Namespace, stop: &AtomicBool, flaps: &AtomicU32) -> Result<()> {
+    let file = File::open(format!("/run/netns/{}", space.name()))?;
+    // SAFETY: no pointers; it moves this thread only, which ends here.
+    if unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    while !stop.load(Ordering::Relaxed) {
+        for up in [false, true] {
+            set_up(socket.as_raw_fd(), up)?;
+            std::thread::sleep(Duration::from_millis(25));
+        }
+        flaps.fetch_add(1, Ordering::Relaxed);
+    }
+    set_up(socket.as_raw_fd(), true)
+}
+
+fn set_up(socket: i32, up: bool) -> Result<()> {
+    // SAFETY: an all-zero request is valid; the name fits with its terminator, and the calls read and write the local.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(b"far0") {
+            *to = *from as libc::c_char;
+        }
+        if libc::ioctl(socket, libc::SIOCGIFFLAGS, &raw mut request) == 0 {
+            let flag = libc::IFF_UP as libc::c_short;
+            request.ifr_ifru.ifru_flags = request.ifr_ifru.ifru_flags & !flag | if up { flag } else { 0 };
+            if libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw mut request) == 0 {
+                return Ok(());
+            }
+        }
+    }
+    Err(std::io::Error::last_os_error().into())
+}

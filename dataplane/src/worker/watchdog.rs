@@ -1,0 +1,78 @@
+//! Gets workers out of writes that a frontend makes them wait in; see [`crate::virtq::notify`].
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::virtq::notify::{Pulse, allow_interrupts};
+
+/// Pause between two looks while guests are notified. A write takes a few hundred nanoseconds.
+const BUSY: Duration = Duration::from_millis(10);
+/// The same while none are. With [`BUSY`], how long a frontend can hold up a worker, once.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// Watches the workers until `stop` says to end. Unparking the thread makes it look.
+///
+/// # Errors
+/// If the process has no thread left.
+pub fn start(pulses: Vec<Arc<Pulse>>, stop: impl Fn() -> bool + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    allow_interrupts();
+    let watch = move || {
+        let mut known: Vec<u32> = pulses.iter().map(|pulse| pulse.writes()).collect();
+        let mut pause = IDLE;
+        while !stop() {
+            thread::park_timeout(pause);
+            let mut busy = false;
+            for (pulse, known) in pulses.iter().zip(&mut known) {
+                let now = pulse.writes();
+                if now == *known && now % 2 == 1 {
+                    pulse.interrupt();
+                }
+                busy |= now != *known || now % 2 == 1;
+                *known = now;
+            }
+            pause = if busy { BUSY } else { IDLE };
+        }
+    };
+    thread::Builder::new().name("sl-watchdog".into()).stack_size(64 << 10).spawn(watch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtq::notify::EventFd;
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    #[test]
+    fn a_frontend_cannot_hold_up_a_worker() {
+        let (pulse, stop): (Arc<Pulse>, Arc<AtomicBool>) = Default::default();
+        let watchdog = {
+            let stop = stop.clone();
+            start(vec![pulse.clone()], move || stop.load(Ordering::Acquire)).unwrap()
+        };
+        let event = EventFd::new().unwrap();
+        let full = (u64::MAX - 1).to_ne_bytes();
+        // SAFETY: a flag change on a descriptor that is open, and a write of eight bytes from a local.
+        unsafe {
+            assert_eq!(libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0), 0);
+            assert_eq!(libc::write(event.as_raw_fd(), full.as_ptr().cast(), 8), 8);
+        }
+        let worker = thread::spawn(move || {
+            pulse.begin();
+            for _ in 0..3 {
+                let began = Instant::now();
+                assert!(!event.notify());
+                // The bound of the design, and what a loaded machine adds.
+                assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+            }
+            event.drain();
+            assert!(event.notify());
+        });
+        worker.join().unwrap();
+        stop.store(true, Ordering::Release);
+        watchdog.thread().unpark();
+        watchdog.join().unwrap();
+    }
+}

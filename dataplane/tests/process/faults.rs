@@ -1,0 +1,49 @@
+//! What one frontend does to the process must not harm the others.
+
+use std::os::fd::AsRawFd;
+
+use crate::daemon::Daemon;
+
+#[test]
+fn truncated_memory_stops_one_port_and_not_the_process() {
+    let mut daemon = Daemon::start(&[]);
+    let (mut a, mut b, mut c) = (daemon.boot("a", 1), daemon.boot("b", 2), daemon.boot("c", 3));
+    daemon.pass(&mut a, &mut b, "hello");
+    daemon.pass(&mut b, &mut a, "hello yourself");
+    daemon.pass(&mut c, &mut a, "me too");
+
+    // The sender's memory goes: the worker meets that when it looks for frames.
+    a.truncate(0);
+    daemon.wait_failed("a", "memory of the guest has gone");
+    daemon.pass(&mut b, &mut c, "is a gone?");
+    daemon.pass(&mut c, &mut b, "it is");
+
+    // The receiver's memory goes, but for its rings: the worker meets that when it delivers.
+    b.truncate(0x8_0000);
+    c.send(None, "to all");
+    daemon.wait_failed("b", "memory of the guest has gone");
+
+    a.boot();
+    b.boot();
+    daemon.wait_up("a");
+    daemon.wait_up("b");
+    daemon.pass(&mut a, &mut b, "here again");
+    daemon.pass(&mut b, &mut c, "and me");
+    daemon.eventually("line in the log", |daemon| daemon.log().contains("port stopped after a fault"));
+}
+
+#[test]
+fn a_notification_that_waits_stops_one_port() {
+    let mut daemon = Daemon::start(&[]);
+    let (mut a, mut b, mut c) = (daemon.boot("a", 1), daemon.boot("b", 2), daemon.boot("c", 3));
+    daemon.pass(&mut a, &mut b, "hello");
+    a.received();
+    let _ = a.call().read();
+    // SAFETY: a flag change on a descriptor that is open.
+    assert_eq!(unsafe { libc::fcntl(a.call().as_raw_fd(), libc::F_SETFL, 0) }, 0);
+    a.call().write(u64::MAX - 1).unwrap();
+    b.send(Some(&a), "are you there?");
+    daemon.wait_failed("a", "notification descriptor block");
+    daemon.pass(&mut b, &mut c, "a sleeps");
+    daemon.pass(&mut c, &mut b, "let it");
+}

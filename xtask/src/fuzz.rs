@@ -1,0 +1,123 @@
+//! Fuzzers: libFuzzer over the targets of `fuzz/`, and a hostile frontend with a will of its own against a live switch.
+//!
+//! libFuzzer wants coverage and a sanitizer, which are not for sale on the stable toolchain; `RUSTC_BOOTSTRAP` opens
+//! the shop. The flags are those of `cargo fuzz`, which works here as well where it is installed.
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use e2e::machine;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::stage::{self, cargo, must};
+
+pub(crate) const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// The hostile frontend, among the names of targets.
+const FRONTEND: &str = "frontend";
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Zsanitizer=address";
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// One target only, or `frontend` for the hostile frontend against a live switch.
+    target: Option<String>,
+    /// Minutes for each of them.
+    #[arg(long, default_value_t = 1)]
+    minutes: u64,
+    /// Afterwards, bring what reaches new code into the corpus that is committed.
+    #[arg(long)]
+    keep: bool,
+}
+
+fn folder() -> PathBuf {
+    machine::repository().join("fuzz")
+}
+
+fn targets() -> Result<Vec<String>> {
+    let entries = fs::read_dir(folder().join("fuzz_targets")).context("cannot list the targets")?;
+    let stem = |entry: fs::DirEntry| Some(entry.path().file_stem()?.to_string_lossy().into_owned());
+    let mut names: Vec<_> = entries.flatten().filter_map(stem).collect();
+    names.sort();
+    names.push(FRONTEND.to_owned());
+    Ok(names)
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let mut names = targets()?;
+    if let Some(only) = &options.target {
+        ensure!(names.contains(only), "no target is called {only}; there are {}", names.join(", "));
+        names.retain(|name| name == only);
+    }
+    if names.iter().any(|name| name != FRONTEND) {
+        println!("==> building the fuzzers, with the address sanitizer");
+        must("building the fuzzers", build())?;
+    }
+    let mut failed = Vec::new();
+    for name in &names {
+        println!("==> {name}, {} min", options.minutes);
+        let command = if name == FRONTEND { frontend(options.minutes)? } else { fuzzer(name, options.minutes)? };
+        if !stage::run(command, None, |_| ())?.status.success() {
+            failed.push(name.as_str());
+        } else if options.keep && name != FRONTEND {
+            must("merging the corpus", merge(name)?)?;
+        }
+    }
+    if !failed.is_empty() {
+        bail!(
+            "found something: {}. Inputs are in fuzz/artifacts; with the mistake mended, move them to \
+             fuzz/regressions/TARGET, where ordinary tests replay them",
+            failed.join(", ")
+        );
+    }
+    Ok(())
+}
+
+fn build() -> Command {
+    let mut command = cargo(&["build", "--release", "--target", TRIPLE]);
+    command.current_dir(folder()).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS);
+    command
+}
+
+fn binary(name: &str) -> Command {
+    Command::new(folder().join("target").join(TRIPLE).join("release").join(name))
+}
+
+/// What was found so far, in a folder that is not committed, and what is.
+fn corpora(name: &str) -> Result<[PathBuf; 2]> {
+    let folders = [folder().join("target/corpus").join(name), folder().join("corpus").join(name)];
+    for folder in &folders {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    Ok(folders)
+}
+
+fn fuzzer(name: &str, minutes: u64) -> Result<Command> {
+    let artifacts = folder().join("artifacts").join(name);
+    fs::create_dir_all(&artifacts).with_context(|| format!("cannot create {}", artifacts.display()))?;
+    let mut command = binary(name);
+    command.args(corpora(name)?).arg(format!("-artifact_prefix={}/", artifacts.display()));
+    command.arg(format!("-max_total_time={}", minutes * 60));
+    command.args(["-timeout=10", "-rss_limit_mb=2048", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]);
+    Ok(command)
+}
+
+/// Adds to the committed corpus what reaches more than it does.
+fn merge(name: &str) -> Result<Command> {
+    let [found, kept] = corpora(name)?;
+    let mut command = binary(name);
+    command.args(["-merge=1", "-max_len=1024"]).args([kept, found]);
+    Ok(command)
+}
+
+fn frontend(minutes: u64) -> Result<Command> {
+    must("building the switch", cargo(&["build", "--release", "-p", "sluice", "--bins"]))?;
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    println!("seeds from {seed} on");
+    let mut command = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "random", "--nocapture"]);
+    command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
+    command.env("SLUICE_FUZZ_SECONDS", (minutes * 60).to_string()).env("SLUICE_FUZZ_SEED", seed.to_string());
+    Ok(command)
+}
