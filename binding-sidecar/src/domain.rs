@@ -3,6 +3,7 @@
 use roxmltree::{Document, Node};
 
 use crate::edit::{Edits, Element, XmlError, check_depth, child, children, is, with_document};
+use crate::mtu::edit_overrides;
 use crate::plan::is_mac;
 
 /// What KubeVirt puts before the names of aliases. libvirt keeps only aliases that start so.
@@ -31,7 +32,7 @@ pub struct Nic {
     pub queues: u32,
     /// Descriptors of each queue.
     pub queue_size: u16,
-    /// Largest layer-3 packet, if the guest shall know it.
+    /// Largest layer-3 packet, if the guest has to be told.
     pub mtu: Option<u32>,
 }
 
@@ -85,6 +86,7 @@ fn edit(xml: &str, document: &Document<'_>, nics: &[Nic]) -> Result<String, Doma
         edit_interfaces(&mut edits, devices, nics);
         share_memory(&mut edits, domain, devices)?;
         share_numa_cells(&mut edits, domain)?;
+        edit_overrides(&mut edits, domain, nics);
     }
     Ok(edits.apply())
 }
@@ -111,8 +113,13 @@ fn check(document: &Document<'_>, nics: &[Nic]) -> Result<(), DomainError> {
     Ok(())
 }
 
+/// The alias of an interface.
+pub(crate) fn alias(name: &str) -> String {
+    format!("{ALIAS_PREFIX}{name}")
+}
+
 fn with_alias<'a, 'i>(devices: Node<'a, 'i>, name: &str) -> impl Iterator<Item = Node<'a, 'i>> {
-    let alias = format!("{ALIAS_PREFIX}{name}");
+    let alias = alias(name);
     children(devices, "interface")
         .filter(move |node| child(*node, "alias").is_some_and(|a| a.attribute("name") == Some(&alias)))
 }
@@ -148,16 +155,13 @@ fn interface(nic: &Nic, present: Option<Node<'_, '_>>) -> Element {
     }
     element.push(Element::new("model").with("type", nic.model.name()));
     element.push(driver(nic));
-    if let Some(mtu) = nic.mtu {
-        element.push(Element::new("mtu").with("size", mtu));
-    }
     if let Some(order) = nic.boot_order {
         element.push(Element::new("boot").with("order", order));
     }
     if let Some(index) = nic.acpi_index {
         element.push(Element::new("acpi").with("index", index));
     }
-    element.push(Element::new("alias").with("name", format!("{ALIAS_PREFIX}{}", nic.name)));
+    element.push(Element::new("alias").with("name", alias(&nic.name)));
     if let Some(address) = nic.address.as_ref().map(pci_address).or_else(|| present("address").map(Element::copy_of)) {
         element.push(address);
     }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod domain;
 pub mod edit;
 pub mod links;
+mod mtu;
 pub mod network_info;
 pub mod plan;
 pub mod server;

@@ -13,6 +13,8 @@ use crate::vmi::{Interface, Vmi};
 
 /// Longest path of a socket, in bytes (`sun_path` less its terminator).
 const MAX_SOCKET_PATH: usize = 107;
+/// What a guest takes without being told.
+const USUAL_MTU: u32 = 1500;
 /// Hexadecimal digits of the hash in the name of a pod's interface.
 const HASH_DIGITS: usize = 11;
 
@@ -73,7 +75,7 @@ fn serve(interface: &Interface, vmi: &Vmi, info: &NetworkInfo, config: &Config) 
         model: model(interface, vmi)?,
         queues: vmi.queues(),
         queue_size: config.queue_size,
-        mtu: entry.and_then(|entry| entry.mtu).filter(|mtu| *mtu > 0),
+        mtu: entry.and_then(|entry| entry.mtu).filter(|mtu| *mtu > 0 && *mtu != USUAL_MTU),
     };
     Ok((nic, link))
 }

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use proptest::prelude::*;
 use sluice_binding_sidecar::config::Config;
@@ -94,6 +95,29 @@ fn twice_is_once_also_through_kubevirt() {
     }
 }
 
+/// Less what KubeVirt itself writes against the schema: empty elements, and a prefix without its declaration.
+#[test]
+fn libvirts_schema_knows_what_we_write() {
+    const SCHEMA: &str = "/usr/share/libvirt/schemas/domain.rng";
+    let xmllint = Command::new("xmllint").arg("--version").output().is_ok();
+    if !xmllint || !Path::new(SCHEMA).exists() {
+        assert!(std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "this needs libvirt-clients");
+        eprintln!("skipped: needs libvirt-clients");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for name in CASES.iter().filter(|name| **name != "commandline") {
+        let mut result = apply(&fs::read_to_string(case(name, "xml")).unwrap(), &nics_of(name)).unwrap();
+        for empty in ["<bios></bios>", "<baseBoard></baseBoard>", "<chassis></chassis>"] {
+            result = result.replace(empty, "");
+        }
+        let file = folder.path().join(name);
+        fs::write(&file, result).unwrap();
+        let output = Command::new("xmllint").args(["--noout", "--relaxng", SCHEMA]).arg(file).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
 // -- single rules
 
 #[test]
@@ -120,7 +144,7 @@ fn all_fields_are_written() {
     let expected = "<interface type='vhostuser'><mac address='02:00:00:00:00:01'/>\
         <source type='unix' path='/var/run/kubevirt-hooks/hook-sidecar-0/userdata/blue/pod0123456789a' mode='server'/>\
         <link state='down'/><model type='virtio-transitional'/>\
-        <driver queues='4' rx_queue_size='1024' tx_queue_size='1024'/><mtu size='9000'/><boot order='1'/>\
+        <driver queues='4' rx_queue_size='1024' tx_queue_size='1024'/><boot order='1'/>\
         <acpi index='3'/><alias name='ua-blue'/>\
         <address type='pci' domain='0x0000' bus='0x02' slot='0x00' function='0x0'/></interface>";
     let result = apply(SIMPLE, std::slice::from_ref(&full)).unwrap();
@@ -144,6 +168,63 @@ fn what_libvirt_assigned_is_kept() {
     assert!(result.contains("<mac address='52:54:00:00:00:09'/>"), "{result}");
     assert!(result.contains("<address type='pci' bus='0x09'><zpci uid='1'/></address>"), "{result}");
     assert!(!apply(&present(""), &[nic("blue")]).unwrap().contains("<mac"));
+}
+
+const QEMU: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
+
+fn mtu_of(name: &str, mtu: u32) -> String {
+    format!(
+        "<qemu:device alias='ua-{name}'><qemu:frontend><qemu:property name='host_mtu' type='unsigned' value='{mtu}'/>\
+         </qemu:frontend></qemu:device>"
+    )
+}
+
+#[test]
+fn the_mtu_goes_past_libvirt() {
+    let nics = [Nic { mtu: Some(9000), ..nic("blue") }, nic("red"), Nic { mtu: Some(1400), ..nic("green") }];
+    let both = mtu_of("blue", 9000) + &mtu_of("green", 1400);
+    let result = apply(SIMPLE, &nics).unwrap();
+    assert!(result.ends_with(&format!("</devices><qemu:override xmlns:qemu='{QEMU}'>{both}</qemu:override></domain>")));
+    assert!(!result.contains("<mtu"), "{result}");
+    // Where the prefix is declared, it is not declared again.
+    let declared = format!("<domain xmlns:qemu='{QEMU}'><devices/><qemu:commandline/></domain>");
+    let result = apply(&declared, &nics).unwrap();
+    assert!(
+        result.ends_with(&format!("<qemu:commandline/><qemu:override>{both}</qemu:override></domain>")),
+        "{result}"
+    );
+    assert_eq!(apply(&result, &nics).unwrap(), result);
+    // Where it got lost, too, and where it means something else.
+    for domain in ["<domain><devices/><qemu:commandline/></domain>", "<domain xmlns:qemu='x'><devices/></domain>"] {
+        let result = apply(domain, &nics).unwrap();
+        assert!(result.contains(&format!("<qemu:override xmlns:qemu='{QEMU}'>{both}</qemu:override>")), "{result}");
+        assert_eq!(apply(&result, &nics).unwrap(), result);
+    }
+}
+
+#[test]
+fn overrides_of_others_stay() {
+    let other = "<q:device alias='ua-disk'><q:frontend/></q:device>";
+    let ours = "<q:device alias='ua-blue'><q:frontend/></q:device>";
+    let domain = |overrides: &str| format!("<domain xmlns:q='{QEMU}'><devices/>{overrides}<on_reboot/></domain>");
+    let of = |devices: &str| format!("<q:override>{devices}</q:override>");
+    let new = format!("<qemu:override xmlns:qemu='{QEMU}'>{}</qemu:override>", mtu_of("blue", 9000));
+    let with_mtu = [Nic { mtu: Some(9000), ..nic("blue") }];
+    let cases = [
+        // Before, after, and after without an MTU.
+        (of(other), of(other) + "<on_reboot/>" + &new, of(other) + "<on_reboot/>"),
+        (of(&(ours.to_owned() + other)), of(other) + "<on_reboot/>" + &new, of(other) + "<on_reboot/>"),
+        (of(ours), new.clone() + "<on_reboot/>", "<on_reboot/>".into()),
+        (of(ours) + &of(ours), new.clone() + "<on_reboot/>", "<on_reboot/>".into()),
+        (of(""), of("") + "<on_reboot/>" + &new, of("") + "<on_reboot/>"),
+    ];
+    for (before, after, without) in cases {
+        let result = apply(&domain(&before), &with_mtu).unwrap();
+        assert!(result.ends_with(&format!("</devices>{after}</domain>")), "{before}: {result}");
+        assert_eq!(apply(&result, &with_mtu).unwrap(), result);
+        let result = apply(&domain(&before), &[nic("blue")]).unwrap();
+        assert!(result.ends_with(&format!("</devices>{without}</domain>")), "{before}: {result}");
+    }
 }
 
 #[test]

@@ -26,6 +26,12 @@ pub enum Fabric {
     Ovs(Ovs),
 }
 
+impl From<Switch> for Fabric {
+    fn from(switch: Switch) -> Self {
+        Self::Sluice(switch)
+    }
+}
+
 /// A switch with guests around it.
 #[derive(Debug)]
 pub struct Lab {
@@ -44,19 +50,24 @@ impl Lab {
             Ok("ovs-tso") => Fabric::Ovs(Ovs::start(true)?),
             _ => Fabric::Sluice(Switch::start(arguments)?),
         };
-        Ok(Self { guests: Vec::new(), fabric, scratch: Scratch::new("lab")? })
+        Self::around(fabric)
     }
 
     /// A lab around a switch that runs already.
-    pub fn around(switch: Switch) -> Result<Self> {
-        Ok(Self { guests: Vec::new(), fabric: Fabric::Sluice(switch), scratch: Scratch::new("lab")? })
+    pub fn around(fabric: impl Into<Fabric>) -> Result<Self> {
+        Ok(Self { guests: Vec::new(), fabric: fabric.into(), scratch: Scratch::new("lab")? })
     }
 
     /// Two guests `vm1` and `vm2` with addresses 10.0.0.1 and 10.0.0.2, fd00::1 and fd00::2, ready to talk.
     pub fn pair() -> Result<Self> {
+        Self::pair_with("")
+    }
+
+    /// [`Lab::pair`] with further properties of the guests' devices, such as `packed=on`.
+    pub fn pair_with(properties: &str) -> Result<Self> {
         let mut lab = Self::new(&[])?;
         for number in 1..=2 {
-            lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), "")?;
+            lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), properties)?;
         }
         lab.boot()?;
         Ok(lab)

@@ -9,7 +9,8 @@ use crate::process::{self, Process};
 use crate::scratch::{self, Scratch};
 use crate::{machine, wait};
 
-const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
+/// The program, as Debian installs it.
+pub const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 /// Links that OVS makes on the host, beside one per bridge.
 const OVS_LINK: &str = "ovs-netdev";
@@ -96,6 +97,11 @@ impl Ovs {
         let kind = ["--", "set", "Interface", name, "type=dpdkvhostuserclient", &path];
         let arguments = [&["add-port", bridge, name], &port[..], &kind, &interface].concat();
         vsctl(&self.scratch, &arguments)
+    }
+
+    /// Changes a setting of a bridge, such as `other-config:mac-table-size=50000`.
+    pub fn set_bridge(&self, bridge: &str, setting: &str) -> Result<()> {
+        vsctl(&self.scratch, &["set", "bridge", bridge, setting])
     }
 
     /// Removes a port.

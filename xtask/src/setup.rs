@@ -20,8 +20,23 @@ const PACKAGES: [(&str, &str); 9] = [
     ("tshark", "reads captures, and looks at the frames on a wire"),
     ("pkg-config", "finds libdpdk, for the tests of the feature dpdk"),
 ];
-/// Only this one has to come from elsewhere on Debian 12.
-const QEMU: &str = "qemu-system-x86";
+/// More of them, for the tests alone.
+const TEST_PACKAGES: [(&str, &str); 8] = [
+    ("libvirt-daemon", "runs guests as KubeVirt does, as daemons of the tests' own"),
+    ("libvirt-daemon-driver-qemu", "its driver of QEMU"),
+    ("libvirt-clients", "virsh, its command line"),
+    ("golang-go", "compiles clients that share no code with ours"),
+    ("golang-google-grpc-dev", "gRPC as the kubelet has it"),
+    ("golang-github-appc-cni-dev", "libcni, which calls CNI plugins"),
+    ("containernetworking-plugins", "CNI plugins that hand out addresses"),
+    ("python3-venv", "Python's gRPC, and the checks of deploy/"),
+];
+/// Only these have to come from elsewhere on Debian 12.
+const FROM_BACKPORTS: [&str; 4] =
+    ["qemu-system-x86", "libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients"];
+/// A virtual environment in the target folder, and what is in it.
+const PYTHON: &str = "target/grpcio";
+const PYTHON_PACKAGE: &str = "grpcio";
 const BACKPORTS: &str = "bookworm-backports";
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/sluice-backports.list";
 const BACKPORTS_LINE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main\n";
@@ -29,7 +44,7 @@ const TESTPMD_MIB: u32 = 256;
 
 /// Tells what is missing; an error if anything is.
 pub(crate) fn check() -> Result<()> {
-    let missing = missing_packages();
+    let missing = missing_packages(PACKAGES.iter().chain(&TEST_PACKAGES));
     for (package, purpose) in &missing {
         println!("missing: package {package} ({purpose})");
     }
@@ -42,11 +57,42 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// Installs and makes whatever is missing.
+/// Installs and makes whatever is missing for the tests.
+pub(crate) fn ensure_all() -> Result<()> {
+    ensure_root()?;
+    install_packages(&missing_packages(PACKAGES.iter().chain(&TEST_PACKAGES)))?;
+    install_python();
+    ensure()
+}
+
+/// Whether there are clients in other languages for the tests to use.
+pub(crate) fn has_foreign_clients() -> bool {
+    let python = machine::repository().join(PYTHON).join("bin/python");
+    is_installed("golang-google-grpc-dev") && python.exists()
+}
+
+/// Where the package cannot be had, tests do without.
+fn install_python() {
+    let (environment, python) =
+        (machine::repository().join(PYTHON), machine::repository().join(PYTHON).join("bin/python"));
+    let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+    if run(Command::new(&python).args(["-c", "import grpc"])) {
+        return;
+    }
+    println!("==> installing Python's {PYTHON_PACKAGE} into {PYTHON}");
+    let made = run(Command::new("python3").args(["-m", "venv"]).arg(&environment))
+        && run(Command::new(&python).args(["-m", "pip", "install", "-q", PYTHON_PACKAGE]));
+    if !made {
+        println!("    it cannot be had; tests go without clients in other languages");
+        let _ = fs::remove_dir_all(environment);
+    }
+}
+
+/// Installs and makes whatever is missing to run guests.
 pub(crate) fn ensure() -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "guests are x86-64 machines; this host is not");
-    ensure!(is_root(), "this needs root, to install packages and to make links; run it as root");
-    install_packages(&missing_packages())?;
+    ensure_root()?;
+    install_packages(&missing_packages(PACKAGES.iter()))?;
     peer::reserve_hugepages(TESTPMD_MIB)?;
     must("building the guest agent", cargo(&["build", "--quiet", "-p", "e2e", "--bin", "guest-agent"]))?;
     if !image::kernel_is_cached()? {
@@ -58,13 +104,17 @@ pub(crate) fn ensure() -> Result<()> {
     Ok(())
 }
 
-fn is_root() -> bool {
+fn ensure_root() -> Result<()> {
     // SAFETY: geteuid has no conditions.
-    unsafe { libc::geteuid() == 0 }
+    let is_root = unsafe { libc::geteuid() == 0 };
+    ensure!(is_root, "this needs root, to install packages and to make links; run it as root");
+    Ok(())
 }
 
-fn missing_packages() -> Vec<(&'static str, &'static str)> {
-    PACKAGES.into_iter().filter(|(package, _)| !is_installed(package)).collect()
+type Package = (&'static str, &'static str);
+
+fn missing_packages<'a>(wanted: impl Iterator<Item = &'a Package>) -> Vec<Package> {
+    wanted.filter(|(package, _)| !is_installed(package)).copied().collect()
 }
 
 fn is_installed(package: &str) -> bool {
@@ -72,24 +122,24 @@ fn is_installed(package: &str) -> bool {
     query.is_ok_and(|output| output.stdout == b"install ok installed")
 }
 
-fn install_packages(missing: &[(&str, &str)]) -> Result<()> {
+fn install_packages(missing: &[Package]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
     println!("==> installing Debian packages:");
     for (package, purpose) in missing {
-        println!("    {package:<18} {purpose}");
+        println!("    {package:<27} {purpose}");
     }
-    let needs_backports = missing.iter().any(|(package, _)| *package == QEMU) && is_bookworm();
+    let needs_backports = missing.iter().any(|(package, _)| FROM_BACKPORTS.contains(package)) && is_bookworm();
     if needs_backports && !has_backports() {
-        println!("    from {BACKPORTS} ({BACKPORTS_FILE}), whose QEMU fits the one that may be here already");
+        println!("    from {BACKPORTS} ({BACKPORTS_FILE}), whose packages fit those that may be here already");
         fs::write(BACKPORTS_FILE, BACKPORTS_LINE).with_context(|| format!("cannot write {BACKPORTS_FILE}"))?;
     }
     apt_get(&["update", "-q"])?;
     let names: Vec<String> = missing
         .iter()
         .map(|(package, _)| match *package {
-            QEMU if needs_backports => format!("{QEMU}/{BACKPORTS}"),
+            newer if needs_backports && FROM_BACKPORTS.contains(&newer) => format!("{newer}/{BACKPORTS}"),
             other => other.to_owned(),
         })
         .collect();

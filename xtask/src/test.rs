@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::fuzz::TRIPLE;
+use crate::setup;
 use crate::stage::{self, cargo};
 
 /// All of it together ends by then.
@@ -48,7 +49,7 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 12] = [
+const SYSTEMS: [&str; 13] = [
     "errors",
     "traffic",
     "isolation",
@@ -59,9 +60,12 @@ const SYSTEMS: [&str; 12] = [
     "multiqueue",
     "offloads",
     "uplink",
+    "kubevirt",
     "lifecycle",
     "migration",
 ];
+/// Our programs, beside the switch, that systems tests run.
+const PARTS: [&str; 3] = ["sluice-device-plugin", "sluice-cni", "sluice-binding-sidecar"];
 
 struct Stage {
     name: &'static str,
@@ -102,17 +106,26 @@ fn stages(options: &Options) -> Vec<Stage> {
             command: cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         },
         Stage { name: "doc", command: doc },
-        Stage {
-            name: "unit",
-            command: cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]),
-        },
+        Stage { name: "deploy", command: Command::new(e2e::machine::repository().join("deploy/check")) },
     ];
+    if cargo(&["deny", "--version"]).output().is_ok_and(|output| output.status.success()) {
+        stages.push(Stage { name: "deny", command: cargo(&["deny", "check", "licenses", "bans", "sources"]) });
+    } else {
+        println!("cargo-deny is not installed; `unit` checks licences, sources and build scripts by itself");
+    }
     if !options.fast {
         let xtask = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
         let mut setup = Command::new(xtask);
         setup.arg("setup");
         stages.push(Stage { name: "setup", command: setup });
+    }
+    let unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
+    stages.push(Stage { name: "unit", command: unit });
+    if !options.fast {
         stages.push(Stage { name: "build", command: cargo(&["build", "--release", "-p", "sluice", "--bins"]) });
+        let mut parts = cargo(&["build", "--quiet", "--bins"]);
+        parts.args(PARTS.iter().flat_map(|part| ["-p", part]));
+        stages.push(Stage { name: "parts", command: parts });
         for name in SYSTEMS {
             let mut command = cargo(&["test", "-p", "e2e", "--test", name, "--quiet", "--", "--test-threads=1"]);
             // The release build is what people run; backtraces of a failed test are those of the harness.
@@ -156,7 +169,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             bail!("no stage is called {only}; there are {}", names.join(", "));
         }
         let is_system = SYSTEMS.contains(&only.as_str());
-        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build"));
+        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build" | "parts"));
     }
     let count = stages.len();
     for (number, stage) in (1..).zip(stages) {
@@ -174,8 +187,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Runs a stage; gives whether the later ones make sense.
 fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) -> Result<bool> {
-    let Stage { name, command } = stage;
+    let Stage { name, mut command } = stage;
     println!("==> {place} {name}");
+    if name == "unit" && setup::has_foreign_clients() {
+        // Then none of them may be left out.
+        command.env("SLUICE_REQUIRE_FOREIGN", "1");
+    }
     let (start, failed) = (Instant::now(), tally.failed);
     let outcome = stage::run(command, Some(deadline), |line| tally.take(line))?;
     let seconds = start.elapsed().as_secs();
@@ -190,7 +207,7 @@ fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) ->
         // What does not even get to its tests counts as one that failed.
         tally.failed += 1;
     }
-    Ok(!outcome.late && !matches!(name, "setup" | "build"))
+    Ok(!outcome.late && !matches!(name, "setup" | "build" | "parts"))
 }
 
 #[cfg(test)]

@@ -142,6 +142,8 @@ fn the_other_fields() {
     let plan = plan_one(json!({"model": "virtio"}), vmi, json!({"mtu": 9000}), &config()).unwrap();
     let nic = &plan.nics[0];
     assert_eq!((nic.queues, nic.mtu, nic.model), (4, Some(9000), Model::Transitional));
+    // Guests take this without being told.
+    assert_eq!(plan_one(json!({}), json!({}), json!({"mtu": 1500}), &config()).unwrap().nics[0].mtu, None);
     assert!(with_interface(json!({"model": "e1000"})).unwrap_err().contains("its model is 'e1000'"));
 }
 

@@ -1,10 +1,10 @@
-//! What KubeVirt makes of a domain when it reads it into its own types and writes it again.
+//! What KubeVirt makes of a domain when it reads it into its own types and writes it again. Shared with the systems tests.
 
 use roxmltree::Node;
 use sluice_binding_sidecar::edit::{is, with_document};
 
 /// The domain as the next call sees it: laid out by Go, without comments, and with our interfaces stripped of what
-/// `api.Interface` has no field for, but with what libvirt assigned.
+/// `api.Interface` has no field for, but with what libvirt assigned. It has no field for overrides either.
 pub(crate) fn go_reparse(xml: &str) -> String {
     with_document(xml, |document| {
         let mut out = String::new();
@@ -23,7 +23,8 @@ fn write(xml: &str, node: Node<'_, '_>, depth: usize, out: &mut String) {
         out.push_str(&format!(" {name}=\"{value}\""));
     }
     out.push('>');
-    let elements: Vec<_> = node.children().filter(Node::is_element).collect();
+    let is_known = |child: &Node<'_, '_>| !xml[child.range()].starts_with("<qemu:override");
+    let elements: Vec<_> = node.children().filter(Node::is_element).filter(is_known).collect();
     if elements.is_empty() {
         out.push_str(&escape(node.text().unwrap_or_default()));
         out.push_str(&format!("</{name}>"));

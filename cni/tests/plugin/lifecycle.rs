@@ -307,7 +307,7 @@ fn a_chain_keeps_what_came_before() {
     assert_eq!(Pod::new(2).call("ADD", &config).error().0, 6);
 }
 
-/// The median has a wide bound, since tests share their machine; `--nocapture` shows the figure.
+/// Tests share their machine, so the best of three rounds counts; `--nocapture` shows the figures.
 #[test]
 fn two_hundred_ports_do_not_slow_it_down() {
     let bench = Bench::new();
@@ -315,20 +315,23 @@ fn two_hundred_ports_do_not_slow_it_down() {
     for number in 0..200 {
         Pod::new(number).add(&config(number));
     }
-    let mut times: Vec<_> = (200..231)
-        .map(|number| {
-            let (pod, config) = (Pod::new(number), config(number));
-            let answer = pod.call("ADD", &config);
-            let took = answer.took;
-            answer.result();
-            pod.call("DEL", &config).silent();
-            took
-        })
-        .collect();
-    times.sort_unstable();
-    let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
-    println!("ADD beside 200 ports: {median:?} at the median, {worst:?} at worst");
-    assert!(median < Duration::from_millis(100), "{median:?}");
+    let add_and_del = |number: usize| {
+        let (pod, config) = (Pod::new(number), config(number));
+        let answer = pod.call("ADD", &config);
+        let took = answer.took;
+        answer.result();
+        pod.call("DEL", &config).silent();
+        took
+    };
+    let round = || {
+        let mut times: Vec<_> = (200..231).map(add_and_del).collect();
+        times.sort_unstable();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("ADD beside 200 ports: {median:?} at the median, {worst:?} at worst");
+        median
+    };
+    let quick = (0..3).any(|_| round() < Duration::from_millis(20));
+    assert!(quick, "ADD takes 20 ms or more at the median");
     let began = Instant::now();
     let mut gc = bench.config("1.1.0", "");
     gc["cni.dev/valid-attachments"] = json!([]);

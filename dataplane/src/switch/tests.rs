@@ -242,6 +242,38 @@ fn what_is_held_is_bounded_and_counted() {
     assert_eq!(bench.drops(1, DropReason::LinkDown), 7 + MAX_HELD_FRAMES as u64);
 }
 
+/// The source of a migration ends before its guest is heard at the target.
+#[test]
+fn what_is_held_outlives_the_frontend_for_a_while() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
+    let inner = &switch.inner;
+    let publisher = PortPublisher { inner: Arc::downgrade(inner), id: PortId(0), stats: Arc::default() };
+    let held = || lock(&inner.tables).slots[0].view().unwrap().link.hold.clone();
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    inner.fdb.learn(station, PortId(0));
+    let hold = Arc::new(Hold::new(Arc::default()));
+    publisher.publish(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let began = Instant::now();
+    // The frontend hangs up.
+    publisher.publish(Link::down(PortState::Down, None));
+    publisher.forget_stations();
+    publisher.publish(Link::down(PortState::Connecting, None));
+    if began.elapsed() < Duration::from_secs(1) {
+        assert!(held().is_some_and(|now| Arc::ptr_eq(&now, &hold)));
+        assert_eq!(inner.fdb.lookup(station), Some(PortId(0)));
+    }
+    // The guest was not heard: the housekeeper sees to it.
+    while held().is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is held for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    while inner.fdb.lookup(station).is_some() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is known for ever");
+    }
+    switch.stop();
+}
+
 #[test]
 fn a_configured_address_moves_only_to_a_port_that_has_it_too() {
     let owner = Port { mac: Some(mac(0)), ..Port::default() };

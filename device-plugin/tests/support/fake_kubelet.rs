@@ -2,23 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use hyper_util::rt::TokioIo;
 use sluice_proto::authority;
 use sluice_proto::kubelet::v1beta1::device_plugin_client::DevicePluginClient;
 use sluice_proto::kubelet::v1beta1::registration_server::{Registration, RegistrationServer};
 use sluice_proto::kubelet::v1beta1::*;
 use sluice_proto::podresources::v1 as pods;
 use sluice_proto::podresources::v1::pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status};
 
+use super::authority::{Authority, connect};
 use super::until;
 
 /// A container with devices, in the kubelet's records.
@@ -58,7 +57,8 @@ struct State {
     lists: usize,
 }
 
-/// See the module. Its records of pods outlive restarts, as the real one's checkpoint does.
+/// See the module. Its records of pods outlive restarts, as the real one's checkpoint does. It sends another
+/// `:authority` each time that a resource is registered.
 #[derive(Debug)]
 pub struct FakeKubelet {
     dir: PathBuf,
@@ -268,16 +268,6 @@ impl Drop for FakeKubelet {
     }
 }
 
-async fn connect(path: &Path) -> Channel {
-    let stream = UnixStream::connect(path).await.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let mut stream = Some(TokioIo::new(stream));
-    let connector = tower::service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
-        async { stream }
-    });
-    Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap()
-}
-
 struct Service {
     dir: PathBuf,
     state: Arc<Mutex<State>>,
@@ -291,7 +281,12 @@ impl Registration for Service {
         if request.version != "v1beta1" || !request.resource_name.contains('/') || request.endpoint.contains('/') {
             return Err(Status::invalid_argument(format!("{request:?}")));
         }
-        let mut client = DevicePluginClient::new(connect(&self.dir.join(&request.endpoint)).await);
+        let endpoint = self.dir.join(&request.endpoint);
+        let is_same = |earlier: &&RegisterRequest| earlier.resource_name == request.resource_name;
+        let turn = self.state.lock().unwrap().registrations.iter().filter(is_same).count();
+        let connected = connect(&endpoint, Authority::ALL[turn % Authority::ALL.len()]).await;
+        let channel = connected.unwrap_or_else(|error| panic!("{}: {error}", endpoint.display()));
+        let mut client = DevicePluginClient::new(channel);
         let options = client.get_device_plugin_options(Empty {}).await?.into_inner();
         let (resource, endpoint) = (request.resource_name.clone(), request.endpoint.clone());
         let known = Known { endpoint: endpoint.clone(), options, client: client.clone(), devices: vec![], messages: 0 };

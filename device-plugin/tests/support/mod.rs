@@ -9,6 +9,7 @@
     reason = "tests of several crates use it, and none uses all of it"
 )]
 
+pub mod authority;
 mod fake_kubelet;
 mod node;
 

@@ -55,9 +55,13 @@ impl Node {
         fs::create_dir(self.path("run")).unwrap();
     }
 
-    /// Starts the plugin, with short times and these arguments more.
+    /// Starts the plugin, with short times, folders that are our own, and these arguments more.
     pub async fn plugin(&self, arguments: &[&str]) -> Plugin {
-        Plugin::start(self, arguments).await
+        let Some(binary) = option_env!("CARGO_BIN_EXE_sluice-device-plugin") else {
+            panic!("other crates have to say where it is");
+        };
+        let owner = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Plugin::start(self, binary.as_ref(), &[&["--owner", &owner], arguments].concat()).await
     }
 
     /// What runs in a VM's pod: makes a socket in each of its folders, in its own view of them.
@@ -79,18 +83,14 @@ pub struct Plugin {
 }
 
 impl Plugin {
-    async fn start(node: &Node, arguments: &[&str]) -> Self {
-        // Tests of other crates have to say where it is.
-        let built = || option_env!("CARGO_BIN_EXE_sluice-device-plugin").map(str::to_owned);
-        let binary = std::env::var("SLUICE_DEVICE_PLUGIN").ok().or_else(built);
-        let binary = binary.unwrap_or_else(|| panic!("SLUICE_DEVICE_PLUGIN is not set"));
-        let owner = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    /// Starts this binary on the node, with short times and these arguments more.
+    pub async fn start(node: &Node, binary: &Path, arguments: &[&str]) -> Self {
         let mut command = Command::new(binary);
         command.arg("--root").arg(node.root());
         command.arg("--device-info-dir").arg(node.path("var/run/devinfo/dp"));
         command.arg("--kubelet-dir").arg(node.path("kubelet/device-plugins"));
         command.arg("--pod-resources").arg(node.path("kubelet/pod-resources/kubelet.sock"));
-        command.args(["--owner", &owner, "--check", "0.1", "--metrics", "127.0.0.1:0", "--json"]);
+        command.args(["--check", "0.1", "--metrics", "127.0.0.1:0", "--json"]);
         command.args(arguments).stdin(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn().unwrap();
         let mut log = BufReader::new(process.stderr.take().unwrap()).lines();

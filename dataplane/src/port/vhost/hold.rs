@@ -46,6 +46,16 @@ impl Hold {
         Self { held: SpinLock::new(Held { frames, bytes, since: None }), stats }
     }
 
+    /// Whether the guest may still be heard in time. Its time begins now if no frame has come for it yet.
+    pub fn goes_on(&self) -> bool {
+        self.held.lock().since.get_or_insert_with(Instant::now).elapsed() <= LIFE
+    }
+
+    /// Whether nothing is kept.
+    pub fn is_empty(&self) -> bool {
+        self.held.lock().frames.is_empty()
+    }
+
     /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.
     pub fn keep(&self, burst: &Burst<'_>, places: &[u8]) {
         let mut held = self.held.lock();

@@ -5,6 +5,7 @@
 
 mod echo;
 mod frames;
+mod pinger;
 
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
@@ -26,12 +27,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let port = open_port("agent")?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     writeln!(&port, "{}", json!({"hello": boot.trim()}))?;
-    let mut watches = frames::Watches::default();
+    let mut running = Running::default();
     let mut requests = BufReader::new(Connected(&port));
     loop {
         let mut line = String::new();
         requests.read_line(&mut line)?;
-        let answer = match serde_json::from_str(&line).map_err(Into::into).and_then(|r| perform(&r, &mut watches)) {
+        let answer = match serde_json::from_str(&line).map_err(Into::into).and_then(|r| perform(&r, &mut running)) {
             Ok(value) => json!({"ok": value}),
             Err(error) => json!({"error": error.to_string()}),
         };
@@ -64,14 +65,26 @@ fn open_port(name: &str) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::NotFound, "this guest has no agent port"))
 }
 
-fn perform(request: &Value, watches: &mut frames::Watches) -> Answer {
+/// What goes on between requests.
+#[derive(Default)]
+struct Running {
+    watches: frames::Watches,
+    pinger: Option<pinger::Pinger>,
+}
+
+fn perform(request: &Value, running: &mut Running) -> Answer {
     match text(request, "op")? {
         "run" => run(request),
-        "frames_watch" => watches.start(request),
-        "frames_seen" => watches.seen(request),
+        "frames_watch" => running.watches.start(request),
+        "frames_seen" => running.watches.seen(request),
         "frames_send" => frames::send(request),
         "echo_serve" => echo::serve(request),
         "echo_check" => echo::check(request),
+        "ping_begin" => {
+            running.pinger = Some(pinger::Pinger::begin(request)?);
+            Ok(json!({}))
+        }
+        "ping_end" => running.pinger.take().ok_or("nobody pings")?.end(),
         other => Err(format!("unknown request {other}").into()),
     }
 }

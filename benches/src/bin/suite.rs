@@ -1,0 +1,163 @@
+//! Runs the set of measurements, and writes results.json, results.md and plots.
+
+use anyhow::{Context, Result, bail, ensure};
+use benches::cpu;
+use benches::suite::peers::Peer;
+use benches::suite::results::{Plot, Results, Set};
+use benches::suite::rounds::{Settings, Work};
+use benches::suite::{cases, dpdk, host, iperf, markdown, plot};
+use clap::Parser;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Sets in the order in which they are measured.
+const SETS: [&str; 7] = ["throughput", "driver", "latency", "scaling", "stalled", "workers", "iperf"];
+/// Those of a quick run.
+const QUICK: [&str; 4] = ["throughput", "latency", "scaling", "stalled"];
+
+/// Measures Sluice beside its peers.
+///
+/// `cargo xtask bench` builds everything and passes its options on to this program.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench")]
+struct Arguments {
+    /// One short round of a few sets, to see whether all works: its figures are rough
+    #[arg(long)]
+    quick: bool,
+    /// Only these sets: throughput, driver, latency, scaling, stalled, workers, iperf
+    #[arg(long, value_name = "SET", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only these switches
+    #[arg(long, value_name = "PEER", value_delimiter = ',')]
+    peers: Vec<Peer>,
+    /// Where results go
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+    /// Rounds of everything [default: 5, or 1 if quick]
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Seconds of each measurement [default: 1, or 0.4 if quick]
+    #[arg(long)]
+    seconds: Option<f64>,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let names = names(arguments)?;
+    let cpus = e2e::machine::cpus()?;
+    ensure!(cpus.switch != cpus.load, "measuring needs two CPUs: one for the switch, one for the load");
+    let settings = settings(arguments, cpus.switch[0], cpus.load[0]);
+    let began = Instant::now();
+    let mut results = Results { machine: host::describe(), ..Results::default() };
+    let near = cpu::line_ns(settings.switch_cpu, settings.load_cpu)?;
+    results.machine.push(("cache line between the CPUs".to_owned(), format!("{near:.0} ns at the beginning")));
+    let peers = present(arguments, &mut results.notes);
+    fs::create_dir_all(&arguments.out).with_context(|| format!("cannot create {}", arguments.out.display()))?;
+    for name in names {
+        println!("==> {name}");
+        for set in measure(name, &peers, &settings, arguments)? {
+            results.sets.push(set);
+            // What was measured is worth keeping, whatever happens to the rest.
+            write(&results, &arguments.out)?;
+        }
+    }
+    let took = began.elapsed().as_secs();
+    println!("==> {}, {took} s", arguments.out.join("results.md").display());
+    let failures: usize = results.sets.iter().flat_map(|set| &set.cells).map(|cell| cell.failures.len()).sum();
+    ensure!(failures == 0, "{failures} runs failed; results.md tells which");
+    Ok(())
+}
+
+fn names(arguments: &Arguments) -> Result<Vec<&'static str>> {
+    for name in &arguments.only {
+        if !SETS.contains(&name.as_str()) {
+            bail!("no set is called {name}; there are {}", SETS.join(", "));
+        }
+    }
+    let default = if arguments.quick { &QUICK[..] } else { &SETS[..] };
+    let wanted = |name: &&str| {
+        if arguments.only.is_empty() { default.contains(name) } else { arguments.only.iter().any(|only| only == name) }
+    };
+    Ok(SETS.into_iter().filter(wanted).collect())
+}
+
+fn settings(arguments: &Arguments, switch_cpu: usize, load_cpu: usize) -> Settings {
+    let (rounds, seconds, tries, patience) = if arguments.quick { (1, 0.4, 1, 2) } else { (5, 1.0, 4, 20) };
+    Settings {
+        rounds: arguments.rounds.unwrap_or(rounds),
+        seconds: arguments.seconds.unwrap_or(seconds),
+        tries,
+        patience,
+        switch_cpu,
+        load_cpu,
+    }
+}
+
+/// The switches that are here; a line for each that is not.
+fn present(arguments: &Arguments, notes: &mut Vec<String>) -> Vec<Peer> {
+    let wanted = if arguments.peers.is_empty() { &Peer::ALL[..] } else { &arguments.peers };
+    let mut here = Vec::new();
+    for &peer in wanted {
+        match peer.absence() {
+            None => here.push(peer),
+            Some(why) => {
+                println!("without {peer}: {why}");
+                notes.push(format!("{peer} was not measured: {why}"));
+            }
+        }
+    }
+    here
+}
+
+fn measure(name: &str, peers: &[Peer], settings: &Settings, arguments: &Arguments) -> Result<Vec<Set>> {
+    let quick = arguments.quick;
+    let told = |line: &str| println!("    {line}");
+    let work: Vec<Work> = match name {
+        "throughput" => cases::throughput(peers, quick),
+        "driver" => match Peer::Testpmd.absence() {
+            None => dpdk::driver(peers, quick),
+            Some(why) => {
+                told(&format!("left out: {why}"));
+                Vec::new()
+            }
+        },
+        "latency" => cases::latency(peers, quick),
+        "scaling" => cases::scaling(peers, quick),
+        "stalled" => cases::stalled(peers, quick),
+        "workers" => cases::workers(),
+        "iperf" => {
+            let seconds = if quick { 2 } else { 5 };
+            return Ok(vec![iperf::measure(settings.rounds, seconds, quick, told)?]);
+        }
+        _ => bail!("no set is called {name}"),
+    };
+    Ok(work.into_iter().map(|work| work.measure(settings, told)).collect())
+}
+
+fn write(results: &Results, folder: &Path) -> Result<()> {
+    let put = |name: &str, bytes: &[u8]| {
+        let path = folder.join(name);
+        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    };
+    put("results.json", serde_json::to_string_pretty(results)?.as_bytes())?;
+    put("results.md", markdown::page(results).as_bytes())?;
+    for set in &results.sets {
+        for (place, _) in set.metrics.iter().enumerate().filter(|(_, metric)| metric.plot != Plot::None) {
+            let svg = plot::svg(set, place);
+            put(&plot::file_name(set, place, "svg"), svg.as_bytes())?;
+            put(&plot::file_name(set, place, "png"), &plot::png(&svg)?)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! Builds the switch and what measures it, as releases, and runs the measurements.
+
+use anyhow::Result;
+use clap::Args;
+use std::process::Command;
+
+use crate::setup;
+use crate::stage::{cargo, must};
+
+#[derive(Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Options {
+    /// `--quick`, `--only SET,…`, `--peers PEER,…`, `--out DIR`, `--rounds N`; `--help` tells all
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let only_asks = options.arguments.iter().any(|argument| argument == "--help" || argument == "-h");
+    if !only_asks {
+        setup::ensure()?;
+    }
+    must("the build", cargo(&["build", "--quiet", "--release", "-p", "sluice", "-p", "benches", "--bins"]))?;
+    let mut suite = Command::new(e2e::machine::repository().join("target/release/suite"));
+    suite.args(&options.arguments).current_dir(e2e::machine::repository());
+    must("the measurement", suite)
+}
