@@ -123,7 +123,7 @@ fn check_stream(lab: &Lab, stream: &Value) -> Result<()> {
 fn introduce(lab: &Lab) -> Result<()> {
     for (from, to) in [(0, 1), (1, 0)] {
         let (number, mac) = (to + 1, lab.guests[to].mac());
-        lab.guests[from].run(&format!("ip neigh replace 10.0.0.{number} lladdr {mac} dev eth0 nud permanent"))?;
+        lab.guests[from].run(&format!("arp -s 10.0.0.{number} {mac}"))?;
     }
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! The bill of materials: every package that is compiled into the programs, in CycloneDX's JSON.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use super::{Package, list, metadata, packages, root};
+use super::{Package, list, metadata, packages, root, violations};
 
 /// Packages whose programs are shipped.
 const SHIPPED: [&str; 5] = ["sluice", "sluice-device-plugin", "sluice-cni", "sluice-binding-sidecar", "sluice-webhook"];
@@ -18,10 +18,13 @@ pub(crate) struct Options {
     output: Option<PathBuf>,
 }
 
-/// Writes it. The same sources give the same bytes.
+/// Writes it, unless something in it breaks the rules. The same sources give the same bytes.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let metadata = metadata()?;
+    let found = violations(&metadata)?;
+    ensure!(found.is_empty(), "{}; see deny.toml", found.join("; "));
     let lock = std::fs::read_to_string(format!("{}/Cargo.lock", root())).context("cannot read Cargo.lock")?;
-    let text = format!("{:#}\n", describe(&metadata()?, &checksums(&lock)));
+    let text = format!("{:#}\n", describe(&metadata, &checksums(&lock)));
     match &options.output {
         Some(path) => std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display())),
         None => {
