@@ -1,14 +1,14 @@
 //! The whole way from ring to ring, on one thread: load, classify, look up, copy, publish.
 #![expect(clippy::expect_used, reason = "what cannot be set up cannot be measured")]
 
-use benches::pair::Pair;
+use benches::pair::{How, Pair};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::time::{Duration, Instant};
 
 fn forward(c: &mut Criterion) {
     let mut group = c.benchmark_group("ring to ring");
     for len in [64, 512, 1514] {
-        let mut pair = Pair::new(len, 1024).expect("huge pages");
+        let mut pair = Pair::new(len, How::default()).expect("huge pages");
         pair.post();
         let frames = pair.switch();
         pair.reap();

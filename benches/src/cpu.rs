@@ -56,6 +56,20 @@ pub fn thread_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+/// CPU time that the hypervisor has kept from this machine so far, if it tells.
+pub fn stolen() -> Duration {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    // SAFETY: no pointers.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as f64;
+    Duration::from_secs_f64(steal(&text) as f64 / per_second)
+}
+
+/// The eighth number of the first line of `/proc/stat`.
+fn steal(text: &str) -> u64 {
+    let mut words = text.lines().next().unwrap_or_default().split_whitespace();
+    words.nth(8).and_then(|word| word.parse().ok()).unwrap_or(0)
+}
+
 /// Nanoseconds that a cache line takes from one CPU to another, there and back halved; the median of a few rounds.
 /// Infinite if the two never meet, as on one CPU.
 ///
@@ -120,6 +134,12 @@ fn ping_pong(a: usize, b: usize) -> io::Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn stolen_time_is_read() {
+        assert_eq!(super::steal("cpu  1 2 3 4 5 6 7 88 0 0\ncpu0 1 1 1 1\n"), 88);
+        assert_eq!(super::steal("cpu 1 2"), 0);
+    }
+
     #[test]
     fn a_line_takes_its_time() {
         // There may be one CPU only.

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use sluice::mem::{GuestMemory, Region};
+use sluice::mem::{GuestMemory, Log, Region};
 use sluice::virtq::RingConfig;
 
 const UVA: u64 = 0x7f00_0000_0000;
@@ -25,18 +25,27 @@ pub struct Driver {
     size: u16,
     avail: u16,
     used: u16,
+    log: bool,
 }
 
 // SAFETY: the mapping is its own, and what the other side sees of it is only accessed by atomic operations.
 unsafe impl Send for Driver {}
 
 impl Driver {
-    /// A ring of `size` descriptors, each with a buffer of its own: of `frame` bytes and a header to send, or of
-    /// [`BUFFER`] bytes to receive into.
+    /// As [`Driver::spread`], with buffers one after the other.
     ///
     /// # Errors
     /// If memory cannot be had.
     pub fn new(size: u16, frame: Option<&[u8]>) -> std::io::Result<Self> {
+        Self::spread(size, frame, 1)
+    }
+
+    /// A ring of `size` descriptors, a power of two, each with a buffer of its own: of `frame` bytes and a header to send, or of
+    /// [`BUFFER`] bytes to receive into. Two that follow each other in the ring are an odd number of buffers apart in memory.
+    ///
+    /// # Errors
+    /// If memory cannot be had.
+    pub fn spread(size: u16, frame: Option<&[u8]>, spread: u16) -> std::io::Result<Self> {
         let len = (BUFFERS + u64::from(size) * STRIDE).next_multiple_of(2 << 20) as usize;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         let (file, base) = unsafe {
@@ -53,9 +62,9 @@ impl Driver {
             }
             (file, base.cast::<u8>())
         };
-        let mut driver = Self { base, len, file, size, avail: 0, used: 0 };
+        let mut driver = Self { base, len, file, size, avail: 0, used: 0, log: false };
         for index in 0..size {
-            let at = BUFFERS + u64::from(index) * STRIDE;
+            let at = BUFFERS + u64::from(index.wrapping_mul(spread) % size) * STRIDE;
             let (len, flags) = frame.map_or((BUFFER as u32, WRITE), |frame| (12 + frame.len() as u32, 0));
             let descriptor = [at, u64::from(len) | (u64::from(flags) << 32)];
             driver.put(0x1000 + 16 * u64::from(index), &descriptor);
@@ -89,7 +98,9 @@ impl Driver {
 
     /// The ring as a frontend would describe it.
     pub fn config(&self) -> RingConfig {
+        let log = self.log.then_some(self.used_at());
         RingConfig {
+            log,
             size: self.size.into(),
             desc: UVA + 0x1000,
             avail: UVA + self.avail_at(),
@@ -97,7 +108,6 @@ impl Driver {
             event_idx: false,
             indirect: false,
             packed: false,
-            log: None,
         }
     }
 
@@ -108,7 +118,22 @@ impl Driver {
     pub fn memory(&self) -> Arc<GuestMemory> {
         let file = self.file.try_clone().unwrap_or_else(|e| panic!("{e}"));
         let region = Region::map(file, 0, self.len as u64, UVA, 0).unwrap_or_else(|e| panic!("{e}"));
-        Arc::new(GuestMemory::new(vec![region]).unwrap_or_else(|e| panic!("{e}")))
+        let memory = GuestMemory::new(vec![region]).unwrap_or_else(|e| panic!("{e}"));
+        let log = self.log.then(|| Arc::new(self.dirty_log().unwrap_or_else(|e| panic!("{e}"))));
+        Arc::new(memory.logged_by(log).unwrap_or_else(|e| panic!("{e}")))
+    }
+
+    fn dirty_log(&self) -> std::io::Result<Log> {
+        let size = (self.len as u64 / (8 * 4096)).next_multiple_of(64);
+        // SAFETY: the name is a C string, and the descriptor that comes back is ours.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"log".as_ptr(), libc::MFD_CLOEXEC)) };
+        file.set_len(size)?;
+        Log::map(file, size, 0).map_err(std::io::Error::other)
+    }
+
+    /// From now on what the switch writes is marked in a dirty log, as while a guest migrates.
+    pub fn migrate(&mut self) {
+        self.log = true;
     }
 
     /// Makes `count` more chains available.

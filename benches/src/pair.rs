@@ -35,9 +35,30 @@ struct Side {
     view: Arc<PortView>,
 }
 
-fn side(id: u8, len: usize, ring: u16) -> io::Result<Side> {
-    let out = Driver::new(ring, Some(&frame(id, 1 - id, len)))?;
-    let into = Driver::new(ring, None)?;
+/// How guests are.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// Buffers of a ring.
+    pub ring: u16,
+    /// Their dirty pages are logged.
+    pub logged: bool,
+    /// Buffers between two that follow each other in a ring.
+    pub spread: u16,
+}
+
+impl Default for How {
+    fn default() -> Self {
+        Self { ring: 1024, logged: false, spread: 1 }
+    }
+}
+
+fn side(id: u8, len: usize, how: How) -> io::Result<Side> {
+    let mut out = Driver::spread(how.ring, Some(&frame(id, 1 - id, len)), how.spread)?;
+    let mut into = Driver::spread(how.ring, None, how.spread)?;
+    if how.logged {
+        out.migrate();
+        into.migrate();
+    }
     let stats = Arc::new(PortStats::default());
     let setup = QueueSetup { pair: 0, features: VERSION_1 | MRG_RXBUF, kick: None, call: None, stats: stats.clone() };
     let ring = |driver: &Driver| Vring::new(&driver.config(), driver.memory(), 0).map_err(io::Error::other);
@@ -71,17 +92,17 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Guests with rings of `ring` buffers and frames of `len` bytes.
+    /// Guests with frames of `len` bytes.
     ///
     /// # Errors
     /// If memory cannot be had (there must be huge pages).
-    pub fn new(len: usize, ring: u16) -> io::Result<Self> {
-        let sides = [side(0, len, ring)?, side(1, len, ring)?];
+    pub fn new(len: usize, how: How) -> io::Result<Self> {
+        let sides = [side(0, len, how)?, side(1, len, how)?];
         let ports = sides.iter().map(|side| Some(side.view.clone())).collect();
         let networks = vec![vec![PortId(0), PortId(1)]];
         let snapshot = Snapshot { epoch: 0, ports, networks, plans: Vec::new(), announcement: None };
         let forwarder = Forwarder::new(Arc::new(Fdb::new(FdbConfig::default())));
-        let frames = (ring / 2).min(256);
+        let frames = (how.ring / 2).min(256);
         Ok(Self { sides, snapshot, forwarder, storage: BurstStorage::default(), frames, learned: false })
     }
 

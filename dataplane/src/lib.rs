@@ -6,6 +6,7 @@ pub mod capture;
 pub mod config;
 pub mod control;
 pub mod frame;
+pub mod handover;
 pub mod limits;
 pub mod mem;
 pub mod port;

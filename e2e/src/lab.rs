@@ -60,9 +60,14 @@ impl Lab {
 
     /// Two guests `vm1` and `vm2` with addresses 10.0.0.1 and 10.0.0.2, fd00::1 and fd00::2, ready to talk.
     pub fn pair() -> Result<Self> {
+        Self::pair_with("")
+    }
+
+    /// [`Lab::pair`] with further properties of the guests' devices, such as `packed=on`.
+    pub fn pair_with(properties: &str) -> Result<Self> {
         let mut lab = Self::new(&[])?;
         for number in 1..=2 {
-            lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), "")?;
+            lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), properties)?;
         }
         lab.boot()?;
         Ok(lab)

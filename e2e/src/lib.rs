@@ -10,6 +10,7 @@ pub mod lab;
 pub mod machine;
 pub mod net;
 pub mod peer;
+pub mod ping;
 pub mod process;
 pub mod qemu;
 pub mod scratch;

@@ -78,6 +78,22 @@ impl Switch {
         self.wait_ready()
     }
 
+    /// Starts a new process that takes over from the running one, and waits for the old one's end. Returns for how long
+    /// nothing was forwarded, as the new one says.
+    pub fn take_over(&mut self) -> Result<Duration> {
+        let logged = self.log().len();
+        let arguments = [&self.arguments[..], &["--takeover".to_owned()]].concat();
+        let new = spawn(&self.scratch, &arguments, self.namespace.as_deref())?;
+        let status = std::mem::replace(&mut self.process, new).wait_exit(START_LIMIT)?;
+        if !status.success() {
+            bail!("the old process ended with {status}:\n{}", self.process.log_tail());
+        }
+        self.wait_ready()?;
+        let log = self.log();
+        let still = log[logged..].split("still_us=").nth(1).and_then(|rest| rest.split_whitespace().next());
+        Ok(Duration::from_micros(still.context("the new process does not say how long it took")?.parse()?))
+    }
+
     fn wait_ready(&mut self) -> Result<()> {
         let (process, control) = (&mut self.process, control_path(&self.scratch));
         let control = control.to_string_lossy();

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use e2e::lab::{Lab, Shared};
+use e2e::ping;
 use e2e::qemu::{BOOT_LIMIT, ECHO_PORT};
 use e2e::wait;
 use serde_json::{Value, json};
@@ -101,6 +102,108 @@ fn a_restarted_switch_finds_its_ports_and_guests_again() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// A stream that has to arrive whole, whatever happens meanwhile.
+fn stream(seconds: f64) -> Value {
+    json!({"op": "echo_check", "proto": "tcp", "to": format!("10.0.0.2:{ECHO_PORT}"),
+        "sizes": [20_000, 100, 1448, 60_000], "seconds": seconds, "gap_ms": 5})
+}
+
+fn check_stream(lab: &Lab, stream: &Value) -> Result<()> {
+    let tally = lab.guests[0].finish(stream, Duration::from_secs(60))?;
+    println!("TCP: {tally}");
+    ensure!(tally["corrupt"] == 0 && tally["received"].as_u64() > Some(20), "TCP: {tally}");
+    Ok(())
+}
+
+/// Writes the guests' addresses into each other's tables. QEMU takes a guest's link down when its switch is gone; Linux forgets
+/// all addresses then, and asks for them while nothing gets out of it yet: where it does, the next question is a second away,
+/// whatever the switch does.
+fn introduce(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let (number, mac) = (to + 1, lab.guests[to].mac());
+        lab.guests[from].run(&format!("arp -s 10.0.0.{number} {mac}"))?;
+    }
+    Ok(())
+}
+
+/// Crashes the switch in the midst of ping and TCP. Returns the time without an answer: the new process is started as
+/// soon as the old one is dead.
+fn crash(lab: &mut Lab) -> Result<Duration> {
+    ping::begin(&lab.guests[0], "10.0.0.2")?;
+    let stream = stream(3.0);
+    lab.guests[0].begin(&stream)?;
+    std::thread::sleep(Duration::from_secs(1));
+    lab.switch_mut()?.restart(true, &[])?;
+    check_stream(lab, &stream)?;
+    let pings = ping::end(&lab.guests[0])?;
+    println!("{pings:?}");
+    // What was not lost was answered late.
+    Ok((ping::PERIOD * pings.lost_in_a_row as u32).max(pings.slowest))
+}
+
+/// A crash loses what is under way, and no more: the first answer comes within 300 ms of the new process's start, and
+/// nothing comes twice.
+#[test]
+fn a_crashed_switch_is_back_within_300_ms() -> Result<()> {
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        introduce(lab)?;
+        let mut away = (0..3).map(|_| crash(lab)).collect::<Result<Vec<_>>>()?;
+        away.sort_unstable();
+        println!("without an answer for {away:?}");
+        ensure!(away[1] <= Duration::from_millis(300), "without an answer for {away:?}");
+        Ok(())
+    })
+}
+
+/// An upgrade loses nothing.
+#[test]
+fn a_new_switch_takes_over_unnoticed() -> Result<()> {
+    LAB.test(taken_over_unnoticed)
+}
+
+/// All of it with rings whose position the frontend does not know after a crash.
+#[test]
+fn guests_with_packed_rings_survive_both() -> Result<()> {
+    e2e::lab::alone(
+        || Lab::pair_with("packed=on"),
+        |lab| {
+            both_reachable(lab)?;
+            introduce(lab)?;
+            for _ in 0..2 {
+                crash(lab)?;
+                both_reachable(lab)?;
+            }
+            taken_over_unnoticed(lab)
+        },
+    )
+}
+
+fn taken_over_unnoticed(lab: &mut Lab) -> Result<()> {
+    both_reachable(lab)?;
+    let connects = lab.switch()?.port("vm1")?.0["connects"].clone();
+    ping::begin(&lab.guests[0], "10.0.0.2")?;
+    let stream = stream(4.0);
+    lab.guests[0].begin(&stream)?;
+    let mut still = Vec::new();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(800));
+        still.push(lab.switch_mut()?.take_over()?);
+    }
+    check_stream(lab, &stream)?;
+    let pings = ping::end(&lab.guests[0])?;
+    println!("nothing forwarded for {still:?}; {pings:?}");
+    ensure!(pings.lost == 0, "{pings:?}");
+    still.sort_unstable();
+    ensure!(still[1] <= Duration::from_millis(20), "nothing forwarded for {still:?}");
+    ensure!(lab.switch()?.port("vm1")?.0["connects"] == connects, "vm1 was connected to again");
+    // The new process knows the connections as well as the old one: a guest may reboot, and its port go.
+    lab.guests[1].qmp("system_reset")?;
+    lab.guests[1].wait_ready(BOOT_LIMIT)?;
+    lab.configure(1)?;
+    both_reachable(lab)
 }
 
 /// A socket that is back gets connected to within 100 ms; we listen ourselves, which measures without QEMU's start.

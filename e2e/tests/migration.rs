@@ -1,7 +1,8 @@
 //! A guest migrates from one port of the switch to another while it talks.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::lab::{self, Lab};
+use e2e::ping;
 use e2e::qemu::{ECHO_PORT, Guest, GuestSpec, Nic};
 use serde_json::{Value, json};
 use std::thread::sleep;
@@ -16,9 +17,13 @@ const HELD: usize = 12;
 
 /// `vm1`, the peer; `vm2`, which migrates; and `vm3`, where it migrates to: the same guest on another port.
 fn lab() -> Result<Lab> {
-    let mut lab = Lab::pair()?;
+    lab_with("packed=off")
+}
+
+fn lab_with(properties: &str) -> Result<Lab> {
+    let mut lab = Lab::pair_with(properties)?;
     lab.add_port("vm3", "")?;
-    let nic = Nic::new(&lab.socket("vm3"), &lab::mac(2));
+    let nic = Nic::new(&lab.socket("vm3"), &lab::mac(2)).with(properties);
     lab.guests.push(GuestSpec::new("vm3").nic(nic).incoming().start()?);
     Ok(lab)
 }
@@ -46,18 +51,6 @@ fn check_held(guest: &Guest, sum: &str) -> Result<()> {
     Ok(())
 }
 
-/// Ends the peer's ping; gives how many were lost before the last one that was answered (one may still be under way),
-/// and how many there were.
-fn lost(peer: &Guest) -> Result<(u64, u64)> {
-    peer.run("killall -INT ping; usleep 300000")?;
-    let seen = say(peer, "sed -n 's/.*seq=\\([0-9]*\\) .*/\\1/p' /tmp/ping")?;
-    let mut seen: Vec<u64> = seen.lines().map(str::parse).collect::<Result<_, _>>()?;
-    seen.sort_unstable();
-    ensure!(seen.windows(2).all(|pair| pair[0] != pair[1]), "pings were answered twice");
-    let sent = seen.last().context("no ping was answered")? + 1;
-    Ok((sent - seen.len() as u64, sent))
-}
-
 /// Migrates the guest at `from` to `to` under ping, a TCP stream and data that is held. Returns the pings lost.
 fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     let (peer, source, target) = (&lab.guests[0], &lab.guests[from], &lab.guests[to]);
@@ -66,7 +59,7 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     let data =
         say(peer, "dd if=/dev/urandom of=/tmp/data bs=1k count=50 2>/dev/null; sha256sum </tmp/data | cut -c1-64")?;
     hold(source)?;
-    peer.run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
+    ping::begin(peer, "10.0.0.2")?;
     source.begin_migration(target, SLOW)?;
     sleep(Duration::from_millis(1200));
     peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 $((9000 + n)) </tmp/data) >/dev/null 2>&1 & done"))?;
@@ -78,9 +71,16 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     let report = source.wait_migration(&["completed"], LIMIT)?;
     let tally = peer.finish(&stream, LIMIT)?;
     ensure!(tally["corrupt"] == 0 && tally["received"].as_u64() > Some(20), "TCP under migration: {tally}");
-    let (lost, sent) = lost(peer)?;
+    let pings = ping::end(peer)?;
     let (total, still) = (&report["total-time"], &report["downtime"]);
-    println!("migrated in {total} ms, standing still for {still} ms; {lost} of {sent} pings lost; TCP: {tally}");
+    println!("migrated in {total} ms, standing still for {still} ms; {pings:?}; TCP: {tally}");
+    if pings.lost > 0
+        && let Ok(switch) = lab.switch()
+    {
+        for port in ["vm1", "vm2", "vm3"] {
+            println!("{port} dropped: {}", switch.port(port)?.0["drops"]);
+        }
+    }
 
     let target = &mut lab.guests[to];
     target.adopt()?;
@@ -90,7 +90,7 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     lab.wait_reachable(to, "10.0.0.1")?;
     lab.check_echo(0, "tcp", "10.0.0.2", &[100, 65_000])?;
     lab.guests[from].respawn_incoming()?;
-    Ok(lost)
+    Ok(pings.lost)
 }
 
 /// The features that a port shows.
@@ -107,7 +107,9 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
     lab::alone(lab, |lab| {
         lab.wait_reachable(0, "10.0.0.2")?;
         let mut all = Vec::new();
-        for (from, to) in [(1, 2), (2, 1), (1, 2)] {
+        // To show it more often: E2E_MIGRATIONS=20.
+        let count = std::env::var("E2E_MIGRATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(3);
+        for (from, to) in [(1, 2), (2, 1)].into_iter().cycle().take(count) {
             all.push(migrate(lab, from, to)?);
         }
         println!("pings lost: {all:?}");
@@ -117,21 +119,35 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
 }
 
 #[test]
+fn a_guest_with_packed_rings_migrates() -> Result<()> {
+    lab::alone(
+        || lab_with("packed=on"),
+        |lab| {
+            lab.wait_reachable(0, "10.0.0.2")?;
+            ensure!(features(lab, "vm2")?.contains(&json!("RING_PACKED")), "{:?}", features(lab, "vm2")?);
+            let lost = migrate(lab, 1, 2)?;
+            ensure!(lost <= TOLERATED, "{lost} pings lost");
+            Ok(())
+        },
+    )
+}
+
+#[test]
 fn a_cancelled_migration_goes_on_at_the_source() -> Result<()> {
     lab::alone(lab, |lab| {
         lab.wait_reachable(0, "10.0.0.2")?;
         let logging = |lab: &Lab| Ok::<_, anyhow::Error>(features(lab, "vm2")?.contains(&json!("LOG_ALL")));
         let (source, target) = (&lab.guests[1], &lab.guests[2]);
-        lab.guests[0].run("(ping -i 0.01 -W 1 10.0.0.2 >/tmp/ping) >/dev/null 2>&1 &")?;
+        ping::begin(&lab.guests[0], "10.0.0.2")?;
         source.begin_migration(target, 4 << 20)?;
         sleep(Duration::from_secs(1));
         ensure!(logging(lab)?, "the port does not log: {:?}", features(lab, "vm2")?);
         source.qmp("migrate_cancel")?;
         source.wait_migration(&["cancelled"], LIMIT)?;
         ensure!(!logging(lab)?, "the port logs on");
-        let (lost, sent) = lost(&lab.guests[0])?;
-        println!("{lost} of {sent} pings lost");
-        ensure!(lost == 0, "{lost} of {sent} pings lost");
+        let pings = ping::end(&lab.guests[0])?;
+        println!("{pings:?}");
+        ensure!(pings.lost == 0, "{pings:?}");
         lab.check_echo(0, "tcp", "10.0.0.2", &[100, 65_000, 1 << 20])
     })
 }

@@ -136,3 +136,36 @@ fn a_switch_that_restarts_under_traffic_goes_on() -> Result<()> {
         Ok(())
     })
 }
+
+/// Frames circulate on while new processes take over, and the counters of both sides agree to the last one.
+fn taken_over(driver: &'static str) -> Result<()> {
+    alone(lab, |lab| {
+        let mut testpmd = Testpmd::start(&spec(lab, driver, 1, 64))?;
+        testpmd.wait_ready()?;
+        circulate(&mut testpmd, 20_000)?;
+        for _ in 0..3 {
+            let still = lab.switch_mut()?.take_over()?;
+            let start: u64 = testpmd.counts()?.iter().map(|port| port.rx_frames).sum();
+            println!("nothing forwarded for {still:?}");
+            wait::until_true("frames to circulate on", SETTLE_LIMIT, || {
+                Ok(testpmd.counts()?.iter().map(|port| port.rx_frames).sum::<u64>() >= start + 20_000)
+            })?;
+        }
+        counts_agree(lab, &mut testpmd)
+    })
+}
+
+#[test]
+fn a_default_driver_is_taken_over() -> Result<()> {
+    taken_over("")
+}
+
+#[test]
+fn an_in_order_driver_is_taken_over() -> Result<()> {
+    taken_over("mrg_rxbuf=0,in_order=1")
+}
+
+#[test]
+fn a_packed_driver_is_taken_over() -> Result<()> {
+    taken_over("packed_vq=1")
+}

@@ -5,6 +5,7 @@ mod demo;
 mod fuzz;
 mod setup;
 mod stage;
+mod supply;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -30,6 +31,8 @@ enum Task {
     Demo(demo::Options),
     /// Let fuzzers look for inputs that break the switch.
     Fuzz(fuzz::Options),
+    /// Write the bill of materials of the programs (CycloneDX, JSON).
+    Sbom(supply::sbom::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
     Test(test::Options),
     /// Measure the switch beside its peers; writes tables and plots.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::ensure_all(),
         Task::Demo(options) => demo::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Sbom(options) => supply::sbom::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
     };

@@ -108,6 +108,11 @@ fn stages(options: &Options) -> Vec<Stage> {
         Stage { name: "doc", command: doc },
         Stage { name: "deploy", command: Command::new(e2e::machine::repository().join("deploy/check")) },
     ];
+    if cargo(&["deny", "--version"]).output().is_ok_and(|output| output.status.success()) {
+        stages.push(Stage { name: "deny", command: cargo(&["deny", "check", "licenses", "bans", "sources"]) });
+    } else {
+        println!("cargo-deny is not installed; `unit` checks licences, sources and build scripts by itself");
+    }
     if !options.fast {
         let xtask = std::env::current_exe().unwrap_or_else(|_| "xtask".into());
         let mut setup = Command::new(xtask);

@@ -3,22 +3,34 @@
 
 use std::time::Instant;
 
-use benches::pair::Pair;
+use benches::pair::{How, Pair};
 
 const ROUNDS: u32 = 8000;
 
 fn main() -> std::io::Result<()> {
     let lens = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect::<Vec<usize>>();
+    let migrating = std::env::args().any(|arg| arg == "migrating");
     for len in if lens.is_empty() { vec![64, 512, 1514] } else { lens } {
-        let (near, far) = (measure(len, 64)?, measure(len, 1024)?);
+        let how = |ring| How { ring, ..How::default() };
+        let (near, far) = (measure(len, how(64))?, measure(len, how(1024))?);
         println!("{len:>6} B  {near:6.1} ns/frame from the core's own cache, {far:6.1} from the shared one");
+        for (name, spread) in [("in a row", 1), ("anywhere", 37)].into_iter().filter(|_| migrating) {
+            for ring in [64, 1024] {
+                let normal = measure(len, How { ring, logged: false, spread })?;
+                let logged = measure(len, How { ring, logged: true, spread })?;
+                let share = 100.0 * normal / logged;
+                println!(
+                    "{len:>6} B  {ring} buffers {name}: {logged:.1} ns/frame while logged, {share:.0} % of normal"
+                );
+            }
+        }
     }
     Ok(())
 }
 
-/// Rings of 64 buffers stay in the core's cache, those of 1024 do not.
-fn measure(len: usize, ring: u16) -> std::io::Result<f64> {
-    let mut pair = Pair::new(len, ring)?;
+/// Rings of 64 buffers stay in the core's cache, those of 1024 do not. Returns nanoseconds per frame.
+fn measure(len: usize, how: How) -> std::io::Result<f64> {
+    let mut pair = Pair::new(len, how)?;
     let mut best = f64::MAX;
     for _ in 0..ROUNDS {
         pair.post();

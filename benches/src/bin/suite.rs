@@ -125,7 +125,13 @@ fn measure(name: &str, peers: &[Peer], settings: &Settings, arguments: &Argument
     let told = |line: &str| println!("    {line}");
     let work: Vec<Work> = match name {
         "throughput" => cases::throughput(peers, quick),
-        "driver" => dpdk::driver(peers, quick),
+        "driver" => match Peer::Testpmd.absence() {
+            None => dpdk::driver(peers, quick),
+            Some(why) => {
+                told(&format!("left out: {why}"));
+                Vec::new()
+            }
+        },
         "latency" => cases::latency(peers, quick),
         "scaling" => cases::scaling(peers, quick),
         "stalled" => cases::stalled(peers, quick),

@@ -41,13 +41,16 @@ fn section(set: &Set, text: &mut String) {
     remarks(set, text);
 }
 
-/// What is to be known of single cells: runs that went wrong, or were made while the CPUs were far from each other.
+/// What is to be known of single cells: runs that went wrong or were disturbed.
 fn remarks(set: &Set, text: &mut String) {
     let mut lines = Vec::new();
     for cell in &set.cells {
         let place = format!("{}, {}", cell.column, cell.row);
-        if cell.far > 0 {
-            lines.push(format!("- {place}: the CPUs were far from each other in {} runs", cell.far));
+        if cell.disturbed > 0 {
+            let count = cell.disturbed;
+            lines.push(format!(
+                "- {place}: {count} runs were disturbed (CPUs far from each other, or taken by the host)"
+            ));
         }
         if let Some(failure) = cell.failures.first() {
             let first = failure.lines().next().unwrap_or_default();

@@ -66,8 +66,8 @@ pub struct Cell {
     pub column: String,
     /// What each run gave: by metric, in the order of the runs.
     pub samples: Vec<Vec<f64>>,
-    /// Runs during which the CPUs were far from each other after all.
-    pub far: u32,
+    /// Runs that were disturbed after all: the CPUs were far from each other, or kept from us by the hypervisor.
+    pub disturbed: u32,
     /// Runs that failed, with the reason.
     pub failures: Vec<String>,
 }
@@ -152,7 +152,7 @@ mod tests {
     fn results_survive_json() {
         let set = Set {
             metrics: vec![Metric { name: "throughput".into(), unit: "Mpps".into(), plot: Plot::Log }],
-            cells: vec![Cell { samples: vec![vec![1.5, 2.0]], far: 1, ..Cell::default() }],
+            cells: vec![Cell { samples: vec![vec![1.5, 2.0]], disturbed: 1, ..Cell::default() }],
             ..Set::default()
         };
         let results = Results { machine: vec![("CPU".into(), "two".into())], sets: vec![set], ..Results::default() };

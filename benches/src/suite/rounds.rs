@@ -1,10 +1,14 @@
-//! Runs in turn, each between two looks at how near the CPUs are.
+//! Runs in turn. Each lies between two looks at how near the CPUs are, and is made again if they are not, or if the
+//! hypervisor kept a noticeable share of the time to itself.
 
 use anyhow::Result;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::results::{Cell, Metric, Set};
 use crate::cpu;
+
+/// Share of a CPU that the hypervisor may keep from us during a run.
+const STOLEN: f64 = 0.02;
 
 /// How to go about it.
 #[derive(Debug, Clone)]
@@ -13,7 +17,7 @@ pub struct Settings {
     pub rounds: u32,
     /// Seconds of each measurement.
     pub seconds: f64,
-    /// Runs made for one figure while the CPUs are far from each other.
+    /// Runs made for one figure while they are disturbed.
     pub tries: u32,
     /// Looks at the CPUs, half a second apart, before a run is made although they are far.
     pub patience: u32,
@@ -79,9 +83,9 @@ impl Work {
                     format!("{} {round}/{}  {:>12}  {:<12}", self.set.name, settings.rounds, case.row, case.column);
                 match run_near(&case.run, settings) {
                     Ok((values, near)) => {
-                        cell.far += u32::from(!near);
+                        cell.disturbed += u32::from(!near);
                         cell.samples.iter_mut().zip(&values).for_each(|(samples, value)| samples.push(*value));
-                        told(&format!("{what} {}{}", numbers(&values), if near { "" } else { "  (far)" }));
+                        told(&format!("{what} {}{}", numbers(&values), if near { "" } else { "  (disturbed)" }));
                     }
                     Err(error) => {
                         cell.failures.push(format!("{error:#}"));
@@ -98,7 +102,7 @@ fn numbers(values: &[f64]) -> String {
     values.iter().map(|value| format!(" {value:9.2}")).collect()
 }
 
-/// One run between two near looks; the best of the far ones if none was.
+/// One undisturbed run; the best of the disturbed ones if none was.
 fn run_near(run: &Run, settings: &Settings) -> Result<(Vec<f64>, bool)> {
     let is_near = || cpu::line_ns(settings.switch_cpu, settings.load_cpu).is_ok_and(|ns| ns <= cpu::NEAR_NS);
     let mut best: Option<Vec<f64>> = None;
@@ -111,8 +115,10 @@ fn run_near(run: &Run, settings: &Settings) -> Result<(Vec<f64>, bool)> {
             std::thread::sleep(Duration::from_millis(500));
             before = is_near();
         }
+        let (stolen, began) = (cpu::stolen(), Instant::now());
         let values = run(settings)?;
-        if before && is_near() {
+        let taken = (cpu::stolen() - stolen).as_secs_f64() / began.elapsed().as_secs_f64();
+        if before && taken < STOLEN && is_near() {
             return Ok((values, true));
         }
         if best.as_ref().is_none_or(|best| best.first() < values.first()) {

@@ -81,6 +81,9 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(after_long_help = SPEC_HELP)]
 pub(crate) struct RunArgs {
+    /// Take over from the switch that runs at the control socket, without its guests noticing; if there is none, just run
+    #[arg(long)]
+    pub(crate) takeover: bool,
     /// Configuration file (TOML); what is given here beats it
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

@@ -10,8 +10,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use sluice::config::{FileConfig, FileError, PortConfig, SwitchConfig, check_workers};
 use sluice::control::{About, ControlSocket, Controller, StateStore, serve};
+use sluice::handover::Takeover;
 use sluice::sandbox::{self, DEFAULT_KINDS, Needs, Sandbox, SandboxMode};
 use sluice::switch::Switch;
+use sluice::virtq::journal::Journal;
 use tokio::runtime::{self, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -25,26 +27,24 @@ const CHANGE_THREADS: usize = 2;
 pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
     one_heap();
     start_log(args.log == LogForm::Json || json, args.verbose)?;
+    many_descriptors();
+    let takes_over = args.takeover;
     let setup = Setup::new(args)?;
     // From here on, signals wait until we look.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Failure::failed)?;
-    let store = StateStore::open(&setup.about.state_dir).map_err(Failure::failed)?;
     let runtime = new_runtime()?;
-    let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
-    let socket = bound.map_err(Failure::failed)?;
-    let metrics = setup.metrics.map(listen).transpose()?;
+    let about = &setup.about;
+    let takeover = if takes_over { Takeover::ask(&about.control, &about.state_dir) } else { Ok(None) };
+    let start = match takeover.map_err(Failure::failed)? {
+        Some(takeover) => take_over(&setup, &runtime, takeover)?,
+        None => start(&setup, &runtime)?,
+    };
+    let Start { switch, controller, socket, metrics, sandbox } = start;
     // The kernel chooses if the port was 0.
     let metrics_address = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
-    let (config, sandbox) = confine(&setup, &store)?;
-    let switch = Switch::start(&config)
-        .map_err(|error| Failure::Failed(format!("cannot start the workers: {error}; check --cpu")))?;
-    let controller = Controller::new(switch.clone(), store, setup.about.clone());
-    let served =
-        controller.bring_up(&setup.file_ports, &setup.argument_ports).map_err(Failure::failed).and_then(|()| {
-            controller.set_ready(true);
-            let ended = CloseOnDrop(signals.handle());
-            serve(runtime, controller.clone(), socket, metrics, ended).map_err(Failure::failed)
-        });
+    controller.set_ready(true);
+    let ended = CloseOnDrop(signals.handle());
+    let served = serve(runtime, controller.clone(), socket, metrics, ended).map_err(Failure::failed);
     let result = served.and_then(|server| {
         announce(&controller, metrics_address, &sandbox);
         wait(&mut signals);
@@ -53,6 +53,87 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
     });
     switch.stop();
     result
+}
+
+/// A switch whose ports are up, and what it is to listen on.
+struct Start {
+    switch: Arc<Switch>,
+    controller: Arc<Controller>,
+    socket: ControlSocket,
+    metrics: Option<TcpListener>,
+    sandbox: Sandbox,
+}
+
+fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
+    let store = StateStore::open(&setup.about.state_dir).map_err(Failure::failed)?;
+    let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
+    let socket = bound.map_err(Failure::failed)?;
+    let metrics = setup.metrics.map(listen).transpose()?;
+    let (config, sandbox) = confine(setup, &store)?;
+    let switch = Switch::start_frozen(&config).map_err(no_workers)?;
+    keep_journal(&switch, &store);
+    let controller = Controller::new(switch.clone(), store, setup.about.clone());
+    let brought_up = controller.bring_up(&setup.file_ports, &setup.argument_ports).map_err(Failure::failed);
+    brought_up.inspect_err(|_| switch.stop())?;
+    switch.open();
+    Ok(Start { switch, controller, socket, metrics, sandbox })
+}
+
+/// Takes everything over from a running switch, which goes on if this fails. Nothing here may touch its files before
+/// [`Takeover::commit`].
+fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result<Start, Failure> {
+    let incomplete = || Failure::Failed("the running switch hands over no control socket or state directory".into());
+    let (control, lock) = takeover.control().zip(takeover.state_lock()).ok_or_else(incomplete)?;
+    let store = StateStore::adopt(&setup.about.state_dir, lock).map_err(Failure::failed)?;
+    let metrics = match (setup.metrics, takeover.metrics().map(TcpListener::from)) {
+        // Whoever asks for any port is content with the one there is.
+        (Some(wanted), Some(given))
+            if given.local_addr().is_ok_and(|at| at == wanted || wanted.port() == 0 && at.ip() == wanted.ip()) =>
+        {
+            Some(given)
+        }
+        (Some(wanted), _) => Some(listen(wanted)?),
+        (None, _) => None,
+    };
+    let (config, sandbox) = confine(setup, &store)?;
+    let switch = Switch::start_frozen(&config).map_err(no_workers)?;
+    keep_journal(&switch, &store);
+    let controller = Controller::new(switch.clone(), store, setup.about.clone());
+    let (file, arguments) = (&setup.file_ports, &setup.argument_ports);
+    controller.adopt(&mut takeover, file, arguments).map_err(Failure::failed)?;
+    let still = takeover.commit(&switch).map_err(Failure::failed)?;
+    takeover.wait_gone();
+    controller.complete(&takeover, file, arguments);
+    tracing::info!(pid = takeover.pid(), still_us = still.as_micros() as u64, "taken over");
+    let _inside = runtime.enter();
+    let group = setup.group.as_deref();
+    let socket = ControlSocket::adopt(control, &setup.about.control, group).map_err(Failure::failed)?;
+    Ok(Start { switch, controller, socket, metrics, sandbox })
+}
+
+/// Without it, a crash can double the frames under way, and guests with packed rings have to be reset.
+fn keep_journal(switch: &Switch, store: &StateStore) {
+    match Journal::open(&store.rings()) {
+        Ok(journal) => switch.keep_journal(journal),
+        Err(error) => tracing::warn!("cannot keep the rings' positions in {}: {error}", store.rings().display()),
+    }
+}
+
+fn no_workers(error: std::io::Error) -> Failure {
+    Failure::Failed(format!("cannot start the workers: {error}; check --cpu"))
+}
+
+/// Every guest needs some ten descriptors, and as many again while it is handed over. The usual limit is there for old programs
+/// that cannot do with more.
+fn many_descriptors() {
+    // SAFETY: reads and writes a local; if it fails the limit stays.
+    unsafe {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
 }
 
 /// One heap for all threads, instead of one for each port's thread that comes and goes: what a port leaves behind is used

@@ -1,12 +1,14 @@
 //! The control plane: what changes a running switch, and what tells about it. Never on a worker.
 
 use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::{InvalidPort, MissingFolder, Pin, PortConfig, PortQueue, WorkerMode};
+use crate::handover::{GiveError, Listeners, TakeError, Takeover, give};
 use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
 
@@ -21,6 +23,18 @@ pub use convert::port_to_proto;
 pub use server::{ServerHandle, serve};
 pub use socket::{ControlSocket, SocketError};
 pub use state::{StateError, StateStore};
+
+/// The ports of the file, of the command line, and of the last run but for those that are given anew.
+fn wanted<'p>(
+    store: &'p StateStore,
+    file: &'p [PortConfig],
+    arguments: &'p [PortConfig],
+) -> impl Iterator<Item = &'p PortConfig> {
+    let given = file.iter().chain(arguments);
+    let kept =
+        store.ports().iter().filter(move |port| file.iter().chain(arguments).all(|other| other.name != port.name));
+    given.chain(kept)
+}
 
 /// Why a change was refused. Nothing is left behind then.
 #[derive(Debug, thiserror::Error)]
@@ -298,6 +312,52 @@ impl Controller {
         }
         tracing::info!(port = name, "removed");
         Ok(())
+    }
+
+    /// As [`Controller::bring_up`] for the ports that another process hands over, which nothing is done with yet.
+    ///
+    /// # Errors
+    /// [`TakeError`].
+    pub fn adopt(
+        &self,
+        takeover: &mut Takeover,
+        file: &[PortConfig],
+        arguments: &[PortConfig],
+    ) -> Result<(), TakeError> {
+        let store = self.lock();
+        wanted(&store, file, arguments).try_for_each(|port| takeover.adopt(&self.switch, port))
+    }
+
+    /// Adds the ports that could not be adopted, and writes all of them down. The old process is gone, so nothing here can
+    /// fail but for a single port.
+    pub fn complete(&self, takeover: &Takeover, file: &[PortConfig], arguments: &[PortConfig]) {
+        let mut store = self.lock();
+        for port in wanted(&store, file, arguments).filter(|port| self.switch.port_config(&port.name).is_none()) {
+            if let Err(error) = takeover.add_rest(&self.switch, port) {
+                tracing::error!(port = port.name, "not taken over: {error}");
+            }
+        }
+        let kept =
+            store.ports().iter().filter(|port| file.iter().chain(arguments).all(|given| given.name != port.name));
+        let keep = kept.chain(arguments).cloned().collect();
+        let written = store.replace(keep).map_err(|error| error.to_string());
+        if let Err(error) = written.and_then(|()| store.sign().map_err(|error| error.to_string())) {
+            tracing::error!("the ports that were taken over may not be found again after a restart: {error}");
+        }
+    }
+
+    /// Hands everything over to another process. If this succeeds, ours has to exit at once without any clean-up.
+    ///
+    /// # Errors
+    /// [`GiveError`]; all goes on as before.
+    pub(crate) fn hand_over(&self, stream: &UnixStream, listeners: &Listeners) -> Result<(), GiveError> {
+        let store = self.lock();
+        let result = give(stream, &self.switch, store.place(), listeners);
+        if result.is_ok() {
+            // No change may begin in what is left of our life.
+            std::mem::forget(store);
+        }
+        result
     }
 
     fn lock(&self) -> MutexGuard<'_, StateStore> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use sluice_proto::sluice::v1 as proto;
 use sluice_proto::sluice::v1::control_server::{Control, ControlServer};
+use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
@@ -20,6 +22,7 @@ use tonic::{Request, Response, Status};
 use super::socket::PeerRule;
 use super::{ControlError, ControlSocket, Controller, convert, http};
 use crate::config;
+use crate::handover::{GiveError, Listeners, is_greeting};
 use crate::switch::PortError;
 
 /// Entries of the forwarding table in one message.
@@ -77,13 +80,15 @@ async fn serve_until(
     metrics: Option<TcpListener>,
     stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
+    let metrics_fd = metrics.as_ref().map(|metrics| metrics.as_fd().try_clone_to_owned()).transpose()?;
     if let Some(listener) = metrics {
         tokio::spawn(http::serve(tokio::net::TcpListener::from_std(listener)?, controller.clone()));
     }
     // The rest of `socket` stays until the end, and its file with it.
     let ControlSocket { listener, rule, .. } = socket;
+    let listeners = Listeners { control: listener.as_fd().try_clone_to_owned()?, metrics: metrics_fd };
     let (sender, incoming) = mpsc::channel(1);
-    tokio::spawn(accept(listener, sender));
+    tokio::spawn(accept(listener, sender, Doorman { controller: controller.clone(), rule, listeners }));
     let (grace, graced) = oneshot::channel();
     let stopping = async {
         let _ = stopped.await;
@@ -105,19 +110,80 @@ async fn serve_until(
     }
 }
 
-/// Accepts connections until nobody takes them any more.
-async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStream>>) {
+/// What a process that wants to take over has to get past.
+struct Doorman {
+    controller: Arc<Controller>,
+    rule: PeerRule,
+    listeners: Listeners,
+}
+
+impl Doorman {
+    /// Hands over to the process at the other end, and exits. If that fails, everything is as before.
+    fn hand_over(&self, stream: UnixStream) {
+        let peer = stream.peer_cred().ok();
+        let pid = peer.and_then(|peer| peer.pid());
+        if !peer.is_some_and(|peer| self.rule.trusts(&peer)) {
+            return tracing::warn!(pid, "takeover refused: only root and this user may");
+        }
+        let stream = stream.into_std().and_then(|stream| stream.set_nonblocking(false).map(|()| stream));
+        let result = stream.map_err(GiveError::from).and_then(|stream| {
+            self.controller.hand_over(&stream, &self.listeners)?;
+            Ok(stream)
+        });
+        match result {
+            Ok(stream) => {
+                tracing::info!(pid, "handed over");
+                // It learns that we are gone from the end of the connection, which therefore stays open until then.
+                std::mem::forget(stream);
+                // No clean-up: sockets, files and guests are the other's by now.
+                std::process::exit(0);
+            }
+            Err(error) => tracing::warn!(pid, "not handed over, going on: {error}"),
+        }
+    }
+}
+
+/// Accepts connections until nobody takes them any more, and sorts out those that want to take over. While one of those
+/// does, new ones wait for whoever listens then.
+async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStream>>, doorman: Doorman) {
+    let doorman = Arc::new(doorman);
+    let (takers, mut taking) = mpsc::channel(1);
     loop {
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(stream) = taking.recv() => {
+                let doorman = doorman.clone();
+                let _ = tokio::task::spawn_blocking(move || doorman.hand_over(stream)).await;
+                continue;
+            }
+        };
+        match accepted {
             Ok((stream, _)) => {
-                if sender.send(Ok(stream)).await.is_err() {
+                if sender.is_closed() {
                     return;
                 }
+                tokio::spawn(sort(stream, sender.clone(), takers.clone()));
             }
             Err(error) => {
                 tracing::warn!("cannot accept on the control socket: {error}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
+        }
+    }
+}
+
+/// Looks at how a connection begins, and passes it on to where it belongs.
+async fn sort(stream: UnixStream, calls: mpsc::Sender<io::Result<UnixStream>>, takers: mpsc::Sender<UnixStream>) {
+    loop {
+        if stream.readable().await.is_err() {
+            return;
+        }
+        match stream.try_io(Interest::READABLE, || is_greeting(&stream)) {
+            // Whoever serves them may have ended.
+            Ok(true) => return drop(takers.send(stream).await),
+            Ok(false) => return drop(calls.send(Ok(stream)).await),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
         }
     }
 }

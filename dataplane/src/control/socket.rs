@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,12 @@ pub(crate) struct PeerRule {
 }
 
 impl PeerRule {
+    /// Whether the process at the other end may have everything, guests' memory included: root and the switch's user, whatever
+    /// group the socket is open to.
+    pub(crate) fn trusts(&self, peer: &UCred) -> bool {
+        peer.uid() == 0 || peer.uid() == self.uid
+    }
+
     /// Whether the process at the other end may call.
     pub(crate) fn allows(&self, peer: &UCred) -> bool {
         let has_gid = |gid: u32| self.gids.contains(&gid);
@@ -95,6 +102,23 @@ impl ControlSocket {
         // Whoever connects before this is still held to the rule.
         chown(path, None, gid).map_err(unusable)?;
         fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(unusable)?;
+        let rule = PeerRule { uid: own.uid(), gids: [own.gid(), gid.unwrap_or(own.gid())] };
+        Ok(Self { listener, rule, _file: file })
+    }
+
+    /// Goes on listening on a socket that another process has made and hands over, by its descriptor. To be called within
+    /// the runtime.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub fn adopt(listener: OwnedFd, path: &Path, group: Option<&str>) -> Result<Self, SocketError> {
+        let gid = group.map(group_id).transpose()?;
+        let unusable = |source| SocketError::Unusable { path: path.into(), source };
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.set_nonblocking(true).map_err(unusable)?;
+        let listener = UnixListener::from_std(listener).map_err(unusable)?;
+        let file = SocketFile { path: path.into(), identity: identity(path).map_err(unusable)? };
+        let own = fs::symlink_metadata(path).map_err(unusable)?;
         let rule = PeerRule { uid: own.uid(), gids: [own.gid(), gid.unwrap_or(own.gid())] };
         Ok(Self { listener, rule, _file: file })
     }

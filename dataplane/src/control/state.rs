@@ -1,7 +1,8 @@
 //! What a switch remembers over a restart: its ports and what is pinned to workers, in a directory of its own.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,6 +14,7 @@ use crate::config::{Pin, PortConfig};
 const LOCK: &str = "lock";
 const TABLE: &str = "ports.json";
 const PINS: &str = "pins.json";
+const RINGS: &str = "rings";
 const VERSION: u32 = 1;
 
 /// Why the state directory cannot be used, in one line for the operator.
@@ -66,8 +68,8 @@ pub struct StateStore {
     dir: PathBuf,
     ports: Vec<PortConfig>,
     pins: Vec<Pin>,
-    /// Its lock goes when the process does, however that ends.
-    _lock: File,
+    /// Goes when the process does, however that ends, unless another process was given it.
+    lock: File,
 }
 
 impl StateStore {
@@ -79,10 +81,40 @@ impl StateStore {
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
-        let lock = lock(dir)?;
+        Self::read(dir, lock(dir)?)
+    }
+
+    /// As [`StateStore::open`], with the lock that another process hands over, which writes no more.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn adopt(dir: &Path, lock: OwnedFd) -> Result<Self, StateError> {
+        Self::read(dir, lock.into())
+    }
+
+    fn read(dir: &Path, lock: File) -> Result<Self, StateError> {
+        let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         let ports = read(&dir.join(TABLE), read_table).map_err(unusable)?;
         let pins = read(&dir.join(PINS), read_pins).map_err(unusable)?;
-        Ok(Self { dir: dir.into(), ports, pins, _lock: lock })
+        Ok(Self { dir: dir.into(), ports, pins, lock })
+    }
+
+    /// The directory, and the lock that makes it ours.
+    pub fn place(&self) -> (&Path, &File) {
+        (&self.dir, &self.lock)
+    }
+
+    /// The file in which the positions of rings outlive a crash.
+    pub fn rings(&self) -> PathBuf {
+        self.dir.join(RINGS)
+    }
+
+    /// Leaves our pid in the lock, once it was handed over for good.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn sign(&mut self) -> io::Result<()> {
+        sign(&mut self.lock)
     }
 
     /// The pins written down.
@@ -153,9 +185,14 @@ fn lock(dir: &Path) -> Result<File, StateError> {
         }
         Err(TryLockError::Error(source)) => return Err(unusable(source)),
     }
-    file.set_len(0).map_err(unusable)?;
-    writeln!(file, "{}", std::process::id()).map_err(unusable)?;
+    sign(&mut file).map_err(unusable)?;
     Ok(file)
+}
+
+fn sign(lock: &mut File) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    writeln!(lock, "{}", std::process::id())
 }
 
 /// What a file holds; nothing if it is not there. One that cannot be understood is put aside.

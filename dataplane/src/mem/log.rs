@@ -6,13 +6,15 @@
 //! let go of.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::limits::MAX_DIRTY_LOG;
 use crate::mem::{GuestMemory, MemError, OnLoss, Region, Segment};
 
 /// Bytes of guest memory for each bit (`VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
+/// Words of the log that marks are gathered for.
+const WORDS: usize = 32;
 /// Pages for each word of the log.
 const WORD: u64 = 64;
 
@@ -48,19 +50,41 @@ impl Log {
         self.region.is_lost()
     }
 
+    /// Its file, size and offset.
+    pub fn source(&self) -> Option<(&File, u64, u64)> {
+        self.region.source().map(|(file, offset)| (file, self.region.len, offset))
+    }
+
     /// Pages that there are bits for.
     fn pages(&self) -> u64 {
         self.region.len * 8
     }
 
-    /// Marks pages of one word. Those beyond the log are not marked: they are no guest memory.
+    /// Marks pages of one word, at once. Those beyond the log are not marked: they are no guest memory.
     fn mark(&self, word: u64, bits: u64) {
-        let Some(left) = self.pages().checked_sub(word.saturating_mul(WORD)).filter(|&left| left > 0) else { return };
+        if let Some((place, bits)) = self.place(word, bits) {
+            place.fetch_or(bits, Ordering::Release);
+        }
+    }
+
+    /// As [`Log::mark`], but leaves alone what is marked already. After a full fence, behind the writes: then whoever clears a
+    /// mark that was seen here copies the page later than that.
+    fn mark_new(&self, word: u64, bits: u64) {
+        if let Some((place, bits)) = self.place(word, bits)
+            && place.load(Ordering::Relaxed) & bits != bits
+        {
+            place.fetch_or(bits, Ordering::Release);
+        }
+    }
+
+    /// A word of the log, and these bits as they are in it.
+    fn place(&self, word: u64, bits: u64) -> Option<(&AtomicU64, u64)> {
+        let left = self.pages().checked_sub(word.saturating_mul(WORD)).filter(|&left| left > 0)?;
         let bits = if left < WORD { bits & ((1 << left) - 1) } else { bits };
         let place = self.region.host(word * 8).cast::<u64>();
         // SAFETY: the word begins within the log, and since it is aligned (so are the offset and all pages) it ends in
         // the page in which it begins, which is mapped. The frontend changes it by atomic operations, too.
-        unsafe { AtomicU64::from_ptr(place) }.fetch_or(bits.to_le(), Ordering::Release);
+        Some((unsafe { AtomicU64::from_ptr(place) }, bits.to_le()))
     }
 }
 
@@ -80,7 +104,7 @@ impl GuestMemory {
     /// Where to mark what is written, while that is wanted.
     #[inline]
     pub fn dirty(&self) -> Option<Marks<'_>> {
-        self.log.as_ref().map(|log| Marks { memory: self, log, word: 0, bits: 0 })
+        self.log.as_ref().map(|log| Marks { memory: self, log, words: [(0, 0); WORDS] })
     }
 
     /// The guest physical address of a place in our address space.
@@ -98,9 +122,9 @@ impl GuestMemory {
 pub struct Marks<'m> {
     memory: &'m GuestMemory,
     log: &'m Log,
-    /// The word of the log that `bits` go to: pages written one after the other mostly lie close together.
-    word: u64,
-    bits: u64,
+    /// Words of the log, by their last digits, and bits that go to them: a page is marked once for a burst, and what is
+    /// marked already, as most pages are, costs no atomic operation.
+    words: [(u64, u64); WORDS],
 }
 
 impl Marks<'_> {
@@ -121,26 +145,32 @@ impl Marks<'_> {
         let Some(more) = (len as u64).checked_sub(1) else { return };
         let (mut page, last) = (gpa / PAGE, gpa.saturating_add(more) / PAGE);
         while page <= last {
-            if page / WORD != self.word {
-                self.flush();
-                self.word = page / WORD;
-            }
             let end = last.min(page | (WORD - 1));
-            self.bits |= (u64::MAX >> (WORD - 1 - (end - page))) << (page % WORD);
+            self.add(page / WORD, (u64::MAX >> (WORD - 1 - (end - page))) << (page % WORD));
             page = end + 1;
         }
     }
 
-    fn flush(&mut self) {
-        let bits = std::mem::take(&mut self.bits);
-        if bits != 0 {
-            self.log.mark(self.word, bits);
+    #[inline]
+    fn add(&mut self, word: u64, bits: u64) {
+        let place = &mut self.words[(word % WORDS as u64) as usize];
+        if place.0 != word {
+            if place.1 != 0 {
+                self.log.mark(place.0, place.1);
+            }
+            *place = (word, 0);
         }
+        place.1 |= bits;
     }
 
     /// Brings all marks into the log.
-    pub fn finish(mut self) {
-        self.flush();
+    pub fn finish(self) {
+        fence(Ordering::SeqCst);
+        for (word, bits) in self.words {
+            if bits != 0 {
+                self.log.mark_new(word, bits);
+            }
+        }
     }
 }
 
@@ -183,6 +213,21 @@ mod tests {
         marks.range(0x10_0000, 130 * 0x1000);
         marks.finish();
         assert_eq!(pages(&file, 64).iter().filter(|page| (256..386).contains(*page)).count(), 130);
+    }
+
+    #[test]
+    fn what_was_cleared_is_marked_again() {
+        let (memory, file) = logged(0x300, 0);
+        // More words than are gathered, in each two bits that come apart.
+        let all: Vec<u64> = (0..0x80).map(|number| number * 5).collect();
+        for _ in 0..2 {
+            let mut marks = memory.dirty().unwrap();
+            all.iter().step_by(2).for_each(|page| marks.range(page * PAGE, 1));
+            all.iter().skip(1).step_by(2).for_each(|page| marks.range(page * PAGE + 7, 1));
+            marks.finish();
+            assert_eq!(pages(&file, 0), all);
+            file.write_all_at(&[0; 0x300], 0).unwrap();
+        }
     }
 
     #[test]

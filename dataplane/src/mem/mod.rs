@@ -16,6 +16,7 @@ pub use log::{Log, Marks};
 pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
@@ -132,6 +133,12 @@ impl Region {
     /// promised. What is written to it since reaches nobody.
     pub fn is_lost(&self) -> bool {
         self.guard.is_lost()
+    }
+
+    /// Its file, and where in it the region begins.
+    pub fn source(&self) -> Option<(&File, u64)> {
+        let source = self.map.file_offset()?;
+        Some((source.file(), source.start() + self.lead as u64))
     }
 
     fn host(&self, offset: u64) -> *mut u8 {
@@ -277,6 +284,18 @@ impl GuestMemory {
     /// Whether some of it has gone, or its dirty log; see [`Region::is_lost`].
     pub fn is_lost(&self) -> bool {
         self.regions.iter().any(|region| region.is_lost()) || self.log.as_ref().is_some_and(|log| log.is_lost())
+    }
+
+    /// Its regions, by guest physical address.
+    pub fn each_region(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().map(AsRef::as_ref)
+    }
+
+    /// Device and inode of the memory file that an address of the frontend's lies in.
+    pub fn file_of_uva(&self, uva: u64) -> Option<(u64, u64)> {
+        let region = self.regions.iter().find(|region| uva.wrapping_sub(region.uva) < region.len)?;
+        let meta = region.source()?.0.metadata().ok()?;
+        Some((meta.dev(), meta.ino()))
     }
 
     /// Number of regions.

@@ -21,6 +21,7 @@ use crate::port::vhost::hold::Hold;
 use crate::status::PortState;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::virtq::Fault;
+use crate::virtq::journal::Journal;
 
 /// Index of a port in the switch's tables. Reused after a port is gone, never while a worker knows the old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -129,4 +130,9 @@ pub trait Publisher: Send + Sync {
 
     /// Counters of the port.
     fn stats(&self) -> &Arc<PortStats>;
+
+    /// Where the positions of the port's rings are kept over a crash, and the name that it has there.
+    fn journal(&self) -> Option<(Arc<Journal>, String)> {
+        None
+    }
 }

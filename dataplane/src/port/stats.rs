@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
+use crate::handover::StatsRecord;
 use crate::limits::MAX_QUEUE_PAIRS;
 use crate::mem::OnLoss;
 use crate::switch::DropReason;
@@ -55,6 +56,15 @@ impl QueueCounters {
 #[repr(align(64))]
 struct Apart<T>(T);
 
+impl QueueCounters {
+    /// Continues the counts of another process. Before there is a writer.
+    fn restore(&self, frames: u64, bytes: u64, notifications: u64) {
+        self.frames.store(frames, Ordering::Relaxed);
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.notifications.store(notifications, Ordering::Relaxed);
+    }
+}
+
 /// All counters of a port. They outlive its links.
 #[derive(Debug)]
 pub struct PortStats {
@@ -86,6 +96,41 @@ impl Default for PortStats {
 }
 
 impl PortStats {
+    /// All counts, to be continued by another process.
+    pub fn export(&self) -> StatsRecord {
+        let used = |counters: &[QueueCounters]| {
+            let read = counters.iter().map(QueueCounters::read).enumerate();
+            read.filter(|(_, counts)| *counts != (0, 0, 0)).map(|(pair, (a, b, c))| (pair, a, b, c)).collect()
+        };
+        let drops = DropReason::ALL.iter().map(|&reason| (reason.name().to_owned(), self.drops(reason)));
+        StatsRecord {
+            rx: used(&self.rx),
+            tx: used(&self.tx),
+            drops: drops.filter(|(_, count)| *count > 0).collect(),
+            connects: self.connects.load(Ordering::Relaxed),
+            faults: self.faults.load(Ordering::Relaxed),
+            fault: self.fault().map(Fault::code),
+        }
+    }
+
+    /// Continues the counts of another process. Before workers count.
+    pub fn restore(&self, record: &StatsRecord) {
+        for (counters, counts) in [(&self.rx, &record.rx), (&self.tx, &record.tx)] {
+            for &(pair, frames, bytes, notifications) in counts {
+                if let Some(counters) = counters.get(pair) {
+                    counters.restore(frames, bytes, notifications);
+                }
+            }
+        }
+        for reason in DropReason::ALL {
+            let count = record.drops.get(reason.name()).copied().unwrap_or(0);
+            self.drops.0[*reason as usize].store(count, Ordering::Relaxed);
+        }
+        self.connects.store(record.connects, Ordering::Relaxed);
+        self.faults.store(record.faults, Ordering::Relaxed);
+        self.fault.store(record.fault.unwrap_or(0).into(), Ordering::Release);
+    }
+
     /// Receive counters of a queue pair. Pairs beyond the limit share the last place.
     pub fn rx(&self, pair: usize) -> &QueueCounters {
         &self.rx[pair.min(MAX_QUEUE_PAIRS - 1)]

@@ -161,18 +161,20 @@ const CONTROL_BEFORE: &[i64] = &[];
 const FAMILIES: &[i32] =
     &[libc::AF_UNIX, libc::AF_NETLINK, libc::AF_INET, libc::AF_INET6, libc::AF_PACKET, libc::AF_XDP];
 
+/// Calls, and for each what one of its rules has to allow; any if it has none.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
 /// Confines this thread and all that it starts to what the control side does.
 pub(super) fn confine_process() -> io::Result<String> {
-    let no_clone3 = filter(BTreeMap::from([(SYS_clone3, Vec::new())]), SeccompAction::Allow, errno(libc::ENOSYS))?;
-    let control = control()?;
+    let no_clone3 = filter(Rules::from([(SYS_clone3, Vec::new())]), SeccompAction::Allow, errno(libc::ENOSYS))?;
+    let (worker, control) = (worker()?, control()?);
+    let counts = format!(" (workers {} system calls, others {})", worker.len(), control.len());
     // Workers install theirs when it is too late to tell.
-    worker()?;
-    install(&control, LOG)?;
+    only(worker)?;
+    install(&only(control)?, LOG)?;
     // Where both refuse, the newer one says with which error. Every start of a thread tries it, so that is not logged.
     install(&no_clone3, 0)?;
-    let calls = |lists: [&[i64]; 2]| lists.into_iter().map(<[i64]>::len).sum::<usize>();
-    let worker = calls([WORKER, WORKER_BEFORE]);
-    Ok(format!(" (workers {worker} system calls, others {})", worker + calls([CONTROL, CONTROL_BEFORE])))
+    Ok(counts)
 }
 
 /// Confines this thread to what a worker does, on top of [`super::apply`].
@@ -180,23 +182,21 @@ pub(super) fn confine_process() -> io::Result<String> {
 /// # Errors
 /// If the kernel refuses.
 pub fn confine_worker() -> io::Result<()> {
-    install(&worker()?, LOG)
+    install(&only(worker()?)?, LOG)
 }
 
-fn worker() -> io::Result<BpfProgram> {
-    let calls = [WORKER, WORKER_BEFORE].concat();
-    let mut rules: BTreeMap<_, _> = calls.into_iter().map(|call| (call, Vec::new())).collect();
+fn worker() -> io::Result<Rules> {
+    let mut rules = freely(&[WORKER, WORKER_BEFORE]);
     // For what a worker cannot have allocated, and for memory that was lost: never with a file.
     let anonymous = libc::MAP_ANONYMOUS as u64;
     rules.insert(SYS_mmap, vec![rule([not_executable(2)?, is(3, anonymous, anonymous)?])?]);
     // What the standard library asks before it closes a descriptor, in builds with its checks.
-    rules.insert(libc::SYS_fcntl, vec![rule([is(1, libc::F_GETFD as u64, u32::MAX.into())?])?]);
-    filter(rules, errno(libc::EPERM), SeccompAction::Allow)
+    rules.insert(SYS_fcntl, vec![rule([is(1, libc::F_GETFD as u64, u32::MAX.into())?])?]);
+    Ok(rules)
 }
 
-fn control() -> io::Result<BpfProgram> {
-    let calls = [WORKER, WORKER_BEFORE, CONTROL, CONTROL_BEFORE].concat();
-    let mut rules: BTreeMap<_, _> = calls.into_iter().map(|call| (call, Vec::new())).collect();
+fn control() -> io::Result<Rules> {
+    let mut rules = freely(&[WORKER, WORKER_BEFORE, CONTROL, CONTROL_BEFORE]);
     for call in [SYS_mmap, SYS_mprotect] {
         rules.insert(call, vec![rule([not_executable(2)?])?]);
     }
@@ -204,6 +204,14 @@ fn control() -> io::Result<BpfProgram> {
     rules.insert(SYS_clone, vec![rule([is(0, thread, thread)?])?]);
     let family = |family: &i32| rule([is(0, *family as u64, u32::MAX.into())?]);
     rules.insert(SYS_socket, FAMILIES.iter().map(family).collect::<io::Result<_>>()?);
+    Ok(rules)
+}
+
+fn freely(lists: &[&[i64]]) -> Rules {
+    lists.concat().into_iter().map(|call| (call, Vec::new())).collect()
+}
+
+fn only(rules: Rules) -> io::Result<BpfProgram> {
     filter(rules, errno(libc::EPERM), SeccompAction::Allow)
 }
 
@@ -229,11 +237,7 @@ fn failed(error: BackendError) -> io::Error {
     io::Error::other(error)
 }
 
-fn filter(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    others: SeccompAction,
-    listed: SeccompAction,
-) -> io::Result<BpfProgram> {
+fn filter(rules: Rules, others: SeccompAction, listed: SeccompAction) -> io::Result<BpfProgram> {
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(failed)?;
     SeccompFilter::new(rules, others, listed, arch).and_then(BpfProgram::try_from).map_err(failed)
 }

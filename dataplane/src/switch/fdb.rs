@@ -113,6 +113,8 @@ pub struct Fdb {
     change: SpinLock<()>,
     per_port: Box<[AtomicU32]>,
     count: AtomicUsize,
+    /// Counts entries that were added or moved.
+    changes: AtomicU64,
     now: AtomicU32,
     config: FdbConfig,
 }
@@ -127,6 +129,7 @@ impl Fdb {
             change: SpinLock::default(),
             per_port: (0..MAX_PORTS).map(|_| AtomicU32::new(0)).collect(),
             count: AtomicUsize::new(0),
+            changes: AtomicU64::new(0),
             now: AtomicU32::new(0),
             config,
         }
@@ -135,6 +138,11 @@ impl Fdb {
     /// Number of entries.
     pub fn len(&self) -> usize {
         self.count.load(Ordering::Relaxed)
+    }
+
+    /// Entries added or moved so far.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// Whether nothing is known.
@@ -201,8 +209,15 @@ impl Fdb {
     /// Adds or moves an entry.
     #[cold]
     pub fn insert(&self, station: Station, port: PortId, is_static: bool) -> Learned {
+        self.insert_aged(station, port, is_static, 0)
+    }
+
+    /// As [`Fdb::insert`], last heard some seconds ago.
+    pub fn insert_aged(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
         let Some(_change) = self.change.try_lock() else { return Learned::No };
-        let fresh = Place::new(port, station.network, self.now.load(Ordering::Relaxed), is_static);
+        self.changes.fetch_add(1, Ordering::Release);
+        let second = u64::from(self.now.load(Ordering::Relaxed)).saturating_sub(age);
+        let fresh = Place::new(port, station.network, second as u32, is_static);
         if let Some((bucket, way, place)) = self.find(station) {
             if place.is_static() && !is_static {
                 return Learned::Yes;

@@ -9,6 +9,7 @@ mod departed;
 mod drops;
 pub mod fdb;
 pub mod forward;
+mod handover;
 mod load;
 #[cfg(test)]
 mod load_tests;
@@ -20,20 +21,22 @@ mod tests;
 pub mod vlan;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
+use crate::handover::StatsRecord;
 use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{SocketPlace, VhostPort};
+use crate::port::vhost::{Adopted, SocketPlace, VhostPort};
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
+use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
 use policer::Policers;
@@ -41,6 +44,8 @@ use snapshot::{Announcement, Plan, PortView, Served, Snapshot};
 use vlan::VlanPolicy;
 
 pub use drops::DropReason;
+pub use handover::HandoverError;
+pub(crate) use handover::{Frozen, Packed, Stations, Taken, news};
 
 /// Why a port was not added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +111,7 @@ struct Inner {
     loads: Mutex<load::Loads>,
     /// Move queues by load.
     rebalance: bool,
+    journal: OnceLock<Arc<Journal>>,
 }
 
 /// The ports, as the control side knows them.
@@ -120,6 +126,8 @@ struct Tables {
     epoch: u64,
     /// For the next snapshot.
     announcement: Option<Announcement>,
+    /// Workers are shown nothing, since the ports belong to another process.
+    frozen: bool,
 }
 
 /// A place for a port.
@@ -145,8 +153,10 @@ struct Entry {
 /// The kinds of port, running until dropped.
 #[derive(Debug)]
 enum Driver {
-    Vhost(#[expect(dead_code, reason = "held for its drop")] VhostPort),
-    Tap(#[expect(dead_code, reason = "held for its drop")] TapPort),
+    Vhost(VhostPort),
+    /// Taken over from another process, and not started yet.
+    Adopted(Box<Adopted>),
+    Tap(TapPort),
     Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
     #[cfg(feature = "dpdk")]
     Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
@@ -163,19 +173,25 @@ impl Switch {
     /// # Errors
     /// If a thread cannot be started or pinned.
     pub fn start(config: &SwitchConfig) -> std::io::Result<Arc<Self>> {
+        Self::start_with(config, false)
+    }
+
+    fn start_with(config: &SwitchConfig, frozen: bool) -> std::io::Result<Arc<Self>> {
         let cpus = if config.workers.is_empty() { vec![None] } else { config.workers.clone() };
         let workers: Vec<_> = cpus.into_iter().take(MAX_WORKERS).map(WorkerShared::new).collect::<Result<_, _>>()?;
         let inner = Arc::new(Inner {
             fdb: Arc::new(Fdb::new(config.fdb)),
             workers: workers.into_iter().map(Arc::new).collect(),
-            tables: Mutex::default(),
+            tables: Mutex::new(Tables { frozen, ..Tables::default() }),
             stopping: AtomicBool::new(false),
             socket_root: config.socket_root.clone(),
             kinds: config.kinds.clone(),
             housekeeper: report::Housekeeper::default(),
             loads: Mutex::default(),
             rebalance: config.rebalance,
+            journal: OnceLock::new(),
         });
+        inner.fdb.set_now(report::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
         for (id, shared) in inner.workers.iter().enumerate() {
@@ -196,14 +212,34 @@ impl Switch {
         Ok(switch)
     }
 
+    /// Keeps the positions of all rings in this journal from now on, so that they are exact after a crash. Before ports are
+    /// added.
+    pub fn keep_journal(&self, journal: Arc<Journal>) {
+        // A second one is ignored.
+        let _ = self.inner.journal.set(journal);
+    }
+
     /// Adds a port. It connects in the background.
     ///
     /// # Errors
     /// [`PortError`]; nothing is left behind then.
     pub fn add_port(&self, config: PortConfig) -> Result<(), PortError> {
+        self.add_with(config, None, Inner::start_driver)
+    }
+
+    /// Adds a port whose driver is made by `start`, to go on with these counts.
+    fn add_with(
+        &self,
+        config: PortConfig,
+        counts: Option<&StatsRecord>,
+        start: impl FnOnce(Arc<Inner>, PortId, &PortConfig, &Arc<PortStats>) -> std::io::Result<Driver>,
+    ) -> Result<(), PortError> {
         let name = config.name.clone();
         let (id, stats) = self.inner.reserve(&config)?;
-        let driver = self.inner.clone().start_driver(id, &config, &stats);
+        if let Some(counts) = counts {
+            stats.restore(counts);
+        }
+        let driver = start(self.inner.clone(), id, &config, &stats);
         let mut tables = lock(&self.inner.tables);
         match driver {
             Ok(driver) => {
@@ -305,6 +341,13 @@ impl Inner {
         }
     }
 
+    /// The way to the workers of a port's driver, which is connecting.
+    fn publisher(self: &Arc<Self>, id: PortId, stats: &Arc<PortStats>) -> Arc<PortPublisher> {
+        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(self), id, stats: stats.clone() });
+        publisher.publish(Link::down(PortState::Connecting, None));
+        publisher
+    }
+
     fn start_driver(
         self: Arc<Self>,
         id: PortId,
@@ -318,14 +361,10 @@ impl Inner {
                  restart it"
             )));
         }
-        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(&self), id, stats: stats.clone() });
-        publisher.publish(Link::down(PortState::Connecting, None));
+        let publisher = self.publisher(id, stats);
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                let place = match &self.socket_root {
-                    Some(root) => SocketPlace::under(root, path.clone()).map_err(std::io::Error::other)?,
-                    None => path.into(),
-                };
+                let place = self.place(path)?;
                 VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
@@ -359,10 +398,10 @@ impl Inner {
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
-    /// Shows the tables to the workers and waits until all use them. `false` if that cannot be.
+    /// Shows the tables to the workers and waits until all use them. Returns whether they do.
     fn publish(&self, tables: &mut Tables) -> bool {
         tables.epoch += 1;
-        let announcement = tables.announcement.take();
+        let announcement = if tables.frozen { None } else { tables.announcement.take() };
         let snapshot = match self.snapshot(tables) {
             Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
             Err(e) => {
@@ -387,13 +426,22 @@ impl Inner {
         true
     }
 
+    /// Where a port's socket is, and what of that is to be trusted.
+    fn place(&self, path: &Path) -> std::io::Result<SocketPlace> {
+        match &self.socket_root {
+            Some(root) => SocketPlace::under(root, path.into()).map_err(std::io::Error::other),
+            None => Ok(path.into()),
+        }
+    }
+
     /// Forgets the stations learned behind a port.
     fn forget_stations(&self, id: PortId) {
         self.fdb.retain(|entry| entry.port == id && !entry.is_static);
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
-        let ports: Vec<_> = tables.slots.iter().map(Slot::view).collect();
+        let slots = if tables.frozen { &[][..] } else { &tables.slots };
+        let ports: Vec<_> = slots.iter().map(Slot::view).collect();
         let mut networks = vec![Vec::new(); tables.networks.len()];
         for port in ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
             if let Some(members) = networks.get_mut(usize::from(port.network)) {
@@ -408,7 +456,7 @@ impl Inner {
     fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
         let count = queues.len();
-        for (name, entry) in &tables.ports {
+        for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
             let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
             for rx in &port.link.rx {
                 let worker = tables.placement.server(name, port.id, rx.pair, count);
@@ -512,5 +560,13 @@ impl Publisher for PortPublisher {
 
     fn stats(&self) -> &Arc<PortStats> {
         &self.stats
+    }
+
+    fn journal(&self) -> Option<(Arc<Journal>, String)> {
+        let inner = self.inner.upgrade()?;
+        let journal = inner.journal.get()?.clone();
+        let tables = lock(&inner.tables);
+        let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
+        Some((journal, entry.config.name.clone()))
     }
 }

@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 
 use crate::capture::{Capture, CaptureOptions};
 use crate::config::{PortConfig, VlanMode};
+use crate::limits::MAX_FDB_AGE_SECONDS;
 use crate::port::Link;
 use crate::port::stats::PortStats;
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
 use crate::switch::load::Sampler;
 use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock};
 use crate::wire::MacAddr;
+
+/// The FDB's time at the start, in seconds: so that what another process has learned before can be older than that.
+pub(super) const EPOCH: u32 = MAX_FDB_AGE_SECONDS as u32;
 
 /// Time between two rounds.
 const ROUND: Duration = Duration::from_secs(1);
@@ -45,7 +49,7 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
         let mut faults = std::collections::HashMap::new();
         while !inner.stopping.load(Ordering::Acquire) {
             inner.housekeeper.sleep();
-            inner.fdb.set_now(began.elapsed().as_secs() as u32);
+            inner.fdb.set_now(EPOCH + began.elapsed().as_secs() as u32);
             inner.fdb.age();
             inner.end_holds();
             sampler.round(&inner);

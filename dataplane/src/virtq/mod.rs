@@ -3,6 +3,7 @@
 //! Everything read here is written by a hostile guest: each field is read once, bounded, and only then used.
 
 pub mod chain;
+pub mod journal;
 pub mod notify;
 pub mod packed;
 pub mod ring;
@@ -119,6 +120,17 @@ pub struct RingConfig {
     pub log: Option<u64>,
 }
 
+/// How a ring's positions are written down.
+#[derive(Debug, Clone)]
+pub struct Journaled {
+    /// Where.
+    pub entry: Arc<journal::Entry>,
+    /// What the ring is for.
+    pub direction: chain::Direction,
+    /// Go on where the record says, which knows better than a frontend that has lost its backend.
+    pub recover: bool,
+}
+
 /// A ring of either layout.
 #[derive(Debug, Clone)]
 pub enum Vring {
@@ -134,10 +146,23 @@ impl Vring {
     /// # Errors
     /// [`RingError`] if its size or place is invalid.
     pub fn new(config: &RingConfig, memory: Arc<GuestMemory>, base: u32) -> Result<Self, RingError> {
+        Self::with_journal(config, memory, base, None)
+    }
+
+    /// As [`Vring::new`], for a ring whose positions are written down, and that may have been left in the midst of a batch.
+    ///
+    /// # Errors
+    /// As [`Vring::new`].
+    pub fn with_journal(
+        config: &RingConfig,
+        memory: Arc<GuestMemory>,
+        base: u32,
+        journal: Option<Journaled>,
+    ) -> Result<Self, RingError> {
         Ok(if config.packed {
-            Self::Packed(Arc::new(PackedRing::new(config, memory, base)?))
+            Self::Packed(Arc::new(PackedRing::with_journal(config, memory, base, journal)?))
         } else {
-            Self::Split(Arc::new(SplitRing::new(config, memory)?))
+            Self::Split(Arc::new(SplitRing::with_journal(config, memory, journal)?))
         })
     }
 
@@ -161,6 +186,8 @@ impl Vring {
     }
 }
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod packed_tests;
 #[cfg(test)]

@@ -10,8 +10,9 @@ use crate::limits::{BURST, MAX_RING};
 use crate::mem::{GuestMemory, Locator, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{Buffers, DESCRIPTOR, Direction, Hints, INDIRECT, NEXT, WRITE};
+use crate::virtq::journal::Entry;
 use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
-use crate::virtq::{Fault, RingConfig, RingError};
+use crate::virtq::{Fault, Journaled, RingConfig, RingError};
 
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
@@ -35,6 +36,7 @@ pub struct PackedRing {
     device: *mut u16,
     size: u32,
     position: SpinLock<Position>,
+    journal: Option<Arc<Entry>>,
 }
 
 /// A slot, and how often the ring has been round.
@@ -49,6 +51,11 @@ impl Cursor {
     fn advance(self, slots: u32, size: u32) -> Self {
         let slot = self.slot + slots;
         if slot >= size { Self { slot: slot - size, wrap: !self.wrap } } else { Self { slot, wrap: self.wrap } }
+    }
+
+    /// What [`Cursor::index`] gave.
+    fn of(index: u16) -> Self {
+        Self { slot: u32::from(index & !WRAP), wrap: index & WRAP != 0 }
     }
 
     fn index(self) -> u16 {
@@ -78,11 +85,81 @@ impl PackedRing {
     /// # Errors
     /// [`RingError`] if its size, place or base is invalid.
     pub fn new(config: &RingConfig, memory: Arc<GuestMemory>, base: u32) -> Result<Self, RingError> {
-        let next = Cursor { slot: u32::from(base as u16 & !WRAP), wrap: base as u16 & WRAP != 0 };
+        Self::with_journal(config, memory, base, None)
+    }
+
+    /// As [`PackedRing::new`], with positions that are written down.
+    ///
+    /// # Errors
+    /// As [`PackedRing::new`].
+    pub fn with_journal(
+        config: &RingConfig,
+        memory: Arc<GuestMemory>,
+        base: u32,
+        journal: Option<Journaled>,
+    ) -> Result<Self, RingError> {
+        let next = Cursor::of(base as u16);
         if next.slot >= config.size {
             return Err(RingError::Base(base));
         }
-        Self::map(config, memory, Position { next, decided: next.slot as u16, hints: Hints::default() })
+        let at = |next: Cursor| Position { next, decided: next.slot as u16, hints: Hints::default() };
+        let mut ring = Self::map(config, memory, at(next))?;
+        if let Some(Journaled { entry, direction, recover }) = journal {
+            let next = if recover { ring.recover(&entry, direction).unwrap_or(next) } else { next };
+            *ring.position.lock() = at(next);
+            entry.begin(next.index());
+            ring.journal = Some(entry);
+        }
+        Ok(ring)
+    }
+
+    /// Finishes the batch that a crash has interrupted, if it has. Returns where the ring is then; `None` if nothing is known
+    /// of it.
+    fn recover(&self, entry: &Entry, direction: Direction) -> Option<Cursor> {
+        let batch = entry.last()?;
+        let (before, after) = (Cursor::of(batch.before), Cursor::of(batch.after));
+        if before.slot >= self.size || after.slot >= self.size || self.is_new() {
+            return None;
+        }
+        // Its first slot is marked last: if that is no longer available, the driver has got all of it.
+        if before == after || self.read(before).is_none() {
+            return Some(after);
+        }
+        let mut rest: Vec<(u32, u64)> = match direction {
+            Direction::ToGuest => entry.elements(batch.count).filter(|(slot, _)| *slot < self.size).collect(),
+            Direction::FromGuest => self.untouched(before, after),
+        };
+        while let Some((slot, element)) = rest.pop() {
+            self.tail(slot).store(element.to_le(), Ordering::Release);
+            self.mark_slots(&[slot]);
+        }
+        Some(after)
+    }
+
+    /// Chains from `at` on that were taken and not marked as used, with the elements that do it. Those that were marked are the
+    /// last ones of the batch.
+    fn untouched(&self, mut at: Cursor, after: Cursor) -> Vec<(u32, u64)> {
+        let mut chains = Vec::new();
+        while at != after && chains.len() < BURST {
+            let Some(first) = self.read(at) else { break };
+            let (mut slot, mut next) = (first, at.advance(1, self.size));
+            for _ in 0..self.size {
+                if slot.flags & NEXT == 0 || slot.flags & INDIRECT != 0 {
+                    break;
+                }
+                let Some(following) = self.read(next) else { break };
+                (slot, next) = (following, next.advance(1, self.size));
+            }
+            chains.push((at.slot, element(slot.id, 0, used_flags(at, Direction::FromGuest))));
+            at = next;
+        }
+        chains
+    }
+
+    /// Whether no slot was ever used since the driver has set the ring up: none has the used bit, which it is only given by us
+    /// in the first round, or by the driver in the second.
+    fn is_new(&self) -> bool {
+        (0..self.size).all(|slot| (u64::from_le(self.tail(slot).load(Ordering::Relaxed)) >> 48) as u16 & USED == 0)
     }
 
     fn map(config: &RingConfig, memory: Arc<GuestMemory>, position: Position) -> Result<Self, RingError> {
@@ -102,6 +179,7 @@ impl PackedRing {
             device: device.cast(),
             size: size.into(),
             position: SpinLock::new(position),
+            journal: None,
             memory,
         })
     }
@@ -220,8 +298,19 @@ impl Ring for PackedRing {
     fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
         let old = self.position.lock();
         let position = Position { next: old.next, decided: old.decided, hints: Hints::default() };
-        Self::map(&self.config, memory, position)
+        Ok(Self { journal: self.journal.clone(), ..Self::map(&self.config, memory, position)? })
     }
+}
+
+/// A used element: what is written over the second half of a slot.
+fn element(id: u16, len: u32, flags: u16) -> u64 {
+    u64::from(len) | (u64::from(id) << 32) | (u64::from(flags) << 48)
+}
+
+/// The flags of a used element of the chain at `at`.
+fn used_flags(at: Cursor, direction: Direction) -> u16 {
+    let wrap = if at.wrap { AVAIL | USED } else { 0 };
+    wrap | direction.flag()
 }
 
 /// A packed ring held for one burst.
@@ -236,6 +325,8 @@ pub struct PackedWork<'r> {
     taken: u32,
     /// Where what is completed next was taken from.
     completing: Cursor,
+    /// Where what is marked as used next was taken from.
+    flushed: Cursor,
     pending: [u64; PENDING],
     pending_slots: [u32; PENDING],
     count: usize,
@@ -261,6 +352,7 @@ impl<'r> PackedWork<'r> {
             cursor,
             taken: 0,
             completing: cursor,
+            flushed: cursor,
             pending: [0; PENDING],
             pending_slots: [0; PENDING],
             count: 0,
@@ -312,6 +404,11 @@ impl<'r> PackedWork<'r> {
     /// Marks everything completed as used, the first one last.
     fn flush(&mut self) {
         let count = std::mem::take(&mut self.count).min(PENDING);
+        if let Some(entry) = self.ring.journal.as_ref().filter(|_| self.direction == Direction::ToGuest && count > 0) {
+            let (slots, elements) = (&self.pending_slots[..count], &self.pending[..count]);
+            entry.redo(self.flushed.index(), self.completing.index(), slots, elements);
+            self.flushed = self.completing;
+        }
         for index in (0..count).rev() {
             let order = if index == 0 { Ordering::Release } else { Ordering::Relaxed };
             self.ring.tail(self.pending_slots[index]).store(self.pending[index].to_le(), order);
@@ -382,12 +479,17 @@ impl<'r> Work<'r> for PackedWork<'r> {
         if self.count >= PENDING {
             self.flush();
         }
-        let mut flags = if self.completing.wrap { AVAIL | USED } else { 0 };
-        flags |= self.direction.flag();
-        self.pending[self.count] = u64::from(len) | (u64::from(chain.id) << 32) | (u64::from(flags) << 48);
+        self.pending[self.count] = element(chain.id, len, used_flags(self.completing, self.direction));
         self.pending_slots[self.count] = chain.slot;
         self.count += 1;
         self.completing = self.completing.advance(chain.slots, self.ring.size);
+    }
+
+    #[inline]
+    fn intend(&self) {
+        if let Some(entry) = &self.ring.journal {
+            entry.intend(self.position.next.index(), self.completing.index());
+        }
     }
 
     #[inline]

@@ -24,27 +24,27 @@ const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
 /// A driver (virtio 1.2, 2.8.21), one descriptor at a time.
-struct Driver {
-    file: std::fs::File,
-    memory: Arc<GuestMemory>,
-    size: u16,
-    next: (u16, bool),
-    used: (u16, bool),
-    free: u16,
+pub(super) struct Driver {
+    pub(super) file: std::fs::File,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) size: u16,
+    pub(super) next: (u16, bool),
+    pub(super) used: (u16, bool),
+    pub(super) free: u16,
     /// Chains out: id, slots.
-    out: VecDeque<(u16, u16)>,
-    id: u16,
+    pub(super) out: VecDeque<(u16, u16)>,
+    pub(super) id: u16,
 }
 
 impl Driver {
-    fn new(size: u16) -> Self {
+    pub(super) fn new(size: u16) -> Self {
         let file = memfd(MEMORY);
         let region = Region::map(file.try_clone().unwrap(), 0, MEMORY, UVA, 0).unwrap();
         let memory = Arc::new(GuestMemory::new(vec![region]).unwrap());
         Self { file, memory, size, next: (0, true), used: (0, true), free: size, out: VecDeque::new(), id: 0 }
     }
 
-    fn config(&self, event_idx: bool) -> RingConfig {
+    pub(super) fn config(&self, event_idx: bool) -> RingConfig {
         let (desc, avail, used) = (UVA + 0x1000, UVA + DRIVER_EVENT, UVA + DEVICE_EVENT);
         RingConfig { size: self.size.into(), desc, avail, used, event_idx, indirect: true, packed: true, log: None }
     }
@@ -53,11 +53,11 @@ impl Driver {
         PackedRing::new(&self.config(true), self.memory.clone(), 0x8000).unwrap()
     }
 
-    fn put(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, at: u64, bytes: &[u8]) {
         self.file.write_all_at(bytes, at).unwrap();
     }
 
-    fn get<const N: usize>(&self, at: u64) -> [u8; N] {
+    pub(super) fn get<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut bytes = [0; N];
         self.file.read_exact_at(&mut bytes, at).unwrap();
         bytes
@@ -81,7 +81,7 @@ impl Driver {
     }
 
     /// Posts a chain of buffers of these lengths; `false` if there is no room.
-    fn post(&mut self, lengths: &[u32], indirect: bool, flags: u16) -> bool {
+    pub(super) fn post(&mut self, lengths: &[u32], indirect: bool, flags: u16) -> bool {
         let slots = if indirect { 1 } else { lengths.len() as u16 };
         if slots > self.free {
             return false;
@@ -114,7 +114,7 @@ impl Driver {
     }
 
     /// Takes back what was used: lengths, in order.
-    fn reap(&mut self) -> Vec<u32> {
+    pub(super) fn reap(&mut self) -> Vec<u32> {
         let mut lengths = Vec::new();
         loop {
             let bytes: [u8; 16] = self.get(0x1000 + 16 * u64::from(self.used.0));

@@ -94,6 +94,9 @@ pub trait Work<'r>: Sized {
     /// not see it before [`Work::publish`] (at least not the first).
     fn complete(&mut self, chain: Chain, len: u32);
 
+    /// Writes down that what was completed is about to be delivered, for the next process should this one die.
+    fn intend(&self);
+
     /// Gives everything completed back to the driver. Returns whether there was anything.
     fn publish(&mut self) -> bool;
 

@@ -11,8 +11,9 @@ use crate::mem::prefetch::{prefetch_read, prefetch_write};
 use crate::mem::{GuestMemory, Segment};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::chain::{DESCRIPTOR, Direction, Hints, Table, Walk};
+use crate::virtq::journal::Entry;
 use crate::virtq::ring::{Ahead, Chain, Ring, Walked, Work};
-use crate::virtq::{Fault, RingConfig, RingError, suppress};
+use crate::virtq::{Fault, Journaled, RingConfig, RingError, suppress};
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver polls.
 const NO_INTERRUPT: u16 = 1;
@@ -35,6 +36,7 @@ pub struct SplitRing {
     used: *mut u16,
     mask: u16,
     position: SpinLock<Position>,
+    journal: Option<Arc<Entry>>,
 }
 
 /// How far we are.
@@ -63,8 +65,28 @@ impl SplitRing {
     /// # Errors
     /// [`RingError`] if its size or place is invalid.
     pub fn new(config: &RingConfig, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
-        let ring = Self::map(config, memory, Position::default())?;
-        let next = ring.load(ring.used_index());
+        Self::with_journal(config, memory, None)
+    }
+
+    /// As [`SplitRing::new`], with positions that are written down.
+    ///
+    /// # Errors
+    /// As [`SplitRing::new`].
+    pub fn with_journal(
+        config: &RingConfig,
+        memory: Arc<GuestMemory>,
+        journal: Option<Journaled>,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::map(config, memory, Position::default())?;
+        let mut next = ring.load(ring.used_index());
+        // A ring to which we send is published by one store, so that there is nothing to know of it.
+        if let Some(Journaled { entry, recover, .. }) = journal.filter(|it| it.direction == Direction::FromGuest) {
+            if let Some(batch) = entry.last().filter(|_| recover) {
+                next = ring.give_back(next, batch.after);
+            }
+            entry.begin(next);
+            ring.journal = Some(entry);
+        }
         *ring.position.lock() = Position { next, seen: next, decided: next, hints: Hints::default() };
         Ok(ring)
     }
@@ -90,8 +112,28 @@ impl SplitRing {
             used: used.cast(),
             mask: size - 1,
             position: SpinLock::new(position),
+            journal: None,
             memory,
         })
+    }
+
+    /// Gives chains back that were taken before a crash, from `next` to `after`. Returns where the ring is then.
+    fn give_back(&self, next: u16, after: u16) -> u16 {
+        let count = after.wrapping_sub(next);
+        let available = self.load(self.avail_index()).wrapping_sub(next);
+        // Anything else is of a time before the driver started anew.
+        if usize::from(count) > BURST || count > available || available > self.mask + 1 {
+            return next;
+        }
+        for offset in 0..count {
+            let index = next.wrapping_add(offset);
+            let head = self.load(self.avail_element(index));
+            // SAFETY: as in `load`; the place is aligned to the four bytes that the area is, and eight bytes are inside.
+            unsafe { self.used_element(index).write_unaligned(u64::from(head).to_le()) };
+        }
+        self.store(self.used_index(), after);
+        self.mark_published(next, u32::from(count));
+        after
     }
 
     fn avail_flags(&self) -> *mut u16 {
@@ -238,7 +280,7 @@ impl Ring for SplitRing {
     fn moved_to(&self, memory: Arc<GuestMemory>) -> Result<Self, RingError> {
         let old = self.position.lock();
         let position = Position { next: old.next, seen: old.seen, decided: old.decided, hints: Hints::default() };
-        Self::map(&self.config, memory, position)
+        Ok(Self { journal: self.journal.clone(), ..Self::map(&self.config, memory, position)? })
     }
 }
 
@@ -367,6 +409,14 @@ impl<'r> Work<'r> for SplitWork<'r> {
         // SAFETY: inside the used ring by construction, which is aligned to 4; hence unaligned.
         unsafe { place.write_unaligned(element.to_le()) };
         self.completed += 1;
+    }
+
+    #[inline]
+    fn intend(&self) {
+        if let Some(entry) = &self.ring.journal {
+            let next = self.position.next;
+            entry.intend(next, next.wrapping_add(self.completed as u16));
+        }
     }
 
     #[inline]

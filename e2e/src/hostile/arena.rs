@@ -23,7 +23,7 @@ pub const PEER_MAC: u64 = 0x0200_0000_00a0;
 pub const PAIR_MACS: [u64; 2] = [0x0200_0000_0001, 0x0200_0000_0002];
 
 /// How long the pair is measured alone.
-const CALM: Duration = Duration::from_millis(400);
+const CALM: Duration = Duration::from_millis(300);
 /// The least time over which it is measured beside a case: less says nothing on a machine with other work.
 const WINDOW: Duration = Duration::from_millis(40);
 /// The switch says what was wrong well before that.

@@ -98,9 +98,17 @@ impl Memory {
         (at..at + len).step_by(8).for_each(|at| self.long(at).store(0, Ordering::Relaxed));
     }
 
-    /// Cuts the file behind our own mapping's back. Whoever touches the lost pages afterwards gets a SIGBUS.
-    pub fn truncate(&self, len: u64) -> Result<()> {
-        self.file.set_len(len).context("cannot cut a memory file")
+    /// Cuts the file off. Whoever has it mapped gets a SIGBUS from the lost pages; here they are private ones from now
+    /// on. `len` is a multiple of the page size.
+    pub fn cut_off(&self, len: u64) -> Result<()> {
+        let rest = self.len.checked_sub(len).filter(|rest| *rest > 0).context("nothing to cut off")?;
+        self.file.set_len(len).context("cannot cut a memory file")?;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: replaces a part of our own mapping, which no reference but those of single accesses leads to.
+        let map = unsafe { libc::mmap(self.map.as_ptr().add(len as usize).cast(), rest as usize, access, how, -1, 0) };
+        ensure!(map != libc::MAP_FAILED, "cannot replace the lost pages: {}", std::io::Error::last_os_error());
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! One hostile guest or frontend against everybody else: whatever it does, the others' frames flow, the switch says
 //! what was wrong, and the port is of use again once its guest behaves.
 
+mod chains;
 mod frontends;
 mod messages;
 mod offloads;

@@ -17,7 +17,7 @@ fn variable(name: &str, otherwise: u64) -> Result<u64> {
 
 #[test]
 fn whatever_comes_to_its_mind() -> Result<()> {
-    let time = Duration::from_secs(variable("SLUICE_FUZZ_SECONDS", 5)?);
+    let time = Duration::from_secs(variable("SLUICE_FUZZ_SECONDS", 4)?);
     let first = variable("SLUICE_FUZZ_SEED", 1)?;
     // Alone with its peer, since a flood of frames is nobody's fault.
     let mut arena = Arena::start(",network=dark")?;

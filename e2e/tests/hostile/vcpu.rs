@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const TIME: Duration = Duration::from_millis(700);
+const TIME: Duration = Duration::from_millis(500);
 
 /// What the other CPU rewrites: the rings, or also whatever they have led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -49,8 +49,10 @@ impl Rig {
             // The switches' hosts have nothing to say of their own, such as which multicast groups they are in.
             end.run("for k in all default; do echo 1 >/proc/sys/net/ipv6/conf/$k/disable_ipv6; done")?;
         }
-        let mut near = Lab::around(Switch::start_in(&ends[0], &[])?)?;
-        let far = Switch::start_in(&ends[1], &[])?;
+        // DPDK's ports, which are added later, do not go with a sandbox.
+        let arguments: &[&str] = if is_dpdk() { &["--sandbox", "off"] } else { &["--sandbox", "strict"] };
+        let mut near = Lab::around(Switch::start_in(&ends[0], arguments)?)?;
+        let far = Switch::start_in(&ends[1], arguments)?;
         for number in 1..=2 {
             let name = format!("vm{number}");
             let nic = Nic::new(&near.socket(&name), &mac(number)).with(&format!("host_mtu={MTU}"));

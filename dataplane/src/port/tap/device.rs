@@ -10,6 +10,7 @@ use crate::mem::SourceSegment;
 use crate::switch::DropReason;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUN_F_CSUM: libc::c_uint = 1;
@@ -54,6 +55,23 @@ impl Tap {
         check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD, offloads) }).map_err(|e| advice("configure", e))?;
         bring_up(interface, mtu).map_err(|e| advice("bring up", e))?;
         Ok(Self { file })
+    }
+
+    /// A tap that another process had open.
+    pub(super) fn adopt(fd: OwnedFd, interface: &str) -> Result<Self> {
+        let mut request = named(interface)?;
+        let wanted = request.ifr_name;
+        // SAFETY: the kernel fills a valid local ifreq.
+        check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
+        if request.ifr_name != wanted {
+            return Err(Error::new(ErrorKind::InvalidInput, format!("the descriptor is not that of tap {interface}")));
+        }
+        Ok(Self { file: fd.into() })
+    }
+
+    /// Its descriptor, duplicated.
+    pub(super) fn duplicate(&self) -> Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 
     /// Reads one frame with its header. `None` if there is none.

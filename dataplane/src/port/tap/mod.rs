@@ -4,7 +4,7 @@
 
 mod device;
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use crate::frame::{Burst, BurstStorage};
@@ -28,6 +28,7 @@ const READS: usize = 16;
 /// A running tap port. The interface goes when it is dropped, if it was made by us.
 pub struct TapPort {
     publisher: Arc<dyn Publisher>,
+    tap: Arc<Tap>,
 }
 
 impl std::fmt::Debug for TapPort {
@@ -42,17 +43,37 @@ impl TapPort {
     /// # Errors
     /// If the kernel refuses, with advice.
     pub fn start(interface: &str, mtu: Option<u16>, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
-        let tap = Arc::new(Tap::open(interface, mtu)?);
+        Ok(Self::publish(Tap::open(interface, mtu)?, publisher))
+    }
+
+    /// As [`TapPort::start`] for an interface that another process had open, by its descriptor.
+    ///
+    /// # Errors
+    /// If it is another's.
+    pub fn adopt(fd: OwnedFd, interface: &str, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
+        Ok(Self::publish(Tap::adopt(fd, interface)?, publisher))
+    }
+
+    /// The descriptor, duplicated, for another process to adopt.
+    ///
+    /// # Errors
+    /// If this one has none left.
+    pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
+        self.tap.duplicate()
+    }
+
+    fn publish(tap: Tap, publisher: Arc<dyn Publisher>) -> Self {
+        let tap = Arc::new(tap);
         let stats = publisher.stats().clone();
         let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
         let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats: stats.clone() };
         publisher.publish(Link {
             state: PortState::Up,
             rx: vec![RxEntry { pair: 0, queue: Arc::new(rx) }],
-            tx: vec![Arc::new(TapTx { tap, stats })],
+            tx: vec![Arc::new(TapTx { tap: tap.clone(), stats })],
             ..Link::down(PortState::Up, None)
         });
-        Ok(Self { publisher })
+        Self { publisher, tap }
     }
 }
 

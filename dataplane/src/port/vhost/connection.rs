@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
@@ -14,14 +14,16 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::config::SocketMode;
+use crate::handover::{Fds, VhostRecord};
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
+use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
+use crate::port::vhost::pause::{Orders, Paused};
 use crate::port::vhost::place::SocketPlace;
 use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
 use crate::virtq::Fault;
-use crate::virtq::notify::EventFd;
 
 /// Pause before each attempt to reach the frontend.
 const RETRY_MS: u16 = 50;
@@ -41,17 +43,24 @@ const STACK: usize = 256 * 1024;
 /// A vhost-user port: the thread that looks after one frontend.
 #[derive(Debug)]
 pub struct VhostPort {
-    stop: Arc<Stop>,
+    orders: Arc<Orders>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// How the thread is told to end, whatever it waits for.
-#[derive(Debug)]
-struct Stop {
-    /// Readable from the moment of the request on.
-    event: EventFd,
-    /// The connection, while there is one; shutting it down ends a wait within a message.
-    stream: Mutex<Option<UnixStream>>,
+/// What a port is started with.
+pub struct Setup {
+    /// Its name.
+    pub name: String,
+    /// The socket that it connects to, or listens on.
+    pub place: SocketPlace,
+    /// Which of the two.
+    pub mode: SocketMode,
+    /// Bounds the queue pairs that frames to the guest are spread over.
+    pub queues: Option<u16>,
+    /// What the port is configured to.
+    pub mtu: Option<u16>,
+    /// Its way to the workers.
+    pub publisher: Arc<dyn Publisher>,
 }
 
 impl VhostPort {
@@ -70,18 +79,24 @@ impl VhostPort {
         mtu: Option<u16>,
         publisher: Arc<dyn Publisher>,
     ) -> io::Result<Self> {
-        let stop = Arc::new(Stop { event: EventFd::new()?, stream: Mutex::new(None) });
-        let mut connection = Connection::new(place.into(), queues, mtu, publisher, stop.clone());
-        let port = name.to_owned();
-        let run = move || {
+        let setup = Setup { name: name.into(), place: place.into(), mode, queues, mtu, publisher };
+        Self::spawn(Connection::new(setup, Arc::new(Orders::new()?)), None)
+    }
+
+    fn spawn(mut connection: Connection, session: Option<Session>) -> io::Result<Self> {
+        let (orders, port) = (connection.orders.clone(), connection.name.clone());
+        let thread = thread::Builder::new().name(format!("sl-{port}")).stack_size(STACK);
+        let thread = thread.spawn(move || {
             let _span = tracing::info_span!("vhost-user", port).entered();
-            match mode {
-                SocketMode::Client => connection.run_client(),
-                SocketMode::Server => connection.run_server(),
-            }
-        };
-        let thread = thread::Builder::new().name(format!("sl-{name}")).stack_size(STACK).spawn(run)?;
-        Ok(Self { stop, thread: Some(thread) })
+            connection.run(session);
+        })?;
+        Ok(Self { orders, thread: Some(thread) })
+    }
+
+    /// Has the port's thread stand still between two messages until what this returns is dropped, and say what the
+    /// port consists of. Frames flow on.
+    pub fn pause(&self) -> Paused {
+        self.orders.pause()
     }
 
     /// Ends the thread, whatever it is doing, and waits for it. The port's link is down afterwards.
@@ -90,11 +105,7 @@ impl VhostPort {
 
 impl Drop for VhostPort {
     fn drop(&mut self) {
-        self.stop.event.signal();
-        if let Some(stream) = &*self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            // It fails only if the other side has already hung up.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.orders.end();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread of a vhost-user port panicked");
         }
@@ -105,12 +116,66 @@ impl Drop for VhostPort {
 /// it did. For fuzzers: there is no thread, and nothing is tried again.
 #[doc(hidden)]
 pub fn serve_once(stream: UnixStream, publisher: Arc<dyn Publisher>) -> Option<String> {
-    let stop = match EventFd::new() {
-        Ok(event) => Arc::new(Stop { event, stream: Mutex::new(None) }),
+    let orders = match Orders::new() {
+        Ok(orders) => Arc::new(orders),
         Err(error) => return Some(error.to_string()),
     };
-    let mut connection = Connection::new(std::path::PathBuf::new().into(), None, None, publisher, stop);
-    connection.session(stream).err().map(|failure| failure.to_string())
+    let place = std::path::PathBuf::new().into();
+    let setup = Setup { name: String::new(), place, mode: SocketMode::Client, queues: None, mtu: None, publisher };
+    Connection::new(setup, orders).begin(stream).err().map(|failure| failure.to_string())
+}
+
+/// A port that was handed over by another process, which it does not disturb: nothing is said to the frontend before
+/// [`Adopted::start`], and if this is dropped instead, the other process can go on.
+pub struct Adopted {
+    connection: Connection,
+    session: Option<Session>,
+    listener: Option<(OwnedFd, (u64, u64))>,
+}
+
+impl std::fmt::Debug for Adopted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adopted").field("name", &self.connection.name).finish_non_exhaustive()
+    }
+}
+
+impl Adopted {
+    /// Maps the guest's memory and puts the connection together.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if the record is not what a port can be made of.
+    pub fn new(setup: Setup, record: VhostRecord, fds: &mut Fds) -> Result<Self, AdoptError> {
+        let listener = record.listener.map(|(socket, device, inode)| {
+            let socket = fds.take(socket).ok_or(AdoptError::Descriptor("a listening socket"))?;
+            Ok::<_, AdoptError>((socket, (device, inode)))
+        });
+        let listener = listener.transpose()?.filter(|_| setup.mode == SocketMode::Server);
+        let mut connection = Connection::new(setup, Arc::new(Orders::new()?));
+        let session = record.device.map(|device| Session::adopt(connection.device(), device, fds)).transpose()?;
+        if session.is_none() {
+            connection.show(PortState::Connecting, "taken over without a connection".to_owned());
+        }
+        Ok(Self { connection, session, listener })
+    }
+
+    /// Makes the rings' queues, from where each ring stands now. The workers must not serve them yet.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if a ring cannot go on.
+    pub fn go_on(&self, bases: &[u32]) -> Result<(), AdoptError> {
+        self.session.as_ref().map_or(Ok(()), |session| session.go_on(bases))
+    }
+
+    /// Serves the frontend from now on.
+    ///
+    /// # Errors
+    /// If the process has no thread left.
+    pub fn start(mut self) -> io::Result<VhostPort> {
+        if let Some((socket, made)) = self.listener {
+            self.connection.listener = Some(Listener::adopt(socket, &self.connection.place, made)?);
+        }
+        VhostPort::spawn(self.connection, self.session)
+    }
 }
 
 /// What a connection ended with.
@@ -141,11 +206,15 @@ enum Failure {
 }
 
 struct Connection {
+    name: String,
     place: SocketPlace,
+    mode: SocketMode,
     queues: Option<u16>,
     mtu: Option<u16>,
     publisher: Arc<dyn Publisher>,
-    stop: Arc<Stop>,
+    orders: Arc<Orders>,
+    /// In server mode, once it could be made.
+    listener: Option<Listener>,
     /// The link as we published it last, unless a device did since.
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
@@ -156,66 +225,84 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(
-        place: SocketPlace,
-        queues: Option<u16>,
-        mtu: Option<u16>,
-        publisher: Arc<dyn Publisher>,
-        stop: Arc<Stop>,
-    ) -> Self {
-        let (shown, failure) = (None, None);
-        Self { place, queues, mtu, publisher, stop, shown, failure, pause: RETRY_MS, log: LogGate::default() }
+    fn new(setup: Setup, orders: Arc<Orders>) -> Self {
+        let Setup { name, place, mode, queues, mtu, publisher } = setup;
+        let (shown, failure, pause, log) = (None, None, RETRY_MS, LogGate::default());
+        Self { name, place, mode, queues, mtu, publisher, orders, listener: None, shown, failure, pause, log }
     }
 
-    fn run_client(&mut self) {
-        loop {
-            match socket::connect(&self.place) {
-                Ok(stream) => self.serve(stream),
-                Err(error) => self.waiting(&error),
+    /// The port's whole life. Begins with a connection if one was handed over.
+    fn run(&mut self, adopted: Option<Session>) {
+        if let Some(session) = adopted {
+            self.serve(|port| port.session(session));
+        }
+        while !self.stopped(0) {
+            match self.mode {
+                SocketMode::Client => match socket::connect(&self.place) {
+                    Ok(stream) => self.connected(stream),
+                    Err(error) => self.waiting(&error),
+                },
+                SocketMode::Server => self.accept(),
             }
-            if self.rest() {
-                return self.show(PortState::Down, "stopped".to_owned());
+            let pause = std::mem::replace(&mut self.pause, RETRY_MS);
+            if self.stopped(pause) {
+                break;
             }
         }
-    }
-
-    fn run_server(&mut self) {
-        let mut listener = None;
-        loop {
-            listener = listener.or_else(|| Listener::bind(&self.place).map_err(|error| self.waiting(&error)).ok());
-            if let Some(listener) = &listener {
-                self.accept(listener);
-            }
-            if self.rest() {
-                return self.show(PortState::Down, "stopped".to_owned());
-            }
-        }
+        self.show(PortState::Down, "stopped".to_owned());
     }
 
     /// Waits for a frontend and serves it.
-    fn accept(&mut self, listener: &Listener) {
-        self.show(
-            PortState::Connecting,
-            self.told(format!("waiting for a frontend on {}", self.place.path().display())),
-        );
-        if socket::wait([self.stop.event.as_raw_fd(), listener.socket.as_raw_fd()], None).is_err() {
+    fn accept(&mut self) {
+        if self.listener.is_none() {
+            self.listener = Listener::bind(&self.place).map_err(|error| self.waiting(&error)).ok();
+        }
+        let Some(listener) = &self.listener else { return };
+        let fds = [self.orders.as_raw_fd(), listener.socket.as_raw_fd()];
+        let waiting = format!("waiting for a frontend on {}", self.place.path().display());
+        self.show(PortState::Connecting, self.told(waiting));
+        // Orders are looked at right after this.
+        if !socket::wait(fds, None).is_ok_and(|[_, ready]| ready) {
             return;
         }
-        match listener.accept() {
-            Ok(Some(stream)) => self.serve(stream),
-            Ok(None) => {}
-            Err(error) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
+        match self.listener.as_ref().map(Listener::accept) {
+            Some(Ok(Some(stream))) => self.connected(stream),
+            Some(Ok(None)) | None => {}
+            Some(Err(error)) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
         }
     }
 
-    /// Pauses before the next attempt. Returns whether we are to stop.
-    fn rest(&mut self) -> bool {
-        let pause = std::mem::replace(&mut self.pause, RETRY_MS);
-        self.stopped(pause)
+    /// Waits, and obeys orders, for that long at most. Returns whether we are to stop.
+    fn stopped(&self, milliseconds: u16) -> bool {
+        self.stopped_in(milliseconds, None)
     }
 
-    fn stopped(&self, milliseconds: u16) -> bool {
-        socket::wait([self.stop.event.as_raw_fd()], Some(milliseconds)).is_ok_and(|[stop]| stop)
+    /// As [`Connection::stopped`], within a connection.
+    fn stopped_in(&self, milliseconds: u16, session: Option<(&UnixStream, &Mutex<Device>)>) -> bool {
+        if socket::wait([self.orders.as_raw_fd()], Some(milliseconds)).is_ok_and(|[woken]| woken) {
+            self.orders.obey(|| self.pack(session));
+        }
+        self.orders.ended()
+    }
+
+    /// What the port consists of.
+    fn pack(&self, session: Option<(&UnixStream, &Mutex<Device>)>) -> io::Result<Parcel> {
+        let mut parcel = Parcel::default();
+        if let Some((stream, device)) = session {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            parcel.record.device = Some(device.export(stream.as_fd(), &mut parcel.fds)?);
+            parcel.standing = device.standing();
+        }
+        if let Some(listener) = &self.listener {
+            let (device, inode) = listener.made();
+            parcel.record.listener = Some((parcel.fds.put(listener.socket.as_fd())?, device, inode));
+        }
+        Ok(parcel)
+    }
+
+    /// A device for a new connection.
+    fn device(&self) -> Device {
+        Device::new(self.publisher.clone(), self.queues, self.mtu, self.failure.as_deref())
     }
 
     fn show(&mut self, state: PortState, reason: String) {
@@ -242,16 +329,28 @@ impl Connection {
         }
     }
 
-    /// Serves one frontend until it goes, and cleans up after it.
-    fn serve(&mut self, stream: UnixStream) {
+    /// Serves a frontend that has just connected.
+    fn connected(&mut self, stream: UnixStream) {
         self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.log.pass() {
             tracing::info!(path = %self.place.path().display(), suppressed, "connected");
         }
+        self.serve(|port| port.begin(stream));
+    }
+
+    /// The whole life of a connection.
+    fn begin(&self, stream: UnixStream) -> Result<End, Failure> {
+        let device = Arc::new(Mutex::new(self.device()));
+        let handler = BackendReqHandler::from_stream(stream.try_clone()?, device.clone());
+        self.converse(stream, &device, handler)
+    }
+
+    /// Serves one frontend until it goes, and cleans up after it.
+    fn serve(&mut self, session: impl FnOnce(&Self) -> Result<End, Failure>) {
         self.shown = None;
         // A fault of ours, provoked by this frontend, must cost no more than one of its own.
-        let end = panic::catch_unwind(AssertUnwindSafe(|| self.session(stream))).unwrap_or(Err(Failure::Panicked));
-        *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let end = panic::catch_unwind(AssertUnwindSafe(|| session(self))).unwrap_or(Err(Failure::Panicked));
+        self.orders.connected(None);
         self.publisher.forget_stations();
         let fault = self.publisher.stats().fault();
         self.publisher.stats().clear_fault();
@@ -273,24 +372,31 @@ impl Connection {
         self.show(state, reason);
     }
 
-    /// The life of one connection. When this returns, workers have let go of its rings and its memory is unmapped.
-    fn session(&mut self, stream: UnixStream) -> Result<End, Failure> {
+    /// The rest of the life of a connection that was handed over.
+    fn session(&self, session: Session) -> Result<End, Failure> {
+        let Session { stream, device, handler, .. } = session;
+        self.converse(stream, &device, handler)
+    }
+
+    /// The life of one connection. When it is over, workers have let go of its rings and its memory is unmapped.
+    fn converse(
+        &self,
+        stream: UnixStream,
+        device: &Mutex<Device>,
+        mut handler: BackendReqHandler<Mutex<Device>>,
+    ) -> Result<End, Failure> {
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        *self.stop.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
-        let device = Device::new(self.publisher.clone(), self.queues, self.mtu, self.failure.as_deref());
-        let device = Arc::new(Mutex::new(device));
-        let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, device.clone());
+        self.orders.connected(Some(stream.try_clone()?));
         loop {
-            let Some(header) = self.next(&stream)? else {
-                let stopped = self.stopped(0);
-                return Ok(if stopped { End::Stopped } else { End::HungUp });
+            let Some(header) = self.next(&stream, device)? else {
+                return Ok(if self.orders.ended() { End::Stopped } else { End::HungUp });
             };
             // The crate would try for ever.
             if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
                 return Err(Failure::Unread);
             }
-            if !answer(header, &stream, &device)? {
+            if !answer(header, &stream, device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
         }
@@ -298,20 +404,20 @@ impl Connection {
 
     /// Waits for a message and returns its header, which stays in the stream. `None` if the frontend has hung up or we
     /// are to stop.
-    fn next(&self, stream: &UnixStream) -> Result<Option<Header>, Failure> {
-        let fds = [self.stop.event.as_raw_fd(), stream.as_raw_fd()];
+    fn next(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
+        let fds = [self.orders.as_raw_fd(), stream.as_raw_fd()];
         loop {
-            let [stop, readable] = socket::wait(fds, None)?;
-            if stop {
+            let [woken, readable] = socket::wait(fds, None)?;
+            if woken && self.stopped_in(0, Some((stream, device))) {
                 return Ok(None);
             }
-            if readable {
-                return self.whole_header(stream);
+            if readable && !woken {
+                return self.whole_header(stream, device);
             }
         }
     }
 
-    fn whole_header(&self, stream: &UnixStream) -> Result<Option<Header>, Failure> {
+    fn whole_header(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
         let mut bytes = [0; HEADER];
         loop {
@@ -329,7 +435,7 @@ impl Connection {
                 }
                 Err(error) => return Err(error.into()),
             }
-            if self.stopped(PARTIAL_MS) {
+            if self.stopped_in(PARTIAL_MS, Some((stream, device))) {
                 return Ok(None);
             }
         }

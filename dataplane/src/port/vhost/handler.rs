@@ -25,7 +25,7 @@ use crate::virtq::notify::{EventFd, NotifyError};
 use crate::virtq::{Fault, RingError};
 
 /// Vrings of one device.
-const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
+pub(super) const MAX_RINGS: usize = 2 * MAX_QUEUE_PAIRS;
 
 /// Shown while the frontend is there and the guest's driver is not.
 const WAITING: &str = "connected; waiting for the guest's driver";
@@ -65,25 +65,25 @@ impl From<DeviceError> for Error {
 
 /// A guest's network device, as its frontend has set it up so far.
 pub(super) struct Device {
-    publisher: Arc<dyn Publisher>,
+    pub(super) publisher: Arc<dyn Publisher>,
     /// Queue pairs that we spread frames over at most.
     spread: usize,
     /// MTU that the port is configured to.
     mtu: Option<u16>,
     /// Shown until the link is up.
     note: String,
-    features: u64,
-    protocol: u64,
-    status: u8,
-    memory: Arc<GuestMemory>,
+    pub(super) features: u64,
+    pub(super) protocol: u64,
+    pub(super) status: u8,
+    pub(super) memory: Arc<GuestMemory>,
     /// Where dirty pages are marked while `LOG_ALL` is among the features.
-    log: Option<Arc<Log>>,
+    pub(super) log: Option<Arc<Log>>,
     /// For frames that come while the guest is logged and its rings are stopped.
     hold: Option<Arc<Hold>>,
     /// As many as have been named so far.
-    rings: Vec<Ring>,
+    pub(super) rings: Vec<Ring>,
     /// The ring that `SET_VRING_NUM`, `_ADDR` or `_BASE` named last; see [`Device::full_index`].
-    focus: usize,
+    pub(super) focus: usize,
     published: Option<Link>,
 }
 
@@ -270,8 +270,10 @@ impl Device {
     }
 
     /// Makes and publishes whatever can run now.
-    fn settle(&mut self) {
-        let around = Surroundings { features: self.features, memory: &self.memory, stats: self.publisher.stats() };
+    pub(super) fn settle(&mut self) {
+        let journal = self.publisher.journal();
+        let (features, stats) = (self.features, self.publisher.stats());
+        let around = Surroundings { features, memory: &self.memory, journal, stats };
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.settle(index, &around);
         }
@@ -445,6 +447,8 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.publish();
         self.rings[place].freeze();
         self.rings[place].stop();
+        // The frontend will start it from what we say now.
+        self.rings[place].known = true;
         self.clear_fault();
         self.publish();
         Ok(VhostUserVringState::new(index, self.rings[place].base))
@@ -460,7 +464,10 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.rewire(index, fd, |ring, event| ring.call = event.map(Arc::new))?;
+        self.rewire(index, fd, |ring, event| {
+            ring.call = event.map(Arc::new);
+            ring.remind();
+        })?;
         Ok(())
     }
 

@@ -51,6 +51,11 @@ impl Hold {
         self.held.lock().since.get_or_insert_with(Instant::now).elapsed() <= LIFE
     }
 
+    /// Whether nothing is kept.
+    pub fn is_empty(&self) -> bool {
+        self.held.lock().frames.is_empty()
+    }
+
     /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.
     pub fn keep(&self, burst: &Burst<'_>, places: &[u8]) {
         let mut held = self.held.lock();

@@ -92,6 +92,16 @@ impl Header {
     }
 }
 
+/// Writes a request, with a number as its payload or without one.
+pub(super) fn request(stream: &mut UnixStream, request: FrontendReq, payload: Option<u64>) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(HEADER + 8);
+    for word in [u32::from(request), VERSION, if payload.is_some() { 8 } else { 0 }] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes.extend(payload.into_iter().flat_map(u64::to_ne_bytes));
+    stream.write_all(&bytes)
+}
+
 /// Copies the bytes at the head of the stream, up to a header's worth, and leaves them there. Returns how many there
 /// are; 0 means that the frontend has hung up.
 ///

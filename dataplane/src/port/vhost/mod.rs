@@ -19,6 +19,7 @@
 //! - `socket` connects and listens in directories that others can write to, which `place` finds its way in.
 //! - `message` knows messages on the wire, and which of them the `vhost` crate must not see.
 //! - `handler` is the device: what each message does to features, memory and rings.
+//! - `pause` has the thread end, or stand still while `parcel` takes the port to another process.
 //! - [`hold`] keeps frames for a guest that migrates.
 //! - `ring` is one vring's setup; [`queue`] is how workers use it.
 //! - [`features`] is what we offer.
@@ -31,10 +32,15 @@ pub mod features;
 mod handler;
 pub mod hold;
 mod message;
+mod parcel;
+mod pause;
 mod place;
 pub mod queue;
 mod ring;
 mod socket;
 
-pub use connection::VhostPort;
+pub use connection::{Adopted, Setup, VhostPort};
+pub use parcel::{AdoptError, Parcel};
+pub use pause::Paused;
 pub use place::SocketPlace;
+pub use ring::Standing;

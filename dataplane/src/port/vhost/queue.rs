@@ -146,6 +146,7 @@ impl<R: Ring> RxQueue for GuestTx<R> {
         let counters = self.setup.stats.rx(self.setup.pair);
         counters.add(burst.count() as u64, taken.bytes);
         if burst.count() > 0 {
+            work.intend();
             forward(&mut burst);
         }
         if work.publish() && self.setup.notify(&mut work) {

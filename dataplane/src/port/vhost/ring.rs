@@ -7,8 +7,10 @@ use crate::port::stats::PortStats;
 use crate::port::vhost::features;
 use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{RxEntry, TxQueue};
+use crate::virtq::chain::Direction;
+use crate::virtq::journal::{self, Journal};
 use crate::virtq::notify::EventFd;
-use crate::virtq::{RingConfig, Vring};
+use crate::virtq::{Journaled, RingConfig, Vring};
 
 /// Where the parts of a ring lie, in the frontend's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +31,31 @@ pub(super) enum Queue {
     ToGuest(Arc<dyn TxQueue>),
 }
 
+/// Where a ring is.
+#[derive(Debug, Clone)]
+pub enum Standing {
+    /// Where this says, once workers have let go of it.
+    Running(Vring),
+    /// Here.
+    Stopped(u32),
+}
+
+impl Standing {
+    /// The next index, as `GET_VRING_BASE` gives it.
+    pub fn base(&self) -> u32 {
+        match self {
+            Self::Running(vring) => vring.base(),
+            Self::Stopped(base) => *base,
+        }
+    }
+}
+
 /// What a ring needs to know of its device to run.
 pub(super) struct Surroundings<'a> {
     pub(super) features: u64,
     pub(super) memory: &'a Arc<GuestMemory>,
+    /// Where positions are written down, and the port's name there.
+    pub(super) journal: Option<(Arc<Journal>, String)>,
     pub(super) stats: &'a Arc<PortStats>,
 }
 
@@ -57,6 +80,9 @@ pub(super) struct Ring {
     pub(super) started: bool,
     /// Why it does not run although it was started.
     pub(super) problem: Option<String>,
+    /// Its base is what we said ourselves, or what the frontend made it be: not what it remembers of a backend that it has
+    /// lost.
+    pub(super) known: bool,
     vring: Option<Vring>,
     queue: Option<Queue>,
 }
@@ -75,6 +101,19 @@ impl Ring {
     /// What workers serve, if it runs.
     pub(super) fn queue(&self) -> Option<&Queue> {
         self.queue.as_ref()
+    }
+
+    /// Notifies the guest, whatever it says: who worked the ring before us may have died between its last frames and telling
+    /// the guest of them, or told somebody who has gone.
+    pub(super) fn remind(&self) {
+        if let Some(call) = &self.call {
+            call.signal();
+        }
+    }
+
+    /// Where it is.
+    pub(super) fn standing(&self) -> Standing {
+        self.vring.clone().map_or(Standing::Stopped(self.base), Standing::Running)
     }
 
     /// Takes the ring from the workers. They are through with it once a link without it has been published.
@@ -102,7 +141,7 @@ impl Ring {
     /// Forgets everything but size and base: what `GET_VRING_BASE` leaves. Addresses and descriptors of the old
     /// driver must not be used when the next one starts fewer rings.
     pub(super) fn stop(&mut self) {
-        *self = Self { size: self.size, base: self.base, enabled: self.enabled, ..Self::default() };
+        *self = Self { size: self.size, base: self.base, enabled: self.enabled, known: self.known, ..Self::default() };
     }
 
     /// Makes what is missing for the ring to run, or withdraws it if it should not.
@@ -112,14 +151,14 @@ impl Ring {
             return;
         }
         if self.vring.is_none() {
-            self.problem = self.open(around).err().map(|error| format!("ring {index}: {error}"));
+            self.problem = self.open(index, around).err().map(|error| format!("ring {index}: {error}"));
         }
         if self.queue.is_none() {
             self.queue = self.vring.as_ref().map(|vring| self.serve(index, vring, around));
         }
     }
 
-    fn open(&mut self, around: &Surroundings<'_>) -> Result<(), String> {
+    fn open(&mut self, index: usize, around: &Surroundings<'_>) -> Result<(), String> {
         let place = self.place.ok_or("started without addresses")?;
         let config = RingConfig {
             size: self.size,
@@ -131,8 +170,16 @@ impl Ring {
             packed: around.features & features::RING_PACKED != 0,
             log: place.log,
         };
-        let vring = Vring::new(&config, around.memory.clone(), self.base).map_err(|error| error.to_string())?;
+        let journal = around.journal.as_ref().and_then(|(journal, port)| {
+            let entry = journal.entry(port, index, identity(&config, around.memory)?)?;
+            let direction = if index.is_multiple_of(2) { Direction::ToGuest } else { Direction::FromGuest };
+            Some(Journaled { entry, direction, recover: !self.known })
+        });
+        let vring = Vring::with_journal(&config, around.memory.clone(), self.base, journal);
+        let vring = vring.map_err(|error| error.to_string())?;
+        self.known = true;
         self.vring = Some(vring);
+        self.remind();
         Ok(())
     }
 
@@ -152,4 +199,12 @@ impl Ring {
             Queue::FromGuest(RxEntry { pair, queue: guest_tx(setup, vring) })
         }
     }
+}
+
+/// Tells a ring from all others, so that no record is taken for that of another machine. `None` if its place is unknown.
+fn identity(config: &RingConfig, memory: &GuestMemory) -> Option<u64> {
+    let (device, inode) = memory.file_of_uva(config.desc)?;
+    let numbers = [device, inode, config.desc, config.avail, config.used, config.size.into(), config.packed.into()];
+    let bytes = numbers.map(u64::to_le_bytes);
+    Some(journal::hash(bytes.iter().map(|bytes| &bytes[..])))
 }

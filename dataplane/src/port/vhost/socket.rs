@@ -119,6 +119,18 @@ impl Listener {
         }
         Ok(None)
     }
+
+    /// One that another process has made and handed over, with device and inode of its file.
+    pub(super) fn adopt(socket: OwnedFd, place: &SocketPlace, made: (u64, u64)) -> io::Result<Self> {
+        let folder = place.open()?;
+        let path = by_descriptor(&folder.folder).join(folder.name);
+        Ok(Self { socket: socket.into(), path, _folder: folder.folder, made })
+    }
+
+    /// Device and inode of the socket's file.
+    pub(super) fn made(&self) -> (u64, u64) {
+        self.made
+    }
 }
 
 impl Drop for Listener {

@@ -1,0 +1,234 @@
+//! The new process's side.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::config::PortConfig;
+use crate::handover::VERSION;
+use crate::handover::record::{Answer, Hello, KindRecord, Offer, Standing};
+use crate::handover::wire::{self, Fds, GREETING, WireError};
+use crate::switch::{HandoverError, PortError, Switch, Taken};
+
+/// For the old process to answer: longer than it waits for its own ports and a migrating guest.
+const ANSWER_LIMIT: Duration = Duration::from_secs(6);
+/// For the old process to be gone after it said so.
+const EXIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// For the kernel to let go of what the old process had, and the pause between attempts.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
+const RELEASE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Why nothing was taken over. The old process goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// The control socket cannot be connected to.
+    #[error("cannot connect to control socket {0}: {1}")]
+    Connect(PathBuf, std::io::Error),
+    /// Somebody else listens there.
+    #[error("the process at control socket {0} is neither this user's nor root's")]
+    Stranger(PathBuf),
+    /// The old process refuses.
+    #[error("the running switch does not hand over: {0}")]
+    Refused(String),
+    /// It fell silent, or is not understood. An older one hangs up.
+    #[error("{0}; if the running switch knows no takeover, stop it first")]
+    Wire(#[from] WireError),
+    /// It keeps its ports elsewhere.
+    #[error("the running switch keeps its ports in {0}, not in {1}; say so with --state")]
+    State(PathBuf, PathBuf),
+    /// A port cannot go on.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// A port cannot go on.
+    #[error(transparent)]
+    Switch(#[from] HandoverError),
+}
+
+/// A port of the old process.
+struct Old {
+    config: PortConfig,
+    taken: Option<Taken>,
+    adopted: bool,
+}
+
+/// A takeover under way. Up to [`Takeover::commit`] the old process can go on.
+pub struct Takeover {
+    stream: UnixStream,
+    offer: Offer,
+    fds: Fds,
+    ports: Vec<Old>,
+    standing: Standing,
+}
+
+impl Takeover {
+    /// Asks the switch at a control socket for all that it has. `None` if there is none.
+    ///
+    /// # Errors
+    /// [`TakeError`].
+    pub fn ask(control: &Path, state_dir: &Path) -> Result<Option<Self>, TakeError> {
+        let mut stream = match UnixStream::connect(control) {
+            Ok(stream) => stream,
+            Err(error)
+                if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(TakeError::Connect(control.into(), error)),
+        };
+        // Whoever it is gets to see the frames of every guest, or already does.
+        match wire::peer_uid(&stream) {
+            Ok(uid) if uid == 0 || uid == wire::own_uid() => {}
+            _ => return Err(TakeError::Stranger(control.into())),
+        }
+        stream.write_all(&GREETING).map_err(|error| TakeError::Connect(control.into(), error))?;
+        wire::send(&stream, &Hello { version: VERSION }, &Fds::default(), ANSWER_LIMIT)?;
+        let (answer, mut fds) = wire::receive(&stream, ANSWER_LIMIT)?;
+        let offer: Offer = match answer {
+            Answer::Offer(offer) => offer,
+            Answer::Refused(why) => return Err(TakeError::Refused(why)),
+        };
+        if Path::new(&offer.state_dir) != state_dir {
+            return Err(TakeError::State(offer.state_dir.into(), state_dir.into()));
+        }
+        let (offer, ports) = sort(offer, &mut fds)?;
+        Ok(Some(Self { stream, offer, fds, ports, standing: Standing::default() }))
+    }
+
+    /// The old process.
+    pub fn pid(&self) -> u32 {
+        self.offer.pid
+    }
+
+    /// Its control socket's listener.
+    pub fn control(&mut self) -> Option<OwnedFd> {
+        self.fds.take(self.offer.control)
+    }
+
+    /// Its metrics listener.
+    pub fn metrics(&mut self) -> Option<OwnedFd> {
+        self.fds.take(self.offer.metrics?)
+    }
+
+    /// The lock of the state directory, which is held as long as either process has this.
+    pub fn state_lock(&mut self) -> Option<OwnedFd> {
+        self.fds.take(self.offer.state_lock)
+    }
+
+    /// Puts a port together from what the old process has of it, if it has one of that name and target that can be. Its
+    /// other settings are those given.
+    ///
+    /// # Errors
+    /// [`TakeError::Port`].
+    pub fn adopt(&mut self, switch: &Switch, config: &PortConfig) -> Result<(), TakeError> {
+        let same = |old: &&mut Old| old.config.name == config.name && old.config.target == config.target;
+        let Some(old) = self.ports.iter_mut().find(same) else { return Ok(()) };
+        if let Some(taken) = old.taken.take() {
+            switch.adopt_port(config.clone(), taken)?;
+            old.adopted = true;
+        }
+        Ok(())
+    }
+
+    /// Has the old process stop, and takes its ports over. When this returns it is exiting and `switch` forwards.
+    /// Returns the nanoseconds for which nothing was forwarded.
+    ///
+    /// # Errors
+    /// [`TakeError`]; the old process goes on then.
+    pub fn commit(&mut self, switch: &Switch) -> Result<Duration, TakeError> {
+        // All that can be done while the old one forwards.
+        switch.restore_stations(&self.offer.networks, &self.names(), &self.offer.fdb);
+        self.say("prepared")?;
+        self.standing = self.hear()?;
+        let names = self.names();
+        if self.standing.ports.len() != names.len() {
+            return Err(WireError::Invalid("the number of ports has changed".into()).into());
+        }
+        for ((old, standing), name) in self.ports.iter().zip(&self.standing.ports).zip(&names) {
+            if old.adopted {
+                switch.adopted_go_on(name, &standing.bases, &standing.stats)?;
+            }
+        }
+        switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb);
+        self.say("ready")?;
+        let go: String = self.hear()?;
+        if go != "go" {
+            return Err(WireError::Invalid(go).into());
+        }
+        switch.thaw();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        switch.start_adopted();
+        Ok(now.saturating_sub(Duration::from_nanos(self.standing.since_ns)))
+    }
+
+    /// After [`Takeover::commit`], and when the old process is gone: adds a port that it had in a form that cannot be handed
+    /// over, or did not have.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    pub fn add_rest(&self, switch: &Switch, config: &PortConfig) -> Result<(), PortError> {
+        let same = |old: &Old| old.config.name == config.name && old.config.target == config.target;
+        let Some(place) = self.ports.iter().position(same) else { return switch.add_port(config.clone()) };
+        let counts = self.standing.ports.get(place).map(|standing| standing.stats.clone()).unwrap_or_default();
+        let end = Instant::now() + RELEASE_LIMIT;
+        loop {
+            match switch.add_port_again(config.clone(), &counts) {
+                // The kernel lets go of an interface a moment after the process that had it.
+                Err(PortError::Setup(_)) if Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
+                Ok(()) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let of_port = |entry: &&super::FdbRecord| usize::from(entry.3) == place;
+        let stations = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port).copied().collect::<Vec<_>>();
+        switch.restore_stations(&self.offer.networks, &self.names(), &stations);
+        Ok(())
+    }
+
+    /// Waits until the old process is gone, with all that it had open.
+    pub fn wait_gone(&self) {
+        let limit = self.stream.set_read_timeout(Some(EXIT_LIMIT));
+        let gone = limit.and_then(|()| std::io::Read::read(&mut &self.stream, &mut [0]));
+        if !matches!(gone, Ok(0)) {
+            tracing::warn!(pid = self.offer.pid, "the old process does not exit");
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.ports.iter().map(|old| old.config.name.clone()).collect()
+    }
+
+    fn say(&self, word: &str) -> Result<(), WireError> {
+        wire::send(&self.stream, &word, &Fds::default(), ANSWER_LIMIT)
+    }
+
+    /// Receives a record, or why there is none.
+    fn hear<T: serde::de::DeserializeOwned>(&self) -> Result<T, TakeError> {
+        let (value, _) = wire::receive::<serde_json::Value>(&self.stream, ANSWER_LIMIT)?;
+        if let Some(why) = value.get("Refused").and_then(serde_json::Value::as_str) {
+            return Err(TakeError::Refused(why.into()));
+        }
+        serde_json::from_value(value).map_err(|error| WireError::Invalid(error.to_string()).into())
+    }
+}
+
+/// Gives each port its descriptors.
+fn sort(mut offer: Offer, fds: &mut Fds) -> Result<(Offer, Vec<Old>), WireError> {
+    let invalid = |what: String| WireError::Invalid(what);
+    let too_few = || invalid("there are fewer descriptors than were announced".into());
+    let own = fds.split_first(offer.fds as usize).ok_or_else(too_few)?;
+    let mut rest = std::mem::replace(fds, own);
+    let mut ports = Vec::new();
+    for port in std::mem::take(&mut offer.ports) {
+        let config: PortConfig = port.spec.parse().map_err(|error| invalid(format!("port {}: {error}", port.spec)))?;
+        let fds = rest.split_first(port.fds as usize).ok_or_else(too_few)?;
+        let taken = match port.kind {
+            KindRecord::Anew => None,
+            kind => Some(Taken { kind, fds }),
+        };
+        ports.push(Old { config, taken, adopted: false });
+    }
+    Ok((offer, ports))
+}

@@ -1,0 +1,110 @@
+//! How a port's thread is told to end, or to stand still, whatever it waits for.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::port::vhost::parcel::Parcel;
+use crate::virtq::notify::EventFd;
+
+/// What others say to the thread.
+#[derive(Debug)]
+pub(super) struct Orders {
+    /// Readable when there is something new.
+    event: EventFd,
+    end: AtomicBool,
+    pause: Mutex<Option<Pause>>,
+    /// The connection, while there is one; shutting it down ends a wait within a message.
+    stream: Mutex<Option<UnixStream>>,
+}
+
+/// The thread's side of a request to stand still.
+#[derive(Debug)]
+struct Pause {
+    parcel: Sender<io::Result<Parcel>>,
+    over: Receiver<()>,
+}
+
+/// A thread that was asked to stand still. It goes on when this is dropped.
+#[derive(Debug)]
+pub struct Paused {
+    parcel: Receiver<io::Result<Parcel>>,
+    _over: Sender<()>,
+}
+
+impl Paused {
+    /// What the port consists of, once its thread stands still. `None` if that takes too long.
+    ///
+    /// # Errors
+    /// If the process has no descriptors left to duplicate.
+    pub fn parcel(&self, deadline: Instant) -> io::Result<Option<Parcel>> {
+        match self.parcel.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(parcel) => parcel.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the port's thread has ended")),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Orders {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: EventFd::new()?,
+            end: AtomicBool::new(false),
+            pause: Mutex::default(),
+            stream: Mutex::default(),
+        })
+    }
+
+    /// Notes the connection that [`Orders::end`] is to shut down.
+    pub(super) fn connected(&self, stream: Option<UnixStream>) {
+        *lock(&self.stream) = stream;
+    }
+
+    /// Tells the thread to end.
+    pub(super) fn end(&self) {
+        self.end.store(true, Ordering::Release);
+        self.event.signal();
+        if let Some(stream) = &*lock(&self.stream) {
+            // It fails only if the other side has already hung up.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Whether the thread is to end.
+    pub(super) fn ended(&self) -> bool {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// Asks the thread to stand still between two messages.
+    pub(super) fn pause(&self) -> Paused {
+        let ((send_parcel, parcel), (send_over, over)) = (mpsc::channel(), mpsc::channel());
+        *lock(&self.pause) = Some(Pause { parcel: send_parcel, over });
+        self.event.signal();
+        Paused { parcel, _over: send_over }
+    }
+
+    /// For the thread when it was woken: stands still if that was asked for.
+    pub(super) fn obey(&self, pack: impl FnOnce() -> io::Result<Parcel>) {
+        self.event.drain();
+        let Some(pause) = lock(&self.pause).take() else { return };
+        // Nobody may be waiting any more.
+        if pause.parcel.send(pack()).is_ok() {
+            let _ = pause.over.recv();
+        }
+    }
+}
+
+impl AsRawFd for Orders {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}

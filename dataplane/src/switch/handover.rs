@@ -1,0 +1,309 @@
+//! A switch that hands over to another process, and one that takes over. See [`crate::handover`].
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::{PortConfig, PortTarget, SwitchConfig};
+use crate::handover::{FdbRecord, Fds, KindRecord, StatsRecord};
+use crate::port::PortId;
+use crate::port::stats::PortStats;
+use crate::port::tap::TapPort;
+use crate::port::vhost::{Adopted, Paused, Setup, Standing};
+use crate::status::PortState;
+use crate::switch::fdb::Station;
+use crate::switch::{Driver, Inner, PortError, Slot, Switch, lock};
+
+/// For guests that are there at the start to come up, before the first frame is forwarded.
+const COMING_LIMIT: Duration = Duration::from_millis(150);
+/// For them to notice that their link is up.
+const NOTICE: Duration = Duration::from_millis(80);
+/// Between two looks at whether all ports are up.
+const OPEN_PAUSE: Duration = Duration::from_millis(2);
+
+/// Why a switch cannot hand over, or take over.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// A port's thread did not stand still in time.
+    #[error("port {0} is in the midst of a message from its frontend; try again")]
+    Busy(String),
+    /// A guest is on its way to another port, and frames are kept for it.
+    #[error("frames are being kept for a guest that migrates; try again")]
+    Migrating,
+    /// A port cannot be handed over or taken over.
+    #[error("port {0}: {1}")]
+    Port(String, String),
+    /// Workers could not be shown that there is nothing to do.
+    #[error("cannot stop the workers: the process has no descriptors left")]
+    Workers,
+}
+
+/// A port that stands still, as its driver gives it away.
+pub(crate) struct Packed {
+    pub(crate) config: PortConfig,
+    pub(crate) stats: Arc<PortStats>,
+    pub(crate) kind: KindRecord,
+    pub(crate) fds: Fds,
+    pub(crate) standing: Vec<Standing>,
+    /// Lets its thread go on when dropped.
+    _paused: Option<Paused>,
+}
+
+/// The workers have nothing to do until this is dropped.
+pub(crate) struct Frozen<'s>(&'s Switch);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.thaw();
+    }
+}
+
+/// The stations that are known at some moment, and what their records refer to.
+pub(crate) struct Stations {
+    pub(crate) networks: Vec<String>,
+    pub(crate) entries: Vec<FdbRecord>,
+    /// What [`Switch::station_changes`] said before.
+    pub(crate) changes: u64,
+}
+
+/// What another process has said of a port, to take it over.
+pub(crate) struct Taken {
+    pub(crate) kind: KindRecord,
+    pub(crate) fds: Fds,
+}
+
+impl Switch {
+    /// Has the threads of all ports stand still, between two messages of their frontends. Frames flow on.
+    ///
+    /// # Errors
+    /// [`HandoverError`]; everything goes on then, as it does when the ports are dropped.
+    pub(crate) fn pack(&self, deadline: Instant) -> Result<Vec<Packed>, HandoverError> {
+        let tables = lock(&self.inner.tables);
+        let names = tables.order.iter().filter_map(|name| tables.ports.get(name));
+        // All are asked before the first is waited for.
+        let asked = names.map(|entry| {
+            let failed = |error: io::Error| HandoverError::Port(entry.config.name.clone(), error.to_string());
+            let mut fds = Fds::default();
+            let (kind, paused) = match &entry.driver {
+                Some(Driver::Vhost(port)) => (KindRecord::Anew, Some(port.pause())),
+                Some(Driver::Tap(port)) => {
+                    let fd = port.duplicate().map_err(failed)?;
+                    (KindRecord::Tap(fds.put(std::os::fd::AsFd::as_fd(&fd)).map_err(failed)?), None)
+                }
+                _ => (KindRecord::Anew, None),
+            };
+            let (config, stats) = (entry.config.clone(), entry.stats.clone());
+            Ok(Packed { config, stats, kind, fds, standing: Vec::new(), _paused: paused })
+        });
+        let mut asked = asked.collect::<Result<Vec<_>, HandoverError>>()?;
+        // Their threads may be waiting for the tables.
+        drop(tables);
+        for packed in &mut asked {
+            let Some(paused) = &packed._paused else { continue };
+            let name = || packed.config.name.clone();
+            let parcel = paused.parcel(deadline).map_err(|error| HandoverError::Port(name(), error.to_string()))?;
+            let parcel = parcel.ok_or_else(|| HandoverError::Busy(name()))?;
+            (packed.kind, packed.fds, packed.standing) =
+                (KindRecord::Vhost(parcel.record), parcel.fds, parcel.standing);
+        }
+        Ok(asked)
+    }
+
+    /// Takes all queues from the workers. Where rings stand is final while this is held.
+    ///
+    /// # Errors
+    /// [`HandoverError::Migrating`] if frames are held just now.
+    pub(crate) fn freeze(&self) -> Result<Frozen<'_>, HandoverError> {
+        let mut tables = lock(&self.inner.tables);
+        tables.frozen = true;
+        let shown = self.inner.publish(&mut tables);
+        let held = tables.slots.iter().filter_map(Slot::view).any(|view| {
+            let hold = view.link.hold.as_ref();
+            hold.is_some_and(|hold| !hold.is_empty())
+        });
+        drop(tables);
+        let frozen = Frozen(self);
+        match (shown, held) {
+            (false, _) => Err(HandoverError::Workers),
+            (_, true) => Err(HandoverError::Migrating),
+            _ => Ok(frozen),
+        }
+    }
+
+    /// Gives the workers their queues, all at once.
+    pub(crate) fn thaw(&self) {
+        let mut tables = lock(&self.inner.tables);
+        tables.frozen = false;
+        self.inner.publish(&mut tables);
+    }
+
+    /// The stations that are known, by the places of their ports among `ports`.
+    pub(crate) fn stations(&self, ports: &[Packed]) -> Stations {
+        let changes = self.station_changes();
+        let tables = lock(&self.inner.tables);
+        let place = |id: PortId| {
+            let name = tables.ports.values().find(|entry| entry.id == id).map(|entry| &entry.config.name)?;
+            ports.iter().position(|packed| packed.config.name == *name)
+        };
+        let mut places = vec![None; tables.slots.len()];
+        for (id, slot) in places.iter_mut().enumerate() {
+            *slot = place(PortId(id as u16));
+        }
+        let entries = self.inner.fdb.entries().into_iter().filter_map(|entry| {
+            let port = (*places.get(usize::from(entry.port.0))?)? as u16;
+            let Station { mac, vid, network } = entry.station;
+            Some(FdbRecord(mac, vid, network, port, entry.age, entry.is_static))
+        });
+        Stations { entries: entries.collect(), networks: tables.networks.clone(), changes }
+    }
+
+    /// Counts the stations that came or moved.
+    pub(crate) fn station_changes(&self) -> u64 {
+        self.inner.fdb.changes()
+    }
+
+    /// Starts the workers without anything to do, for ports that are taken over, until [`Switch::thaw`].
+    ///
+    /// # Errors
+    /// As [`Switch::start`].
+    pub fn start_frozen(config: &SwitchConfig) -> io::Result<Arc<Self>> {
+        Self::start_with(config, true)
+    }
+
+    /// Ends the wait of [`Switch::start_frozen`] for ports whose frontends are there and come up just now. QEMU has shown
+    /// its guest a link that went down and came up, upon which a guest forgets all addresses and asks for them. A question
+    /// that finds the other port down is lost, and so is the answer of a guest that has not noticed its link yet; either is
+    /// repeated only after a second.
+    pub fn open(&self) {
+        let end = Instant::now() + COMING_LIMIT;
+        // Whether some port is about to come up, and whether one is up.
+        let look = || {
+            let tables = lock(&self.inner.tables);
+            let links = tables.slots.iter().filter_map(Slot::view).map(|view| view.link.clone());
+            links.fold((false, false), |(coming, up), link| match link.state {
+                PortState::Connecting => (coming || link.reason.is_none(), up),
+                PortState::Down => (true, up),
+                PortState::Up => (coming, up || link.memory_bytes > 0),
+                PortState::Failed => (coming, up),
+            })
+        };
+        while Instant::now() < end && look().0 {
+            std::thread::sleep(OPEN_PAUSE);
+        }
+        if look().1 {
+            std::thread::sleep(NOTICE);
+        }
+        self.thaw();
+    }
+
+    /// Adds a port that another process hands over. It does nothing before [`Switch::start_adopted`].
+    ///
+    /// # Errors
+    /// [`PortError`].
+    pub(crate) fn adopt_port(&self, config: PortConfig, taken: Taken) -> Result<(), PortError> {
+        let Taken { kind, mut fds } = taken;
+        self.add_with(config, None, |inner, id, config, stats| {
+            let publisher = inner.publisher(id, stats);
+            match (&config.target, kind) {
+                (PortTarget::VhostUser { path, mode }, KindRecord::Vhost(record)) => {
+                    let (name, place, mode) = (config.name.clone(), inner.place(path)?, *mode);
+                    let setup = Setup { name, place, mode, queues: config.queues, mtu: config.mtu, publisher };
+                    let adopted = Adopted::new(setup, record, &mut fds).map_err(io::Error::other)?;
+                    Ok(Driver::Adopted(Box::new(adopted)))
+                }
+                (PortTarget::Tap { interface }, KindRecord::Tap(fd)) => {
+                    let fd = fds.take(fd).ok_or_else(|| io::Error::other("the descriptor of the tap is missing"))?;
+                    TapPort::adopt(fd, interface, publisher).map(Driver::Tap)
+                }
+                _ => Err(io::Error::other("it was handed over as another kind of port")),
+            }
+        })
+    }
+
+    /// Makes the queues of a port that was taken over, from where its rings stand, and goes on with its counts.
+    ///
+    /// # Errors
+    /// [`HandoverError::Port`].
+    pub(crate) fn adopted_go_on(&self, name: &str, bases: &[u32], counts: &StatsRecord) -> Result<(), HandoverError> {
+        let driver = self.exchange(name, |driver| driver.take());
+        if let Some(stats) = self.port_stats(name) {
+            stats.restore(counts);
+        }
+        let outcome = match &driver {
+            Some(Driver::Adopted(adopted)) => adopted.go_on(bases),
+            _ => Ok(()),
+        };
+        self.exchange(name, |place| *place = driver);
+        outcome.map_err(|error| HandoverError::Port(name.into(), error.to_string()))
+    }
+
+    /// Lets the ports that were taken over serve their frontends.
+    pub(crate) fn start_adopted(&self) {
+        for name in self.port_configs().into_iter().map(|config| config.name) {
+            let driver = match self.exchange(&name, |driver| driver.take()) {
+                Some(Driver::Adopted(adopted)) => match adopted.start() {
+                    Ok(port) => Some(Driver::Vhost(port)),
+                    Err(error) => {
+                        tracing::error!(port = name, "cannot serve its frontend: {error}");
+                        None
+                    }
+                },
+                other => other,
+            };
+            self.exchange(&name, |place| *place = driver);
+        }
+    }
+
+    /// Adds a port that another process had and that is made anew, with its counts.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    pub(crate) fn add_port_again(&self, config: PortConfig, counts: &StatsRecord) -> Result<(), PortError> {
+        self.add_with(config, Some(counts), Inner::start_driver)
+    }
+
+    /// Learns what another process knew of the stations behind these ports.
+    pub(crate) fn restore_stations(&self, networks: &[String], ports: &[String], entries: &[FdbRecord]) {
+        let tables = lock(&self.inner.tables);
+        let network = |name: &String| tables.networks.iter().position(|known| known == name).map(|place| place as u16);
+        let networks: Vec<_> = networks.iter().map(network).collect();
+        let ports: Vec<_> = ports.iter().map(|name| tables.ports.get(name)).collect();
+        for &FdbRecord(mac, vid, network, port, age, is_static) in entries {
+            let network = networks.get(usize::from(network)).copied().flatten();
+            let port = ports.get(usize::from(port)).copied().flatten();
+            let (Some(network), Some(entry)) = (network, port) else { continue };
+            // Its configuration may have changed.
+            if tables.networks.get(usize::from(network)) != Some(&entry.config.network) {
+                continue;
+            }
+            let station = Station { mac, vid, network };
+            // Configured stations are configured again; of several ports that may have one, it is behind this.
+            let configured = self.inner.fdb.is_static(station);
+            if configured == is_static && (!configured || entry.config.mac.is_some_and(|own| own.to_u64() == mac)) {
+                self.inner.fdb.insert_aged(station, entry.id, is_static, age);
+            }
+        }
+    }
+
+    fn port_stats(&self, name: &str) -> Option<Arc<PortStats>> {
+        lock(&self.inner.tables).ports.get(name).map(|entry| entry.stats.clone())
+    }
+
+    /// Does something with the place of a port's driver. Drivers publish, which needs the tables, so what they do must
+    /// not happen in here.
+    fn exchange<T>(&self, name: &str, change: impl FnOnce(&mut Option<Driver>) -> T) -> T
+    where
+        T: Default,
+    {
+        let mut tables = lock(&self.inner.tables);
+        tables.ports.get_mut(name).map(|entry| change(&mut entry.driver)).unwrap_or_default()
+    }
+}
+
+/// The entries that are not among those given, but for their ages.
+pub(crate) fn news(before: &[FdbRecord], now: Vec<FdbRecord>) -> Vec<FdbRecord> {
+    let ageless = |entry: &FdbRecord| FdbRecord(entry.0, entry.1, entry.2, entry.3, 0, entry.5);
+    let known: HashSet<_> = before.iter().map(ageless).collect();
+    now.into_iter().filter(|entry| !known.contains(&ageless(entry))).collect()
+}

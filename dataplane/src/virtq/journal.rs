@@ -1,0 +1,260 @@
+//! Where each ring stands, in a file that outlives the process: what a crash leaves there, together with the ring
+//! itself, tells the next process exactly where to go on.
+//!
+//! The frontends of network devices have no in-flight region for us (vhost-user, `GET_INFLIGHT_FD`), so we keep one
+//! ourselves. A record says between which two positions the last batch lies. It is written
+//!
+//! - of a ring from which we receive: when frames were taken, before the first is delivered. What a crash interrupts is
+//!   given back without being delivered again, since some may have been: a frame may be lost in a crash, never doubled.
+//! - of a packed ring to which we send: with the used elements, before the first is written. What a crash interrupts is
+//!   finished. (A split ring publishes by one store.)
+//!
+//! A process that is killed has made its stores in order; a page cache keeps them.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::limits::{BURST, MAX_JOURNAL};
+
+/// Elements of a batch, at most.
+pub const BATCH: usize = 2 * BURST;
+/// Set in a record that holds something.
+const VALID: u64 = 1 << 63;
+/// Changes with the layout, so that nobody reads another one.
+const LAYOUT: u64 = 1;
+
+#[repr(C, align(64))]
+struct Record {
+    /// Whose it is: a hash of port and ring. 0 if it is free.
+    key: AtomicU64,
+    /// Which ring of that it is about: a hash of its memory and place.
+    identity: AtomicU64,
+    /// Positions before and after the last batch, and its number of elements.
+    batch: AtomicU64,
+    slots: [AtomicU32; BATCH],
+    elements: [AtomicU64; BATCH],
+}
+
+/// The file, mapped.
+#[derive(Debug)]
+pub struct Journal {
+    records: NonNull<Record>,
+    /// Records that a ring of this process has.
+    taken: Mutex<Vec<bool>>,
+    _file: File,
+}
+
+// SAFETY: records consist of atomics; the mapping lives as long as the journal.
+unsafe impl Send for Journal {}
+// SAFETY: as above.
+unsafe impl Sync for Journal {}
+
+/// A batch as a record tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// Where it begins: an index of a split ring, a slot and wrap counter (bit 15) of a packed one.
+    pub before: u16,
+    /// Where it ends.
+    pub after: u16,
+    /// Elements written down.
+    pub count: u16,
+}
+
+impl Journal {
+    const LEN: usize = MAX_JOURNAL * size_of::<Record>();
+
+    /// Opens the file, made if it is not there.
+    ///
+    /// # Errors
+    /// If it cannot be opened or mapped.
+    pub fn open(path: &Path) -> io::Result<Arc<Self>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options.open(path)?;
+        file.set_len(Self::LEN as u64)?;
+        let (both, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), Self::LEN, both, shared, file.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let records = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Arc::new(Self { records, taken: Mutex::new(vec![false; MAX_JOURNAL]), _file: file }))
+    }
+
+    fn record(&self, place: usize) -> &Record {
+        debug_assert!(place < MAX_JOURNAL);
+        // SAFETY: the mapping has room for that many records, is page-aligned, and any bytes are valid atomics.
+        unsafe { self.records.add(place % MAX_JOURNAL).as_ref() }
+    }
+
+    /// The record of a ring, which is that of the ring of the same name before it. `None` if that is still in use, or all
+    /// are.
+    pub fn entry(self: &Arc<Self>, port: &str, ring: usize, identity: u64) -> Option<Arc<Entry>> {
+        let key = hash([port.as_bytes(), &ring.to_le_bytes(), &LAYOUT.to_le_bytes()]) | 1;
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        // Two records of one ring would contradict each other.
+        if (0..MAX_JOURNAL).any(|place| taken[place] && self.record(place).key.load(Ordering::Relaxed) == key) {
+            return None;
+        }
+        let find = |wanted: &dyn Fn(u64) -> bool| {
+            (0..MAX_JOURNAL).find(|&place| !taken[place] && wanted(self.record(place).key.load(Ordering::Relaxed)))
+        };
+        // The last is that of a port which is no more.
+        let place =
+            find(&|stored| stored == key).or_else(|| find(&|stored| stored == 0)).or_else(|| find(&|_| true))?;
+        taken[place] = true;
+        let record = self.record(place);
+        if record.key.swap(key, Ordering::Relaxed) != key {
+            record.batch.store(0, Ordering::Relaxed);
+        }
+        Some(Arc::new(Entry { journal: self.clone(), place, identity }))
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and entries keep the journal alive.
+        unsafe { libc::munmap(self.records.as_ptr().cast(), Self::LEN) };
+    }
+}
+
+/// FNV-1a: the same in every build.
+pub fn hash<'b>(pieces: impl IntoIterator<Item = &'b [u8]>) -> u64 {
+    let bytes = pieces.into_iter().flatten();
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// The record of one ring, written by whoever holds the ring.
+#[derive(Debug)]
+pub struct Entry {
+    journal: Arc<Journal>,
+    place: usize,
+    identity: u64,
+}
+
+impl Entry {
+    fn record(&self) -> &Record {
+        self.journal.record(self.place)
+    }
+
+    /// What was written last of this very ring, by this process or the one before.
+    pub fn last(&self) -> Option<Batch> {
+        let record = self.record();
+        let batch = record.batch.load(Ordering::Acquire);
+        let ours = batch & VALID != 0 && record.identity.load(Ordering::Relaxed) == self.identity;
+        let count = ((batch >> 32) as u16).min(BATCH as u16);
+        ours.then_some(Batch { before: batch as u16, after: (batch >> 16) as u16, count })
+    }
+
+    /// The elements of the last batch, with their slots.
+    pub fn elements(&self, count: u16) -> impl DoubleEndedIterator<Item = (u32, u64)> + ExactSizeIterator {
+        let record = self.record();
+        (0..usize::from(count).min(BATCH))
+            .map(|place| (record.slots[place].load(Ordering::Relaxed), record.elements[place].load(Ordering::Relaxed)))
+    }
+
+    /// From now on the ring is at this position.
+    pub fn begin(&self, at: u16) {
+        let record = self.record();
+        record.batch.store(0, Ordering::Release);
+        record.identity.store(self.identity, Ordering::Release);
+        self.intend(at, at);
+    }
+
+    /// Chains were taken, which end at `after`, and are about to be delivered.
+    #[inline]
+    pub fn intend(&self, before: u16, after: u16) {
+        self.write(Batch { before, after, count: 0 });
+    }
+
+    #[inline]
+    fn write(&self, batch: Batch) {
+        let Batch { before, after, count } = batch;
+        let word = VALID | u64::from(before) | (u64::from(after) << 16) | (u64::from(count) << 32);
+        self.record().batch.store(word, Ordering::Release);
+        // Nothing that comes after this in the program may be done before it.
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
+
+    /// These elements are about to be written to these slots. What was written down before is done with by now, so
+    /// overwriting it in parts does no harm.
+    pub fn redo(&self, before: u16, after: u16, slots: &[u32], elements: &[u64]) {
+        let record = self.record();
+        let count = slots.len().min(elements.len()).min(BATCH);
+        for (place, (slot, element)) in slots.iter().zip(elements).take(count).enumerate() {
+            record.slots[place].store(*slot, Ordering::Relaxed);
+            record.elements[place].store(*element, Ordering::Relaxed);
+        }
+        self.write(Batch { before, after, count: count as u16 });
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.journal.taken.lock().unwrap_or_else(PoisonError::into_inner)[self.place] = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outlives_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rings");
+        let journal = Journal::open(&path).unwrap();
+        let entry = journal.entry("vm1", 0, 7).unwrap();
+        assert_eq!(entry.last(), None);
+        entry.begin(3);
+        assert_eq!(entry.last(), Some(Batch { before: 3, after: 3, count: 0 }));
+        entry.redo(3, 0x8001, &[3, 5], &[30, 50]);
+        let other = journal.entry("vm1", 1, 7).unwrap();
+        assert_eq!(other.last(), None);
+        drop((entry, other, journal));
+
+        let journal = Journal::open(&path).unwrap();
+        let entry = journal.entry("vm1", 0, 7).unwrap();
+        assert_eq!(entry.last(), Some(Batch { before: 3, after: 0x8001, count: 2 }));
+        assert_eq!(entry.elements(2).collect::<Vec<_>>(), [(3, 30), (5, 50)]);
+        drop(entry);
+        let another_ring = journal.entry("vm1", 0, 8).unwrap();
+        assert_eq!(another_ring.last(), None);
+        another_ring.begin(0);
+        assert!(another_ring.last().is_some());
+    }
+
+    #[test]
+    fn old_ports_make_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&dir.path().join("rings")).unwrap();
+        let mut all: Vec<_> = (0..MAX_JOURNAL).map(|ring| journal.entry("vm", ring, 1).unwrap()).collect();
+        assert!(journal.entry("late", 0, 1).is_none());
+        all.pop();
+        let late = journal.entry("late", 0, 1).unwrap();
+        assert_eq!(late.last(), None);
+    }
+
+    #[test]
+    fn whatever_is_in_the_file_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rings");
+        std::fs::write(&path, vec![0xff; 4096]).unwrap();
+        let journal = Journal::open(&path).unwrap();
+        for ring in 0..MAX_JOURNAL {
+            let entry = journal.entry("vm", ring, u64::MAX).unwrap();
+            if let Some(batch) = entry.last() {
+                assert!(usize::from(batch.count) <= BATCH);
+                assert!(entry.elements(batch.count).count() <= BATCH);
+            }
+            std::mem::forget(entry);
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! New processes that fail, at every step: the old one goes on.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::{Bench, GAP, SPLIT_EVENTS, alone};
+
+/// A process that wants to take over, played by the test. It lets go of the descriptors.
+struct Taker(UnixStream);
+
+impl Taker {
+    fn new(bench: &Bench, version: u32) -> Self {
+        let mut stream = UnixStream::connect(bench.path("ctl.sock")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(b"SLUICE-TAKEOVER\n").unwrap();
+        let mut taker = Self(stream);
+        taker.say(&json!({"version": version}));
+        taker
+    }
+
+    fn say(&mut self, record: &Value) {
+        let text = record.to_string();
+        let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(text.bytes());
+        self.0.write_all(&bytes).unwrap();
+    }
+
+    fn hear(&mut self) -> Value {
+        let mut head = [0; 8];
+        self.0.read_exact(&mut head).unwrap();
+        let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap()) as usize;
+        let mut text = vec![0; word(0)];
+        self.0.read_exact(&mut text).unwrap();
+        let mut batches = vec![0; word(4).div_ceil(128)];
+        self.0.read_exact(&mut batches).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+}
+
+/// Plays a taker under traffic, and demands that all goes on.
+fn play(bench: &mut Bench, taker: impl FnOnce(&mut Taker) + Send) -> Duration {
+    bench.stations.iter_mut().for_each(crate::station::Station::reset_gap);
+    let mut other = Taker::new(bench, 1);
+    std::thread::scope(|scope| {
+        let playing = scope.spawn(move || taker(&mut other));
+        bench.stream_while(|_| !playing.is_finished());
+        playing.join().unwrap();
+    });
+    bench.stream(Duration::from_millis(50));
+    assert!(bench.switch.as_mut().unwrap().exited().is_none());
+    bench.stations.iter().map(|station| station.gap).max().unwrap()
+}
+
+#[test]
+fn a_new_process_that_fails_leaves_the_old_one_running() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT_EVENTS, false);
+    let before = bench.json(&["port", "list"]);
+
+    let mut other = Taker::new(&bench, 99);
+    let answer = other.hear();
+    assert!(answer["Refused"].as_str().unwrap().contains("version 99"), "{answer}");
+
+    play(&mut bench, |taker| {
+        assert!(taker.hear()["Offer"]["ports"].as_array().unwrap().len() == 2);
+    });
+    play(&mut bench, |taker| {
+        taker.hear();
+        taker.say(&json!("nonsense"));
+        assert!(taker.hear()["Refused"].as_str().unwrap().contains("nonsense"));
+    });
+    // It dies at the worst moment: everything stands still.
+    let gap = play(&mut bench, |taker| {
+        taker.hear();
+        taker.say(&json!("prepared"));
+        assert!(taker.hear()["ports"].as_array().unwrap().len() == 2);
+    });
+    println!("a new process that died: {gap:?}");
+    assert!(gap <= 5 * GAP, "{gap:?}");
+    // It falls silent.
+    let gap = play(&mut bench, |taker| {
+        taker.hear();
+        taker.say(&json!("prepared"));
+        taker.hear();
+        let start = Instant::now();
+        assert!(taker.hear()["Refused"].as_str().unwrap().contains("silent"));
+        assert!(start.elapsed() < Duration::from_secs(1));
+    });
+    println!("a new process that fell silent: {gap:?}");
+    // A real one that cannot: its workers want a CPU that there is not.
+    let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
+    assert!(!failing.0.wait().unwrap().success());
+    bench.stream(Duration::from_millis(50));
+
+    // After all of that it still can be taken over.
+    bench.take_over();
+    bench.check_whole();
+    let after = bench.json(&["port", "list"]);
+    for (before, after) in before.as_array().unwrap().iter().zip(after.as_array().unwrap()) {
+        assert_eq!(before["features"], after["features"]);
+        assert_eq!((&after["connects"], &after["state"]), (&json!(1), &json!("up")));
+    }
+}

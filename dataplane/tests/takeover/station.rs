@@ -1,0 +1,214 @@
+//! A virtual machine: a frontend, two rings, and frames that can be told apart and checked.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::rc::Rc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+
+use crate::driver::{HEADER, Kind, Memory, Ring, SLOTS};
+
+const UVA: u64 = 0x7f00_0000_0000;
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Frames under way at once, so that no ring ever overflows.
+const WINDOW: u64 = 96;
+
+/// How the switch is reached.
+pub(crate) enum Socket {
+    /// The machine listens, as QEMU does.
+    Listens(UnixListener),
+    /// The switch listens.
+    Connects,
+}
+
+/// One virtual machine.
+pub(crate) struct Station {
+    pub(crate) number: u8,
+    kind: Kind,
+    memory: Rc<Memory>,
+    socket: Socket,
+    frontend: Option<Frontend>,
+    rx: Ring,
+    tx: Ring,
+    pub(crate) sent: u64,
+    /// The next frame that is expected of the other one, and those that did not come.
+    pub(crate) expected: u64,
+    pub(crate) lost: u64,
+    pub(crate) duplicates: u64,
+    /// The last time something came, and the longest time in which nothing did.
+    last: Instant,
+    pub(crate) gap: Duration,
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < end, "cannot connect: {error}"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+impl Station {
+    pub(crate) fn new(number: u8, kind: Kind, path: &Path, listens: bool) -> Self {
+        let memory = Memory::new();
+        let socket = if listens {
+            let listener = UnixListener::bind(path).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            Socket::Listens(listener)
+        } else {
+            Socket::Connects
+        };
+        let mut rx = Ring::new(&memory, 0, kind);
+        while rx.give(None) {}
+        let tx = Ring::new(&memory, 1, kind);
+        let (sent, expected, lost, duplicates) = (0, 0, 0, 0);
+        let (last, gap) = (Instant::now(), Duration::ZERO);
+        Self { number, kind, memory, socket, frontend: None, rx, tx, sent, expected, lost, duplicates, last, gap }
+    }
+
+    /// Lets the switch connect (again), and tells it what a frontend does; of where the rings stand, what one that has lost
+    /// its backend knows.
+    pub(crate) fn connect(&mut self, path: &Path) {
+        self.frontend = None;
+        let stream = match &self.socket {
+            Socket::Connects => connect(path),
+            Socket::Listens(listener) => {
+                let end = Instant::now() + PATIENCE;
+                loop {
+                    match listener.accept() {
+                        Ok((stream, _)) => break stream,
+                        Err(error) => assert!(Instant::now() < end, "nobody connects: {error}"),
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        };
+        stream.set_nonblocking(false).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut frontend = Frontend::from_stream(stream, 2);
+        let offered = frontend.get_features().unwrap();
+        let mut wanted = 1 << 32 | 1 << 30 | 1 << 15 | 1 << 28;
+        wanted |= if self.kind.packed { 1 << 34 } else { 0 } | if self.kind.event_idx { 1 << 29 } else { 0 };
+        assert_eq!(offered & wanted, wanted);
+        let protocol = frontend.get_protocol_features().unwrap();
+        frontend.set_protocol_features(protocol).unwrap();
+        frontend.set_owner().unwrap();
+        frontend.set_features(wanted).unwrap();
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: self.memory.len as u64,
+            userspace_addr: UVA,
+            mmap_offset: 0,
+            mmap_handle: self.memory.file.as_raw_fd(),
+        };
+        frontend.set_mem_table(&[region]).unwrap();
+        for (index, ring) in [(0, &self.rx), (1, &self.tx)] {
+            let [desc, avail, used] = ring.areas().map(|offset| UVA + offset);
+            let config = VringConfigData {
+                queue_max_size: SLOTS,
+                queue_size: SLOTS,
+                flags: 0,
+                desc_table_addr: desc,
+                avail_ring_addr: avail,
+                used_ring_addr: used,
+                log_addr: None,
+            };
+            frontend.set_vring_num(index, SLOTS).unwrap();
+            base(&frontend, index as u32, ring.stale_base());
+            frontend.set_vring_addr(index, &config).unwrap();
+            frontend.set_vring_kick(index, &ring.kick).unwrap();
+            frontend.set_vring_call(index, &ring.call).unwrap();
+            frontend.set_vring_enable(index, true).unwrap();
+        }
+        // Answered once all of that has been done.
+        frontend.get_features().unwrap();
+        self.frontend = Some(frontend);
+        self.last = Instant::now();
+    }
+
+    /// Asks something of the switch over the connection.
+    pub(crate) fn features(&self) -> u64 {
+        self.frontend.as_ref().unwrap().get_features().unwrap()
+    }
+
+    /// Where the switch says that a ring stands; it stops then.
+    pub(crate) fn stop_ring(&self, index: usize) -> u32 {
+        self.frontend.as_ref().unwrap().get_vring_base(index).unwrap()
+    }
+
+    /// Sends what the window has room for.
+    pub(crate) fn pump(&mut self, other: &mut Self) {
+        while self.tx.take().is_some() {}
+        let mut count = 0;
+        while self.sent - other.expected < WINDOW && count < 16 && self.tx.outstanding() < 100 {
+            if !self.tx.give(Some(&frame(self.number, other.number, self.sent))) {
+                break;
+            }
+            self.sent += 1;
+            count += 1;
+        }
+        if count > 0 {
+            self.tx.notify();
+        }
+        other.receive();
+    }
+
+    /// Takes what has come.
+    pub(crate) fn receive(&mut self) {
+        let mut came = false;
+        while let Some((at, len)) = self.rx.take() {
+            assert!(len >= HEADER + 60, "a frame of {len} bytes");
+            let bytes = self.memory.bytes(at + HEADER, len - HEADER);
+            let number = u64::from_le_bytes(bytes[14..22].try_into().unwrap());
+            let sender = bytes[11];
+            assert_eq!(bytes, frame(sender, self.number, number), "frame {number} is corrupt");
+            if number < self.expected {
+                self.duplicates += 1;
+            } else {
+                self.lost += number - self.expected;
+                self.expected = number + 1;
+            }
+            came = true;
+            assert!(self.rx.give(None));
+        }
+        if came {
+            self.gap = self.gap.max(self.last.elapsed());
+            self.last = Instant::now();
+            self.rx.notify();
+        }
+    }
+
+    /// Measures gaps anew.
+    pub(crate) fn reset_gap(&mut self) {
+        self.last = Instant::now();
+        self.gap = Duration::ZERO;
+    }
+}
+
+fn base(frontend: &Frontend, index: u32, base: u32) {
+    // The crate takes 16 bits only.
+    let mut bytes = Vec::new();
+    for word in [10u32, 1, 8, index, base] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    // SAFETY: the bytes are a local of the length given.
+    let sent = unsafe { libc::send(frontend.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) };
+    assert_eq!(sent, bytes.len() as isize);
+}
+
+/// A frame whose length and content follow from its number.
+fn frame(from: u8, to: u8, number: u64) -> Vec<u8> {
+    let mut bytes = vec![2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x88, 0xb5];
+    bytes.extend(number.to_le_bytes());
+    let len = 60 + (number.wrapping_mul(0x9e37_79b9) % 1300) as usize;
+    let byte = |at: usize| (number as usize).wrapping_mul(31).wrapping_add(at) as u8;
+    bytes.extend((bytes.len()..len).map(byte));
+    bytes
+}
