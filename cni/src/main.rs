@@ -23,6 +23,11 @@ use environment::{Environment, variable};
 use error::{CniError, Code};
 
 fn main() -> ExitCode {
+    // For people; runtimes call without arguments.
+    if std::env::args().nth(1).is_some_and(|argument| argument == "--version") {
+        println!("sluice-cni {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
     let mut version = NEWEST.to_owned();
     let (printed, code) = match run(&mut version) {
         Ok(None) => return ExitCode::SUCCESS,

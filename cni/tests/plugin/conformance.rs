@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Bench, Pod, run};
+use crate::support::{Bench, PLUGIN, Pod, run};
 
 const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const COMMANDS: [&str; 5] = ["ADD", "DEL", "CHECK", "GC", "STATUS"];
@@ -66,6 +66,12 @@ fn version_tells_what_is_spoken() {
         let answer = run(&[("CNI_COMMAND", "VERSION".into())], input.as_bytes()).result();
         assert_eq!(answer, json!({ "cniVersion": echoed, "supportedVersions": VERSIONS }));
     }
+}
+
+#[test]
+fn people_can_ask_for_the_version() {
+    let output = std::process::Command::new(PLUGIN).arg("--version").env_clear().output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("sluice-cni {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]

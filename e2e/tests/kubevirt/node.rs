@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::kubelet::{FakeKubelet, Node, Plugin, SOCKETS};
-use crate::multus::Multus;
+use crate::multus::{INTERFACE, Multus};
 
 const DEVICES: usize = 8;
 /// Two lists of pods and the grace period between them, many times over.
@@ -62,9 +62,11 @@ impl Cluster {
     /// Waits until no socket, file or port is left of any VM.
     pub(crate) async fn check_empty(&self) -> Result<()> {
         ensure!(self.ports()?.is_empty(), "ports are left: {:?}", self.ports()?);
-        let state = fs::read_dir(self.switch.state())?.map(|entry| Ok(fs::read_to_string(entry?.path())?));
-        let state: Vec<String> = state.collect::<Result<_>>()?;
-        ensure!(state.iter().all(|text| !text.contains("vhost-user")), "the switch remembers a port: {state:?}");
+        for entry in fs::read_dir(self.switch.state())? {
+            let path = entry?.path();
+            let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+            ensure!(!text.contains(INTERFACE), "{} remembers a port: {text:?}", path.display());
+        }
         wait::until_true("folders and device-info files to be empty", RECLAIM_LIMIT, || {
             let folders = fs::read_dir(self.node.root())?.flatten();
             let folders_empty = folders.map(|folder| folder.path()).all(|folder| is_empty(&folder));
