@@ -117,7 +117,7 @@ fn run_near(run: &Run, settings: &Settings) -> Result<(Vec<f64>, bool)> {
         }
         let (stolen, began) = (cpu::stolen(), Instant::now());
         let values = run(settings)?;
-        let taken = (cpu::stolen() - stolen).as_secs_f64() / began.elapsed().as_secs_f64();
+        let taken = cpu::stolen().saturating_sub(stolen).as_secs_f64() / began.elapsed().as_secs_f64();
         if before && taken < STOLEN && is_near() {
             return Ok((values, true));
         }

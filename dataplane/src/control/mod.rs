@@ -164,7 +164,8 @@ impl Controller {
     /// If a given port is refused, or the state cannot be written. The caller then stops the switch.
     pub fn bring_up(&self, file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), ControlError> {
         let mut store = self.lock();
-        self.restore_pins(&mut store, file, arguments);
+        let pins = self.restore_pins(&store, file, arguments);
+        keep_pins(&mut store, pins);
         let given = || file.iter().chain(arguments);
         for port in given() {
             self.switch.add_port(port.clone())?;
@@ -188,15 +189,16 @@ impl Controller {
         Ok(())
     }
 
-    /// Gives the switch the pins of the last run, those of ports that are gone left out. Before ports are added.
-    fn restore_pins(&self, store: &mut StateStore, file: &[PortConfig], arguments: &[PortConfig]) {
+    /// Gives the switch the pins of the last run, and returns them, those of ports that are gone left out. Before ports are
+    /// added.
+    fn restore_pins(&self, store: &StateStore, file: &[PortConfig], arguments: &[PortConfig]) -> Vec<Pin> {
         let known: BTreeSet<&str> =
             file.iter().chain(arguments).chain(store.ports()).map(|port| port.name.as_str()).collect();
         let pins: Vec<Pin> = store.pins().iter().filter(|pin| known.contains(&*pin.queue.port)).cloned().collect();
         for pin in self.switch.restore_pins(&pins) {
             tracing::warn!("{} is pinned to worker {}, which this run does not have", pin.queue, pin.worker);
         }
-        keep_pins(store, pins);
+        pins
     }
 
     /// Has one worker serve a queue, or all of a port, and writes that down: both or neither.
@@ -325,6 +327,8 @@ impl Controller {
         arguments: &[PortConfig],
     ) -> Result<(), TakeError> {
         let store = self.lock();
+        // Nothing is written: the old process may yet go on.
+        self.restore_pins(&store, file, arguments);
         wanted(&store, file, arguments).try_for_each(|port| takeover.adopt(&self.switch, port))
     }
 

@@ -17,6 +17,8 @@ pub struct QueueCounters {
     bytes: AtomicU64,
     notifications: AtomicU64,
     ticks: AtomicU64,
+    /// Frames that another process has counted.
+    inherited: AtomicU64,
 }
 
 impl QueueCounters {
@@ -39,9 +41,10 @@ impl QueueCounters {
         self.ticks.store(self.ticks.load(Ordering::Relaxed).wrapping_add(ticks), Ordering::Relaxed);
     }
 
-    /// Time spent on it, in ticks of the workers' clock.
-    pub fn ticks(&self) -> u64 {
-        self.ticks.load(Ordering::Relaxed)
+    /// Time that was spent on it, in ticks of the workers' clock, and the frames that it was spent on.
+    pub fn cost(&self) -> (u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.ticks), read(&self.frames).saturating_sub(read(&self.inherited)))
     }
 
     /// Frames, bytes, notifications.
@@ -60,6 +63,7 @@ impl QueueCounters {
     /// Continues the counts of another process. Before there is a writer.
     fn restore(&self, frames: u64, bytes: u64, notifications: u64) {
         self.frames.store(frames, Ordering::Relaxed);
+        self.inherited.store(frames, Ordering::Relaxed);
         self.bytes.store(bytes, Ordering::Relaxed);
         self.notifications.store(notifications, Ordering::Relaxed);
     }

@@ -111,8 +111,7 @@ impl Sampler {
         let mut loads = lock(&inner.loads);
         let (mut counts, mut queues) = (HashMap::new(), HashMap::new());
         for (entry, pair) in tables.queues() {
-            let (id, counters) = ((entry.id, pair), entry.stats.rx(pair));
-            let count = (counters.ticks(), counters.read().0);
+            let (id, count) = ((entry.id, pair), entry.stats.rx(pair).cost());
             counts.insert(id, count);
             // What is new here starts with the next round.
             let old = self.queues.get(&id).copied().unwrap_or(count);
@@ -351,7 +350,7 @@ impl Switch {
         };
         let port = |entry: &Entry| {
             let queues = (0..crate::limits::MAX_QUEUE_PAIRS).map(|pair| entry.stats.rx(pair));
-            let (cycles, frames) = queues.fold((0, 0), |sum, rx| (sum.0 + rx.ticks(), sum.1 + rx.read().0));
+            let (cycles, frames) = queues.fold((0, 0), |sum, rx| (sum.0 + rx.cost().0, sum.1 + rx.cost().1));
             PortCycles { name: entry.config.name.clone(), frames, cycles }
         };
         CyclesStatus {

@@ -167,7 +167,7 @@ impl Switch {
                 tx_frames: tx.0,
                 tx_bytes: tx.1,
                 notifications: rx.2 + tx.2,
-                rx_cycles: entry.stats.rx(index).ticks(),
+                rx_cycles: entry.stats.rx(index).cost().0,
             })
         };
         (0..crate::limits::MAX_QUEUE_PAIRS).filter_map(describe).collect()

@@ -281,8 +281,17 @@ fn ports_stations_and_locks_are_taken_over() {
     let _alone = alone();
     let mut bench = Bench::new(SPLIT, true);
     bench.json(&["port", "add", &format!("later=vhost-user:{},mac=02:00:00:00:00:09", bench.path("x.sock").display())]);
+    bench.json(&["worker", "pin", "vm1", "0"]);
     thread::sleep(Duration::from_millis(1100));
     bench.take_over();
+    let queues = bench.json(&["worker", "list"])["queues"].clone();
+    let pinned = |port: &str| queues.as_array().unwrap().iter().any(|q| q["port"] == port && q["pinned"] == true);
+    assert!(pinned("vm1") && !pinned("vm2"), "{queues}");
+    // What the old process has counted has cost the new one nothing.
+    let cycles = bench.json(&["stats", "--cycles"]);
+    let (own, all) = (&cycles["ports"][1], bench.json(&["port", "show", "vm1"]));
+    assert_eq!(own["name"], "vm1");
+    assert!(own["frames"].as_u64() < all["rx_frames"].as_u64(), "{own} of {all}");
     let names = |bench: &Bench| -> Vec<String> {
         let ports = bench.json(&["port", "list"]);
         ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap().to_owned()).collect()

@@ -375,6 +375,8 @@ fn a_call_that_blocks() -> Result<()> {
         Ok(())
     };
     let reason = "made its notification descriptor block";
-    arena.case("a call that blocks", PLAIN, act, Refused(reason), Recover::Reconnect)?;
+    arena.case("a call that blocks", PLAIN, act, Refused(reason), Recover::Later)?;
+    // Such a frontend has to wait before it is served again, so that it cannot do so all the time.
+    arena.renew_port()?;
     arena.finish()
 }

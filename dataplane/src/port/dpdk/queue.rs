@@ -17,6 +17,7 @@ use crate::switch::convert::{Accepts, Scratch};
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
 use crate::wire::VirtioNetHdr;
+use crate::worker::meter::Stage;
 
 /// What a virtio-net header would say of a frame from a wire.
 const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
@@ -158,8 +159,12 @@ impl Transmitter {
 
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
-        let mut out = self.state.lock();
-        let Scratch { rebuilt, outcomes, .. } = scratch;
+        let Some(mut out) = self.state.lock_in_time() else {
+            self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
+            frames.iter().for_each(|&place| scratch.outcomes.dropped(place, DropReason::Contended));
+            return Ok(());
+        };
+        let Scratch { rebuilt, outcomes, copies, probe, .. } = scratch;
         // A wire carries neither partial checksums nor super-packets.
         let wire = Accepts::default();
         for &place in frames {
@@ -170,6 +175,7 @@ impl TxQueue for Transmitter {
             } else if wire.takes(frame.offload()) {
                 outcome = self.put(&mut out, outcomes, place, frame.head(), burst.tail(frame));
             } else if !rebuilt.convert(burst, frame, wire, |_, head, payload| {
+                copies.extra += 1;
                 outcome = self.put(&mut out, outcomes, place, head, &[SourceSegment::from_slice(payload)]);
                 outcome.is_ok()
             }) {
@@ -180,11 +186,13 @@ impl TxQueue for Transmitter {
                 outcomes.dropped(place, reason);
             }
         }
+        probe.enter(Stage::Publish);
         if out.batch.len() > 0 {
             self.flush(&mut out, outcomes);
         }
         let (count, bytes) = std::mem::take(&mut out.sent);
         self.stats.tx(self.queue.into()).add(count, bytes);
+        copies.delivered += count;
         Ok(())
     }
 }
