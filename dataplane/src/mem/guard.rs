@@ -84,7 +84,7 @@ impl Slot {
 
 /// Keeps a mapping in the register. Must be dropped before the mapping is.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(crate) struct Guard {
     slot: &'static Slot,
     start: usize,
     len: usize,
@@ -94,7 +94,7 @@ pub(super) struct Guard {
 
 impl Guard {
     /// Registers `len` bytes from `start`, the whole of a mapping.
-    pub(super) fn new(start: *mut u8, len: usize) -> Self {
+    pub(crate) fn new(start: *mut u8, len: usize) -> Self {
         install();
         let slot = Slot::obtain();
         slot.lost.store(false, Ordering::Relaxed);

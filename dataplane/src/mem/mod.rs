@@ -11,6 +11,7 @@ mod log;
 pub(crate) mod prefetch;
 mod segment;
 
+pub(crate) use guard::Guard;
 pub use guard::OnLoss;
 pub use log::{Log, Marks};
 pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
@@ -24,7 +25,6 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS};
 use file::SMALL_PAGE;
-use guard::Guard;
 
 /// Why a memory region was refused.
 #[derive(Debug, thiserror::Error)]

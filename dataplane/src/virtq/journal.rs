@@ -20,7 +20,10 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::FallocateFlags;
+
 use crate::limits::{BURST, MAX_JOURNAL};
+use crate::mem::Guard;
 
 /// Elements of a batch, at most.
 pub const BATCH: usize = 2 * BURST;
@@ -47,6 +50,8 @@ pub struct Journal {
     records: NonNull<Record>,
     /// Records that a ring of this process has.
     taken: Mutex<Vec<bool>>,
+    /// If the file cannot hold a page after all, what is in it is out of date, and no worse comes of that.
+    guard: Option<Guard>,
     _file: File,
 }
 
@@ -78,6 +83,11 @@ impl Journal {
         options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let file = options.open(path)?;
         file.set_len(Self::LEN as u64)?;
+        // A page that a full disk has no room for must not be missed by a worker.
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, Self::LEN as u64) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error.into()),
+        }
         let (both, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), Self::LEN, both, shared, file.as_raw_fd(), 0) };
@@ -85,7 +95,8 @@ impl Journal {
             return Err(io::Error::last_os_error());
         }
         let records = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Arc::new(Self { records, taken: Mutex::new(vec![false; MAX_JOURNAL]), _file: file }))
+        let guard = Some(Guard::new(base.cast(), Self::LEN));
+        Ok(Arc::new(Self { records, taken: Mutex::new(vec![false; MAX_JOURNAL]), guard, _file: file }))
     }
 
     fn record(&self, place: usize) -> &Record {
@@ -120,6 +131,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
+        drop(self.guard.take());
         // SAFETY: the mapping is ours, and entries keep the journal alive.
         unsafe { libc::munmap(self.records.as_ptr().cast(), Self::LEN) };
     }
