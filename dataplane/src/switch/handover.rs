@@ -163,7 +163,7 @@ impl Switch {
         self.inner.fdb.changes()
     }
 
-    /// Starts the workers without anything to do, for ports that are taken over, until [`Switch::thaw`].
+    /// Starts the workers without anything to do, for ports that are taken over, until it is opened.
     ///
     /// # Errors
     /// As [`Switch::start`].

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 fn inputs(folder: &str, target: &str) -> Vec<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder).join(target);
@@ -12,8 +13,12 @@ fn inputs(folder: &str, target: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Some targets count the descriptors of the process.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn everything_ever_found() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for (name, target) in fuzz_targets::TARGETS {
         let corpus = inputs("corpus", name);
         assert!(!corpus.is_empty(), "{name} has no corpus");
@@ -27,6 +32,7 @@ fn everything_ever_found() {
 /// Bytes from a generator, so that the targets are tried a little wherever tests run.
 #[test]
 fn a_little_of_everything() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     for (name, target) in fuzz_targets::TARGETS {
         for round in 0..300 {

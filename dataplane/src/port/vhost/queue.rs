@@ -145,8 +145,11 @@ impl<R: Ring> RxQueue for GuestTx<R> {
         let outcome = self.fill(&mut work, &mut burst, &mut taken);
         let counters = self.setup.stats.rx(self.setup.pair);
         counters.add(burst.count() as u64, taken.bytes);
-        if burst.count() > 0 {
+        // Of frames that are dropped, too, or what is written down would lag behind.
+        if taken.chains > 0 {
             work.intend();
+        }
+        if burst.count() > 0 {
             forward(&mut burst);
         }
         if work.publish() && self.setup.notify(&mut work) {
