@@ -145,7 +145,7 @@ fn has_dpdk() -> bool {
 }
 
 /// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
-fn dpdk_stages() -> [Stage; 3] {
+fn dpdk_stages() -> [Stage; 4] {
     let lint =
         cargo(&["clippy", "-p", "sluice", "--features", "dpdk", "--all-targets", "--quiet", "--", "-D", "warnings"]);
     let unit = cargo(&["test", "-p", "sluice", "--features", "dpdk", "--lib", "--bins", "--quiet", "dpdk"]);
@@ -155,6 +155,7 @@ fn dpdk_stages() -> [Stage; 3] {
     [
         Stage { name: "dpdk-clippy", command: lint },
         Stage { name: "dpdk", command: unit },
+        Stage { name: "dpdk-build", command: cargo(&["build", "-p", "sluice", "--features", "dpdk", "--bins"]) },
         Stage { name: "uplink-dpdk", command: systems },
     ]
 }
