@@ -374,6 +374,8 @@ fn a_call_that_blocks() -> Result<()> {
             evil.send(PEER_MAC, &[0x88; 100]);
             evil.tx.wake();
         }
+        // It costs others a tenth of a second, once in 15 s: that is what a longer look has to show.
+        std::thread::sleep(Duration::from_secs(1));
         Ok(())
     };
     let reason = "made its notification descriptor block";
