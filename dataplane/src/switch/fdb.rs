@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use crate::config::FdbConfig;
 use crate::limits::MAX_PORTS;
-use crate::mem::prefetch::prefetch_read;
 use crate::port::PortId;
 use crate::sync::SpinLock;
 
@@ -80,17 +79,15 @@ struct Bucket {
 impl Bucket {
     #[inline]
     fn find(&self, key: u64, network: u16) -> Option<(usize, Place)> {
-        // Without branches: in which way a station is cannot be predicted.
-        let is_in = |(way, stored): (usize, &AtomicU64)| u32::from(stored.load(Ordering::Acquire) == key) << way;
-        let mut hits = self.keys.iter().enumerate().map(is_in).fold(0, |hits, hit| hits | hit);
-        while hits != 0 {
-            let way = hits.trailing_zeros() as usize % WAYS;
+        for (way, stored) in self.keys.iter().enumerate() {
+            if stored.load(Ordering::Acquire) != key {
+                continue;
+            }
             let place = Place(self.places[way].load(Ordering::Acquire));
             // Another station may have been put here between the two loads.
-            if place.network() == network && self.keys[way].load(Ordering::Relaxed) == key {
+            if place.network() == network && stored.load(Ordering::Relaxed) == key {
                 return Some((way, place));
             }
-            hits &= hits - 1;
         }
         None
     }
@@ -178,13 +175,6 @@ impl Fdb {
             }
         }
         None
-    }
-
-    /// Asks for where a station most likely is, to look it up soon.
-    #[inline]
-    pub fn prefetch(&self, station: Station) {
-        let [first, _] = self.candidates(station);
-        prefetch_read(&raw const self.buckets[first]);
     }
 
     /// The port behind which a station is.

@@ -152,7 +152,6 @@ impl Forwarder {
             }
         }
         self.arrivals.clear();
-        self.foresee(ingress, burst, count);
         let mut run = Run::NONE;
         for place in 0..count {
             if let Err(reason) = self.classify(snapshot, ingress, burst, place, &mut run) {
@@ -228,21 +227,6 @@ impl Forwarder {
             }
         });
         self.spare = Some(storage);
-    }
-
-    /// Asks for the entries that a burst needs, if it seems to be of many stations.
-    #[inline]
-    fn foresee(&self, ingress: &PortView, burst: &Burst<'_>, count: u8) {
-        let stations = |place: u8| (burst.frame(place).source(), burst.frame(place).destination());
-        if count < 2 || (stations(0) == stations(1) && stations(0) == stations(count - 1)) {
-            return;
-        }
-        for place in 0..count {
-            let Some(vid) = ingress.vlan.ingress(burst.frame(place).tag()) else { continue };
-            let (source, destination) = stations(place);
-            self.fdb.prefetch(Station { mac: source, vid, network: ingress.network });
-            self.fdb.prefetch(Station { mac: destination, vid, network: ingress.network });
-        }
     }
 
     /// Decides on one frame and notes it for its destinations.
