@@ -59,6 +59,12 @@ impl Outcomes {
         self.0[usize::from(place) % BURST] = reason as u8;
     }
 
+    /// Counts frames that a queue has dropped, and notes what became of them.
+    pub fn count_dropped(&mut self, stats: &PortStats, places: &[u8], reason: DropReason) {
+        stats.drop_frames(reason, places.len() as u64);
+        places.iter().for_each(|&place| self.dropped(place, reason));
+    }
+
     /// Why a frame was dropped, if it was.
     #[inline]
     pub fn reason(&self, place: u8) -> Option<DropReason> {

@@ -213,15 +213,13 @@ impl Transmitter {
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut state) = self.state.lock_in_time() else {
-            self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
-            frames.iter().for_each(|&place| scratch.outcomes.dropped(place, DropReason::Contended));
+            scratch.outcomes.count_dropped(&self.stats, frames, DropReason::Contended);
             return Ok(());
         };
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
-                self.stats.drop_frames(reason, 1);
-                scratch.outcomes.dropped(place, reason);
+                scratch.outcomes.count_dropped(&self.stats, &[place], reason);
             }
         }
         scratch.probe.enter(Stage::Publish);

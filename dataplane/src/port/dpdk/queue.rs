@@ -160,8 +160,7 @@ impl Transmitter {
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut out) = self.state.lock_in_time() else {
-            self.stats.drop_frames(DropReason::Contended, frames.len() as u64);
-            frames.iter().for_each(|&place| scratch.outcomes.dropped(place, DropReason::Contended));
+            scratch.outcomes.count_dropped(&self.stats, frames, DropReason::Contended);
             return Ok(());
         };
         let Scratch { rebuilt, outcomes, copies, probe, .. } = scratch;
@@ -182,8 +181,7 @@ impl TxQueue for Transmitter {
                 outcome = Err(DropReason::CannotConvert);
             }
             if let Err(reason) = outcome {
-                self.stats.drop_frames(reason, 1);
-                outcomes.dropped(place, reason);
+                outcomes.count_dropped(&self.stats, &[place], reason);
             }
         }
         probe.enter(Stage::Publish);

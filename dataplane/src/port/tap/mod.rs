@@ -171,10 +171,7 @@ impl TxQueue for TapTx {
                 count += 1;
                 bytes += len;
             }
-            Err(reason) => {
-                stats.drop_frames(reason, 1);
-                outcomes.dropped(place, reason);
-            }
+            Err(reason) => outcomes.count_dropped(stats, &[place], reason),
         };
         for &place in frames {
             let frame = burst.frame(place);

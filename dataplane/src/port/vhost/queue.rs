@@ -253,14 +253,10 @@ impl<R: Ring> GuestRx<R> {
                 Ok(()) => work.look_ahead(&mut ahead, frames.len() - place - 1)?,
                 // Nothing behind it fits either, most likely, and order is kept.
                 Err(DropReason::Full) => {
-                    self.setup.stats.drop_frames(DropReason::Full, (frames.len() - place) as u64);
-                    frames[place..].iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Full));
+                    scratch.outcomes.count_dropped(&self.setup.stats, &frames[place..], DropReason::Full);
                     break;
                 }
-                Err(reason) => {
-                    self.setup.stats.drop_frames(reason, 1);
-                    scratch.outcomes.dropped(index, reason);
-                }
+                Err(reason) => scratch.outcomes.count_dropped(&self.setup.stats, &[index], reason),
             }
         }
         Ok(())
@@ -440,8 +436,7 @@ impl<'a, 'm> Source<'a, 'm> {
 impl<R: Ring> TxQueue for GuestRx<R> {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut work) = self.ring.lock_in_time(Direction::ToGuest) else {
-            self.setup.stats.drop_frames(DropReason::Contended, frames.len() as u64);
-            frames.iter().for_each(|&index| scratch.outcomes.dropped(index, DropReason::Contended));
+            scratch.outcomes.count_dropped(&self.setup.stats, frames, DropReason::Contended);
             return Ok(());
         };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
