@@ -4,6 +4,8 @@ use std::io::{Error, Result};
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
+const SMALLEST_PAGE: usize = 4096;
+
 /// A mapping, gone when dropped.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -17,9 +19,17 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Memory of our own, zeroed, in place from the start so that no worker waits for a page.
+    /// Memory of our own, zeroed, in place from the start so that no worker waits for a page; in large pages where the
+    /// kernel has some.
     pub(super) fn anonymous(len: usize) -> Result<Self> {
-        Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE, -1, 0)
+        let mapping = Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)?;
+        // SAFETY: the range is the mapping; advice that is not taken changes nothing.
+        unsafe { libc::madvise(mapping.base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        for offset in (0..len).step_by(SMALLEST_PAGE) {
+            // SAFETY: the offset is inside the mapping, which nobody else knows yet.
+            unsafe { mapping.base.add(offset).write_volatile(0) };
+        }
+        Ok(mapping)
     }
 
     /// A ring of an AF_XDP socket.

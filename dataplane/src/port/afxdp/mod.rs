@@ -11,6 +11,7 @@
 //! What arrives is taken to be as it was on a wire. The other end of a veth pair has to be told so (`ethtool -K IFACE
 //! tx off txvlan off`): its kernel leaves checksums open and tags aside otherwise, and XDP does not say where.
 
+mod bell;
 mod device;
 pub mod gro;
 mod mapping;
@@ -33,21 +34,29 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::config::AfxdpMode;
+use crate::port::stats::PortStats;
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
 use crate::virtq::notify::EventFd;
 use device::{Device, Promiscuous, State};
 use netlink::Netlink;
 use queue::Queues;
+use socket::Socket;
+use umem::Umem;
 
 /// Length of an 802.1Q tag.
 const TAG: usize = 4;
 /// Time until the interface is looked at again, whether or not there is news of it.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// What one queue's halves tell each other.
-#[derive(Debug, Default)]
-struct Pair {
+/// What the receiving and the sending half of a queue have in common.
+#[derive(Debug)]
+struct Queue {
+    pair: usize,
+    socket: Socket,
+    umem: Umem,
+    shared: Arc<Shared>,
+    stats: Arc<PortStats>,
     /// The kernel did not take all that was to be sent: whoever receives asks it again.
     unsent: AtomicBool,
 }

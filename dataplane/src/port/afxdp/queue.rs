@@ -3,13 +3,14 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::program::{Hook, Program};
 use super::rx::Receiver;
 use super::socket::{Access, RING, Socket};
 use super::tx::Transmitter;
 use super::umem::{Audit, Umem};
-use super::{Options, Pair, Shared};
+use super::{Options, Queue, Shared};
 use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
 use crate::port::{Link, RxEntry, TxQueue};
@@ -80,17 +81,13 @@ impl Queues {
         let mut queues = Vec::new();
         for queue in 0..count {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
-            let (umem, pair) = (Arc::new(umem), queue as usize);
             let (socket, rings) = Socket::open(&umem, shared.busy_poll)?;
-            let socket = Arc::new(socket);
-            let both = Arc::new(Pair::default());
-            let (rx, tx) = ((rings.fill, rings.rx), (rings.tx, rings.completion));
-            let of_port = (shared.clone(), stats.clone());
-            let receiver =
-                Receiver::new(pair, umem.clone(), socket.clone(), of_port.clone(), both.clone(), rx, rx_frames);
-            socket.bind(ifindex, queue, access, shared.multi_buffer)?;
-            program.set_socket(queue, socket.as_raw_fd())?;
-            let transmitter = Transmitter::new(pair, umem, socket, of_port, both, tx, tx_frames);
+            let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
+            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent: AtomicBool::new(false) });
+            let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
+            both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
+            program.set_socket(queue, both.socket.as_raw_fd())?;
+            let transmitter = Transmitter::new(both, rings.tx, rings.completion, tx_frames);
             queues.push((Arc::new(receiver), Arc::new(transmitter)));
         }
         Ok(Self { shared: shared.clone(), mode, queues, _program: program })

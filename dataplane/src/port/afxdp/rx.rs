@@ -1,19 +1,20 @@
 //! The receiving half of an uplink's queue: frames stay in the pool until they have been forwarded.
 
+use std::io::Result;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::Queue;
+use super::bell::Bell;
 use super::gro::header_len;
 use super::ring::{Consumer, Producer};
-use super::socket::{RING, Socket};
-use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
-use super::{Pair, Shared};
+use super::socket::RING;
+use super::umem::{Audit, CHUNK, Ledger, OwnedFrame};
 use crate::frame::{Burst, BurstStorage};
 use crate::limits::{BURST, SNAPSHOT};
 use crate::mem::SourceSegment;
 use crate::port::RxQueue;
-use crate::port::stats::PortStats;
 use crate::switch::DropReason;
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
@@ -29,12 +30,8 @@ const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 /// A queue to receive from.
 #[derive(Debug)]
 pub(super) struct Receiver {
-    pair: usize,
-    umem: Arc<Umem>,
-    socket: Arc<Socket>,
-    shared: Arc<Shared>,
-    both: Arc<Pair>,
-    stats: Arc<PortStats>,
+    both: Arc<Queue>,
+    bell: Bell,
     state: SpinLock<State>,
 }
 
@@ -59,22 +56,18 @@ struct Piece {
 
 impl Receiver {
     pub(super) fn new(
-        pair: usize,
-        umem: Arc<Umem>,
-        socket: Arc<Socket>,
-        (shared, stats): (Arc<Shared>, Arc<PortStats>),
-        both: Arc<Pair>,
-        rings: (Producer<u64>, Consumer<libc::xdp_desc>),
+        both: Arc<Queue>,
+        fill: Producer<u64>,
+        ring: Consumer<libc::xdp_desc>,
         ledger: Ledger,
-    ) -> Self {
-        let (fill, ring) = rings;
+    ) -> Result<Self> {
         let mut state = State { fill, ring, ledger, held: Vec::with_capacity(TAKE) };
         while let Some(frame) = state.ledger.take() {
             let address = state.ledger.lend(frame);
             state.fill.push(address);
         }
         state.fill.publish();
-        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
+        Ok(Self { both, bell: Bell::new()?, state: SpinLock::new(state) })
     }
 
     /// Where the frames are. Not for a queue in use: it would miss a turn.
@@ -89,13 +82,13 @@ impl Receiver {
         for pieces in pieces.split_inclusive(|piece| !piece.continues) {
             match self.build_one(pieces, burst) {
                 Ok(()) => bytes += pieces.iter().map(|piece| piece.len as u64).sum::<u64>(),
-                Err(reason) => self.stats.drop_frames(reason, 1),
+                Err(reason) => self.both.stats.drop_frames(reason, 1),
             }
         }
         bytes
     }
 
-    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> Result<(), DropReason> {
+    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> std::result::Result<(), DropReason> {
         let (first, rest) = pieces.split_first().ok_or(DropReason::Runt)?;
         let first = self.bytes(first);
         // Of a frame that can be merged with others, the head has the headers alone: then data is all in the pool.
@@ -112,49 +105,57 @@ impl Receiver {
     }
 
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {
-        self.umem.bytes(&piece.frame).get(piece.offset..piece.offset + piece.len).unwrap_or_default()
+        self.both.umem.bytes(&piece.frame).get(piece.offset..piece.offset + piece.len).unwrap_or_default()
     }
 }
 
 impl RxQueue for Receiver {
-    fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
+    fn poll(
+        &self,
+        storage: &mut BurstStorage,
+        forward: &mut dyn FnMut(&mut Burst<'_>),
+    ) -> std::result::Result<usize, Fault> {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
-        if self.both.unsent.load(Ordering::Relaxed) {
-            self.both.unsent.store(self.socket.kick_tx(), Ordering::Relaxed);
+        let Queue { pair, socket, shared, stats, unsent, .. } = &*self.both;
+        if unsent.load(Ordering::Relaxed) {
+            unsent.store(socket.kick_tx(), Ordering::Relaxed);
         }
         let taken = state.take();
         if taken == 0 {
-            if self.shared.busy_poll {
-                self.socket.kick_rx();
+            if shared.busy_poll {
+                socket.kick_rx();
             }
             return Ok(0);
         }
         {
             let mut burst = storage.begin();
             let bytes = self.build(&state.held, &mut burst);
-            self.stats.rx(self.pair).add(burst.count() as u64, bytes);
+            stats.rx(*pair).add(burst.count() as u64, bytes);
             if burst.count() > 0 {
                 forward(&mut burst);
             }
         }
         state.give_back();
         if state.fill.needs_wakeup() {
-            self.stats.rx(self.pair).notified();
-            self.socket.kick_rx();
+            stats.rx(*pair).notified();
+            socket.kick_rx();
         }
         Ok(taken)
     }
 
     fn arm(&self) -> bool {
-        // The descriptor is readable while there is something in the ring: nothing can be missed. What waits to be sent
-        // has to be looked after.
+        // The bell rings at once if there is something in the ring: nothing can be missed. What waits to be sent has to
+        // be looked after.
+        self.bell.listen(&self.both.socket);
         self.both.unsent.load(Ordering::Relaxed)
     }
 
-    fn disarm(&self) {}
+    fn disarm(&self) {
+        self.bell.ignore(&self.both.socket);
+    }
 
     fn event_fd(&self) -> Option<RawFd> {
-        Some(self.socket.as_raw_fd())
+        Some(self.bell.as_raw_fd())
     }
 
     fn drain_event(&self) {}

@@ -334,6 +334,40 @@ fn an_interface_that_vanishes_takes_no_frames_with_it() {
     });
 }
 
+/// Whether a descriptor becomes readable within some time.
+fn is_readable(fd: i32, within: Duration) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: the kernel writes to the local.
+    unsafe { libc::poll(&raw mut poll, 1, within.as_millis() as i32) == 1 }
+}
+
+#[test]
+fn the_bell_rings_for_who_listens() {
+    on_a_wire(1500, |a, b| {
+        let link = b.queues.link();
+        let queue = &link.rx[0].queue;
+        let bell = queue.event_fd().unwrap();
+        let (now, soon) = (Duration::ZERO, Duration::from_secs(5));
+        a.send(&[plain(100)]);
+        assert_eq!(a.audit()[1].outbound, 0, "the kernel has delivered it");
+        assert!(!is_readable(bell, now), "nobody listens");
+        assert!(!queue.arm());
+        assert!(is_readable(bell, soon), "what is there already");
+        queue.disarm();
+        assert!(!is_readable(bell, now), "though the frame is still there");
+        assert_eq!(b.receive(1).len(), 1);
+        queue.arm();
+        assert!(!is_readable(bell, now));
+        deliver(a, b, &[plain(100)]);
+        a.send(&[plain(100)]);
+        assert!(is_readable(bell, soon), "a frame that comes while somebody listens");
+        queue.disarm();
+        // Twice does no harm.
+        queue.disarm();
+        assert_eq!(b.receive(1).len(), 1);
+    });
+}
+
 /// Not a test: frames per second of 64 bytes over the wire, one way.
 #[test]
 #[ignore = "a measurement"]

@@ -8,13 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::ring::{Consumer, Producer};
-use super::socket::Socket;
-use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
-use super::{Pair, Shared, TAG};
+use super::umem::{Audit, CHUNK, Ledger, OwnedFrame};
+use super::{Queue, TAG};
 use crate::frame::{Burst, ETHERNET_HEADER, Frame};
 use crate::mem::SourceSegment;
 use crate::port::TxQueue;
-use crate::port::stats::PortStats;
 use crate::switch::DropReason;
 use crate::switch::convert::Scratch;
 use crate::sync::{SpinGuard, SpinLock};
@@ -31,12 +29,7 @@ const SENT_PER_KICK: u64 = 32;
 /// A queue to send to.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    pair: usize,
-    umem: Arc<Umem>,
-    socket: Arc<Socket>,
-    shared: Arc<Shared>,
-    both: Arc<Pair>,
-    stats: Arc<PortStats>,
+    both: Arc<Queue>,
     state: SpinLock<State>,
 }
 
@@ -59,18 +52,14 @@ struct Sent {
 
 impl Transmitter {
     pub(super) fn new(
-        pair: usize,
-        umem: Arc<Umem>,
-        socket: Arc<Socket>,
-        (shared, stats): (Arc<Shared>, Arc<PortStats>),
-        both: Arc<Pair>,
-        rings: (Producer<libc::xdp_desc>, Consumer<u64>),
+        both: Arc<Queue>,
+        ring: Producer<libc::xdp_desc>,
+        completion: Consumer<u64>,
         ledger: Ledger,
     ) -> Self {
-        let (ring, completion) = rings;
         let pieces = Vec::with_capacity(MAX_PIECES);
         let state = State { ring, completion, ledger, pieces, sent: Sent::default() };
-        Self { pair, umem, socket, shared, both, stats, state: SpinLock::new(state) }
+        Self { both, state: SpinLock::new(state) }
     }
 
     /// Where the frames are. Not for a queue in use: workers would wait.
@@ -82,7 +71,7 @@ impl Transmitter {
 
     /// Puts one frame, or the segments it stands for, into the ring.
     fn put(&self, state: &mut State, burst: &Burst<'_>, frame: &Frame) -> Result<(), DropReason> {
-        if frame.packet_len() > self.shared.mtu() {
+        if frame.packet_len() > self.both.shared.mtu() {
             return Err(DropReason::MtuEgress);
         }
         let mut source = Source::new(frame.head(), burst.tail(frame));
@@ -129,7 +118,7 @@ impl Transmitter {
         }
         // More than a ring full in one burst: what is in it may go at once.
         state.ring.publish();
-        self.socket.kick_tx();
+        self.both.socket.kick_tx();
         state.reclaim();
         if state.has_room(pieces) { Ok(()) } else { Err(DropReason::Full) }
     }
@@ -145,14 +134,14 @@ impl Transmitter {
     ) -> Result<(), DropReason> {
         let len = header.len() + data_len;
         let count = pieces_of(len);
-        if count > MAX_PIECES || count > 1 && !self.shared.multi_buffer {
+        if count > MAX_PIECES || count > 1 && !self.both.shared.multi_buffer {
             return Err(DropReason::CannotConvert);
         }
         let (mut header, mut left) = (header, len);
         for _ in 0..count {
             let Some(mut frame) = state.ledger.take() else { break };
             let size = left.min(CHUNK);
-            let bytes = self.umem.bytes_mut(&mut frame).get_mut(..size).unwrap_or_default();
+            let bytes = self.both.umem.bytes_mut(&mut frame).get_mut(..size).unwrap_or_default();
             let (front, rest) = bytes.split_at_mut(header.len().min(size));
             front.copy_from_slice(header.get(..front.len()).unwrap_or_default());
             header = header.get(front.len()..).unwrap_or_default();
@@ -177,11 +166,11 @@ impl Transmitter {
         let mut sum = Sum::new();
         let mut from = usize::from(start);
         for (frame, size) in &state.pieces {
-            sum.add(self.umem.bytes(frame).get(from..*size)?);
+            sum.add(self.both.umem.bytes(frame).get(from..*size)?);
             from = 0;
         }
         let (first, _) = state.pieces.first_mut()?;
-        put_be16(self.umem.bytes_mut(first), field, sum.transport_checksum(offset))
+        put_be16(self.both.umem.bytes_mut(first), field, sum.transport_checksum(offset))
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
@@ -190,7 +179,7 @@ impl Transmitter {
         if sent.frames == 0 {
             return;
         }
-        let counters = self.stats.tx(self.pair);
+        let counters = self.both.stats.tx(self.both.pair);
         counters.add(sent.frames, sent.bytes);
         state.ring.publish();
         let wakeup = state.ring.needs_wakeup();
@@ -200,7 +189,7 @@ impl Transmitter {
         // Where the kernel copies, the call sends: other workers can fill the ring meanwhile.
         drop(state);
         let mut calls = 1 + sent.frames / SENT_PER_KICK;
-        while wakeup && self.socket.kick_tx() {
+        while wakeup && self.both.socket.kick_tx() {
             calls -= 1;
             if calls == 0 {
                 self.both.unsent.store(true, Ordering::Relaxed);
@@ -213,13 +202,13 @@ impl Transmitter {
 impl TxQueue for Transmitter {
     fn send(&self, burst: &Burst<'_>, frames: &[u8], scratch: &mut Scratch) -> Result<(), Fault> {
         let Some(mut state) = self.state.lock_in_time() else {
-            scratch.outcomes.count_dropped(&self.stats, frames, DropReason::Contended);
+            scratch.outcomes.count_dropped(&self.both.stats, frames, DropReason::Contended);
             return Ok(());
         };
         state.reclaim();
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
-                scratch.outcomes.count_dropped(&self.stats, &[place], reason);
+                scratch.outcomes.count_dropped(&self.both.stats, &[place], reason);
             }
         }
         scratch.probe.enter(Stage::Publish);
