@@ -2,8 +2,8 @@
 //!
 //! `uplink rate`: frames of 64 bytes circulate between two drivers, over a veth pair both of whose ends belong to the
 //! switch, and what the switch's process pays for each. `uplink tcp`: a guest sends to a plain host behind the wire,
-//! and receives. `uplink flap`: two guests' traffic while the uplink beside them goes up and down. A number behind that
-//! says how many rounds (3).
+//! and receives. `uplink flap`: two guests' traffic while the uplink beside them goes up and down, and while another
+//! link does. A number behind that says how many rounds (3).
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -11,17 +11,18 @@ use std::process::ChildStdin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use e2e::lab::{Lab, iperf_rate, mac};
 use e2e::net::Namespace;
 use e2e::process::Process;
 use e2e::qemu::{Guest, GuestSpec, Nic};
 use e2e::scratch::Scratch;
-use e2e::switch::Switch;
+use e2e::switch::{self, Switch};
 use e2e::testpmd::{Testpmd, TestpmdSpec};
 use e2e::{machine, peer, wait};
 
-const SECONDS: u64 = 4;
+const SPAN: Duration = Duration::from_secs(2);
+const FLAP_SPAN: Duration = Duration::from_millis(500);
 const LIMIT: Duration = Duration::from_secs(60);
 /// What a guest's device must not offer where nobody would do it.
 const NO_OFFLOADS: &str = "csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,\
@@ -29,6 +30,12 @@ const NO_OFFLOADS: &str = "csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_
 
 fn main() -> Result<()> {
     let _turn = machine::exclusive()?;
+    let program = switch::program()?;
+    ensure!(
+        !program.components().any(|part| part.as_os_str() == "debug"),
+        "the newest build is {}: build it with --release, or set SLUICE_BIN",
+        program.display()
+    );
     let rounds = std::env::args().nth(2).and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
     match std::env::args().nth(1).as_deref() {
         Some("rate") => rate(rounds),
@@ -46,12 +53,13 @@ enum Peer {
 
 impl Peer {
     /// `ports` are pairs that belong together: a socket and an interface.
-    fn start(ours: bool, space: &Namespace, ports: &[(String, &str)], scratch: &Scratch) -> Result<Self> {
-        if ours {
+    /// `options` are of our uplinks; without any it is testpmd.
+    fn start(options: Option<&str>, space: &Namespace, ports: &[(String, &str)], scratch: &Scratch) -> Result<Self> {
+        if let Some(options) = options {
             let pairs = ports.iter().enumerate().flat_map(|(pair, (socket, interface))| {
                 [
                     format!("vm{pair}=vhost-user:{socket},network=n{pair}"),
-                    format!("up{pair}=afxdp:{interface},network=n{pair}"),
+                    format!("up{pair}=afxdp:{interface},network=n{pair}{options}"),
                 ]
             });
             let arguments: Vec<String> = pairs.flat_map(|spec| ["--port".to_owned(), spec]).collect();
@@ -98,57 +106,104 @@ fn times(pid: u32) -> Result<[f64; 2]> {
     Ok([seconds(11).context("no time")?, seconds(12).context("no time")?])
 }
 
+/// A way to join two drivers over a wire.
+struct Way {
+    name: &'static str,
+    /// Of our uplinks; without any it is testpmd.
+    options: Option<&'static str>,
+    /// What an operator can set of both ends, in `/sys/class/net`.
+    settings: &'static [(&'static str, u32)],
+}
+
+/// As the kernel's documentation advises for sockets that poll their driver (Documentation/networking/napi.rst).
+const DEFERRED: &[(&str, u32)] = &[("napi_defer_hard_irqs", 2), ("gro_flush_timeout", 200_000)];
+
+const WAYS: [Way; 4] = [
+    Way { name: "sluice", options: Some(""), settings: &[] },
+    Way { name: "testpmd", options: None, settings: &[] },
+    Way { name: "sluice, polling", options: Some(",busy-poll=on"), settings: &[] },
+    Way { name: "testpmd, deferred", options: None, settings: DEFERRED },
+];
+
 /// A namespace with both ends of a wire.
-fn loop_wire() -> Result<Namespace> {
+fn loop_wire(settings: &[(&str, u32)]) -> Result<Namespace> {
     let space = Namespace::new()?;
     space.wire("wire0", &space, "wire1", 1500)?;
+    for (name, value) in settings {
+        space.run(&format!("for link in wire0 wire1; do echo {value} >/sys/class/net/$link/{name}; done"))?;
+    }
     Ok(space)
 }
 
+/// Frames per second, and user and system time for each, in ns.
+type Cost = [f64; 3];
+
 fn rate(rounds: usize) -> Result<()> {
-    let scratch = Scratch::new("rate")?;
     println!("64 B over one veth pair, frames that both drivers receive together");
-    println!("{:>10} {:>8} {:>16} {:>16}", "", "Mpps", "user ns/frame", "system ns/frame");
+    println!("{:>20} {:>8} {:>16} {:>16}", "", "Mpps", "user ns/frame", "system ns/frame");
+    let mut costs = WAYS.map(|_| Vec::new());
     for _ in 0..rounds {
-        for ours in [true, false] {
-            let space = loop_wire()?;
-            let sockets = ["a", "b"].map(|name| scratch.join(format!("{name}.sock")));
-            let ports = sockets.iter().zip(1..).map(|(socket, number)| (socket.clone(), mac(number))).collect();
-            let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
-            // The second comes when somebody has connected to the first.
-            wait::until_true("the first socket", LIMIT, || Ok(sockets[0].exists()))?;
-            let links = ["wire0", "wire1"];
-            let pairs: Vec<_> = sockets.iter().map(|socket| socket.display().to_string()).zip(links).collect();
-            let peer = Peer::start(ours, &space, &pairs, &scratch)?;
-            driver.wait_ready()?;
-            std::thread::sleep(Duration::from_secs(1));
-            // All of them fit into either driver's ring: none is lost, or fewer and fewer would circulate.
-            driver.start_circulating(3)?;
-            std::thread::sleep(Duration::from_secs(1));
-            let received =
-                |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
-            let (frames, spent, began) = (received(&mut driver)?, times(peer.pid())?, Instant::now());
-            std::thread::sleep(Duration::from_secs(SECONDS));
-            let frames = (received(&mut driver)? - frames) as f64;
-            let (seconds, after) = (began.elapsed().as_secs_f64(), times(peer.pid())?);
-            let [user, system] = [0, 1].map(|at| (after[at] - spent[at]) * 1e9 / frames);
-            let name = if ours { "sluice" } else { "testpmd" };
-            println!("{name:>10} {:>8.3} {user:>16.0} {system:>16.0}", frames / seconds / 1e6);
-            if let Peer::Sluice(switch) = &peer {
-                let dropped = |name| switch.port(name).map(|port| port.0["drops"].clone());
-                let names = ["vm0", "up0", "vm1", "up1"];
-                println!("{:>10} {:?}", "drops", names.into_iter().map(dropped).collect::<Result<Vec<_>>>()?);
-            }
+        for (way, costs) in WAYS.iter().zip(&mut costs) {
+            let cost = circulate(way)?;
+            print_cost(way.name, cost);
+            costs.push(cost);
         }
+    }
+    println!("medians");
+    for (way, costs) in WAYS.iter().zip(&costs) {
+        print_cost(way.name, [0, 1, 2].map(|at| median(costs.iter().map(|cost| cost[at]).collect())));
+    }
+    for (ours, theirs) in [(0, 1), (2, 1), (2, 3)] {
+        // Of the same round each.
+        let [frames, user, _] = [0, 1, 2].map(|at| {
+            let ratios = costs[ours].iter().zip(&costs[theirs]).map(|(ours, theirs)| ours[at] / theirs[at]);
+            median(ratios.collect())
+        });
+        println!("{} / {}: frames {frames:.2}, user time {user:.2}", WAYS[ours].name, WAYS[theirs].name);
     }
     Ok(())
 }
 
+fn print_cost(name: &str, [frames, user, system]: Cost) {
+    println!("{name:>20} {:>8.3} {user:>16.0} {system:>16.0}", frames / 1e6);
+}
+
+fn circulate(way: &Way) -> Result<Cost> {
+    let (space, scratch) = (loop_wire(way.settings)?, Scratch::new("rate")?);
+    let sockets = ["a", "b"].map(|name| scratch.join(format!("{name}.sock")));
+    let ports = sockets.iter().zip(1..).map(|(socket, number)| (socket.clone(), mac(number))).collect();
+    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
+    // The second comes when somebody has connected to the first.
+    wait::until_true("the first socket", LIMIT, || Ok(sockets[0].exists()))?;
+    let links = ["wire0", "wire1"];
+    let pairs: Vec<_> = sockets.iter().map(|socket| socket.display().to_string()).zip(links).collect();
+    let peer = Peer::start(way.options, &space, &pairs, &scratch)?;
+    driver.wait_ready()?;
+    std::thread::sleep(Duration::from_millis(500));
+    // All of them fit into either driver's ring: none is lost, or fewer and fewer would circulate.
+    driver.start_circulating(3)?;
+    std::thread::sleep(Duration::from_millis(500));
+    let received =
+        |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
+    let (frames, spent, began) = (received(&mut driver)?, times(peer.pid())?, Instant::now());
+    std::thread::sleep(SPAN);
+    let frames = (received(&mut driver)? - frames) as f64;
+    let (seconds, after) = (began.elapsed().as_secs_f64(), times(peer.pid())?);
+    let [user, system] = [0, 1].map(|at| (after[at] - spent[at]) * 1e9 / frames);
+    if let Peer::Sluice(switch) = &peer {
+        for name in ["vm0", "up0", "vm1", "up1"] {
+            let dropped = switch.port(name)?.dropped();
+            ensure!(dropped == 0, "{name} has dropped {dropped} frames: fewer circulate than should");
+        }
+    }
+    Ok([frames / seconds, user, system])
+}
+
 fn tcp(rounds: usize) -> Result<()> {
     println!("TCP between a guest ({}) and a plain host on the wire, Mbit/s", machine::accelerator()?);
-    for (name, ours, properties) in
-        [("sluice", true, ""), ("sluice, no offloads", true, NO_OFFLOADS), ("testpmd", false, NO_OFFLOADS)]
-    {
+    let ways =
+        [("sluice", Some(""), ""), ("sluice, no offloads", Some(""), NO_OFFLOADS), ("testpmd", None, NO_OFFLOADS)];
+    for (name, options, properties) in ways {
         let scratch = Scratch::new("tcp")?;
         let (space, far) = (Namespace::new()?, Namespace::new()?);
         space.wire("up0", &far, "far0", 1500)?;
@@ -159,7 +214,7 @@ fn tcp(rounds: usize) -> Result<()> {
             nic = nic.with(properties);
         }
         let mut guest = GuestSpec::new("vm1").nic(nic).start()?;
-        let _peer = Peer::start(ours, &space, &[(socket.display().to_string(), "up0")], &scratch)?;
+        let _peer = Peer::start(options, &space, &[(socket.display().to_string(), "up0")], &scratch)?;
         guest.wait_ready(LIMIT)?;
         guest.set_address("eth0", "10.0.0.1/24")?;
         wait::until_true("the wire", LIMIT, || Ok(guest.run("ping -c 1 -W 1 10.0.0.100").is_ok()))?;
@@ -189,6 +244,8 @@ fn best(rounds: usize, guest: &Guest, far: &Namespace, scratch: &Scratch, revers
 fn flap(rounds: usize) -> Result<()> {
     let (space, far) = (Namespace::new()?, Namespace::new()?);
     space.wire("up0", &far, "far0", 1500)?;
+    // Links that go down and up cost the kernel something, whoever looks at them.
+    space.wire("other0", &far, "other1", 1500)?;
     let mut lab = Lab::around(Switch::start_in(&space, &["--port", "up=afxdp:up0"])?)?;
     let ports = (1..=2).map(|number| (lab.socket(&format!("vm{number}")), mac(number))).collect();
     lab.add_port("vm1", "")?;
@@ -197,23 +254,56 @@ fn flap(rounds: usize) -> Result<()> {
     driver.wait_ready()?;
     driver.start_circulating(4)?;
     std::thread::sleep(Duration::from_secs(1));
-    let mut rates = [Vec::new(), Vec::new()];
-    for round in 0..2 * rounds {
-        let flaps = AtomicU32::new(0);
-        let stop = AtomicBool::new(round % 2 == 0);
-        let rate = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| flap_until(&far, &stop, &flaps));
-            let rate = per_second(&mut driver);
-            stop.store(true, Ordering::Relaxed);
-            thread.join().map_err(|_| anyhow::anyhow!("the flapping failed"))??;
-            rate
-        })?;
-        println!("{:>4} flaps: {:.3} Mpps", flaps.load(Ordering::Relaxed), rate / 1e6);
-        rates[round % 2].push(rate);
+    println!(
+        "two guests' Mpps, while a wire that is not the switch's flaps, and while the uplink does; flaps; the port's CPU"
+    );
+    let (mut falls, mut all) = (Vec::new(), [Vec::new(), Vec::new()]);
+    for round in 0..rounds {
+        let mut rates = [0.0; 2];
+        // Which comes first takes turns.
+        for at in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
+            let before = port_time(lab.switch()?.pid())?;
+            let (rate, flaps) = while_flapping(&far, [b"other1", b"far0\0\0"][at], &mut driver)?;
+            rates[at] = rate;
+            all[at].push(rate);
+            if at == 1 {
+                let spent = (port_time(lab.switch()?.pid())? - before).as_secs_f64();
+                print!("{flaps:>3} flaps, {:>5.2} %: ", spent / FLAP_SPAN.as_secs_f64() * 100.0);
+            }
+        }
+        println!("{:.3} {:.3}", rates[0] / 1e6, rates[1] / 1e6);
+        falls.push((1.0 - rates[1] / rates[0]) * 100.0);
     }
-    let [quiet, flapping] = rates.map(median);
-    println!("flapping costs {:.1} % of the median", (1.0 - flapping / quiet) * 100.0);
+    let mean = |rates: &[f64]| rates.iter().sum::<f64>() / rates.len() as f64;
+    let of_means = (1.0 - mean(&all[1]) / mean(&all[0])) * 100.0;
+    println!("flapping costs {:.1} % (median of {rounds} pairs), {of_means:.1} % of the mean", median(falls));
     lab.switch()?.wait_port("up", "up")
+}
+
+/// The guests' rate while a link flaps, and how often it did.
+fn while_flapping(far: &Namespace, link: &[u8; 6], driver: &mut Testpmd) -> Result<(f64, u32)> {
+    let (flaps, stop) = (AtomicU32::new(0), AtomicBool::new(false));
+    let rate = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| flap_until(far, link, &stop, &flaps));
+        let rate = per_span(driver);
+        stop.store(true, Ordering::Relaxed);
+        thread.join().map_err(|_| anyhow::anyhow!("the flapping failed"))??;
+        rate
+    })?;
+    Ok((rate, flaps.into_inner()))
+}
+
+/// CPU time of the threads that look after uplinks.
+fn port_time(pid: u32) -> Result<Duration> {
+    let mut spent = Duration::ZERO;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let path = thread?.path();
+        if std::fs::read_to_string(path.join("comm"))?.trim() == "sl-afxdp" {
+            let times = std::fs::read_to_string(path.join("schedstat"))?;
+            spent += Duration::from_nanos(times.split(' ').next().context("no time")?.parse()?);
+        }
+    }
+    Ok(spent)
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
@@ -221,16 +311,16 @@ fn median(mut rates: Vec<f64>) -> f64 {
     rates.get(rates.len() / 2).copied().unwrap_or_default()
 }
 
-fn per_second(driver: &mut Testpmd) -> Result<f64> {
+fn per_span(driver: &mut Testpmd) -> Result<f64> {
     let received =
         |driver: &mut Testpmd| -> Result<u64> { Ok(driver.counts()?.iter().map(|port| port.rx_frames).sum()) };
     let (before, began) = (received(driver)?, Instant::now());
-    std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(FLAP_SPAN);
     Ok((received(driver)? - before) as f64 / began.elapsed().as_secs_f64())
 }
 
-/// Takes the far end of the wire down and up again, twenty times a second, without a process for each.
-fn flap_until(space: &Namespace, stop: &AtomicBool, flaps: &AtomicU32) -> Result<()> {
+/// Takes a link down and up again, twenty times a second, without a process for each.
+fn flap_until(space: &Namespace, link: &[u8; 6], stop: &AtomicBool, flaps: &AtomicU32) -> Result<()> {
     let file = File::open(format!("/run/netns/{}", space.name()))?;
     // SAFETY: no pointers; it moves this thread only, which ends here.
     if unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
@@ -239,19 +329,19 @@ fn flap_until(space: &Namespace, stop: &AtomicBool, flaps: &AtomicU32) -> Result
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     while !stop.load(Ordering::Relaxed) {
         for up in [false, true] {
-            set_up(socket.as_raw_fd(), up)?;
+            set_up(socket.as_raw_fd(), link, up)?;
             std::thread::sleep(Duration::from_millis(25));
         }
         flaps.fetch_add(1, Ordering::Relaxed);
     }
-    set_up(socket.as_raw_fd(), true)
+    set_up(socket.as_raw_fd(), link, true)
 }
 
-fn set_up(socket: i32, up: bool) -> Result<()> {
+fn set_up(socket: i32, link: &[u8; 6], up: bool) -> Result<()> {
     // SAFETY: an all-zero request is valid; the name fits with its terminator, and the calls read and write the local.
     unsafe {
         let mut request: libc::ifreq = std::mem::zeroed();
-        for (to, from) in request.ifr_name.iter_mut().zip(b"far0") {
+        for (to, from) in request.ifr_name.iter_mut().zip(link) {
             *to = *from as libc::c_char;
         }
         if libc::ioctl(socket, libc::SIOCGIFFLAGS, &raw mut request) == 0 {

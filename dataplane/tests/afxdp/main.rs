@@ -8,6 +8,7 @@ mod support;
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sluice::status::PortState;
 use support::{Ear, Host, Mouth, Namespace, alone, check_frame, stream, within};
@@ -192,6 +193,38 @@ fn the_link_flaps_and_the_mtu_changes() {
     assert!(host.port("up").drops["mtu_egress"] > 0);
     host.namespace.ip("link set up0 mtu 4000");
     within("ping with the new MTU", || host.namespace.ping(2, 2000));
+}
+
+/// For how long a thread of that name has had a CPU.
+fn cpu_time(name: &str) -> Duration {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let ns = threads.filter_map(|thread| {
+        let read = |file| std::fs::read_to_string(thread.path().join(file)).ok();
+        (read("comm")?.trim() == name).then(|| read("schedstat")?.split(' ').next()?.parse::<u64>().ok())?
+    });
+    Duration::from_nanos(ns.sum())
+}
+
+#[test]
+fn an_interface_that_flaps_takes_no_time_from_others() {
+    let _alone = alone();
+    let (host, far) = pair("");
+    let (began, before) = (Instant::now(), cpu_time("sl-afxdp"));
+    let mut flaps = 0;
+    while began.elapsed() < Duration::from_secs(2) {
+        far.ip("link set far0 down");
+        far.ip("link set far0 up");
+        flaps += 1;
+    }
+    let (elapsed, spent) = (began.elapsed(), cpu_time("sl-afxdp") - before);
+    eprintln!("{flaps} flaps in {elapsed:?}: {spent:?} of a CPU");
+    assert!(flaps > 20 && spent > Duration::ZERO);
+    // What the port's thread does is what a flap may cost frames between other ports.
+    assert!(spent < elapsed * 3 / 100, "{spent:?} of {elapsed:?} for {flaps} flaps");
+    assert_eq!(host.port("up").connects, 1, "the queues stay open");
+    host.wait_for("up", PortState::Up);
+    far.ip("addr replace fd09::2/64 dev far0 nodad");
+    within("ping after the flaps", || host.namespace.ping(2, 56));
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod bell;
 mod device;
 pub mod gro;
 mod mapping;
+mod napi;
 mod netlink;
 mod program;
 mod queue;
@@ -39,6 +40,7 @@ use crate::port::{Link, Publisher};
 use crate::status::PortState;
 use crate::virtq::notify::EventFd;
 use device::{Device, Promiscuous, State};
+use napi::Deferral;
 use netlink::Netlink;
 use queue::Queues;
 use socket::Socket;
@@ -48,6 +50,9 @@ use umem::Umem;
 const TAG: usize = 4;
 /// Time until the interface is looked at again, whether or not there is news of it.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// Time for which no news is looked at after some was. An interface that flaps would keep the workers taking up links.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What the receiving and the sending half of a queue have in common.
 #[derive(Debug)]
@@ -159,6 +164,7 @@ impl Drop for AfxdpPort {
 struct Uplink {
     index: u32,
     program: u32,
+    _deferral: Option<Deferral>,
     queues: Queues,
     _promiscuous: Promiscuous,
 }
@@ -185,10 +191,11 @@ impl Watcher {
         let mut failed = false;
         while !stop.load(Ordering::Acquire) {
             // An attempt to open makes news of its own; one that fails is not repeated for that.
-            wait((!failed).then_some(&self.news), wake);
+            wait((!failed).then_some(&self.news), wake, LOOK);
             self.news.drain();
             if !stop.load(Ordering::Acquire) {
                 failed = self.look().is_err();
+                wait(None, wake, PAUSE);
             }
         }
         self.close(PortState::Down, "");
@@ -247,6 +254,7 @@ impl Watcher {
         let (queues, failures) = Queues::open(state.index, count, state.mtu, &self.options, self.publisher.stats())
             .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
         let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
+        let deferral = if self.options.busy_poll { self.defer(state.index) } else { None };
         self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         tracing::info!(
             port = self.name,
@@ -264,7 +272,17 @@ impl Watcher {
                  the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
             );
         }
-        Ok(Uplink { index: state.index, program, queues, _promiscuous: promiscuous })
+        Ok(Uplink { index: state.index, program, _deferral: deferral, queues, _promiscuous: promiscuous })
+    }
+
+    /// Has the driver wait for our calls, where the kernel can do that.
+    fn defer(&self, index: u32) -> Option<Deferral> {
+        let deferral = Deferral::new(index);
+        if let Err(error) = &deferral {
+            let port = &self.name;
+            tracing::info!(port, %error, "the kernel does not wait for the workers to poll the driver");
+        }
+        deferral.ok()
     }
 
     /// Sees to it that the interface has no XDP program.
@@ -321,12 +339,12 @@ impl Watcher {
 }
 
 /// Waits for news, if any is wanted, for the end, or for a while.
-fn wait(news: Option<&Netlink>, wake: &EventFd) {
+fn wait(news: Option<&Netlink>, wake: &EventFd, time: Duration) {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // The kernel passes over negative descriptors.
     let mut fds = [poll(news.map_or(-1, Netlink::as_raw_fd)), poll(wake.as_raw_fd())];
     // SAFETY: the kernel writes to the local array of the length given.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, LOOK.as_millis() as libc::c_int) };
+    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, time.as_millis() as libc::c_int) };
 }
 
 fn explain(what: &str, e: &Error) -> Error {

@@ -23,7 +23,7 @@ const XDP_ATTACHED: u16 = 2;
 const XDP_FLAGS: u16 = 3;
 const XDP_PROG_ID: u16 = 4;
 
-/// An rtnetlink socket.
+/// A netlink socket, of rtnetlink unless it is generic.
 #[derive(Debug)]
 pub(super) struct Netlink {
     fd: OwnedFd,
@@ -41,19 +41,24 @@ pub(super) struct Attached {
 impl Netlink {
     /// For requests.
     pub(super) fn open() -> Result<Self> {
-        Self::with_groups(0, 0)
+        Self::with_groups(libc::NETLINK_ROUTE, 0, 0)
+    }
+
+    /// For requests to families with a name (`linux/genetlink.h`).
+    pub(super) fn open_generic() -> Result<Self> {
+        Self::with_groups(libc::NETLINK_GENERIC, 0, 0)
     }
 
     /// For news: readable whenever an interface changes.
     pub(super) fn subscribe() -> Result<Self> {
-        Self::with_groups(GROUP_LINK, libc::SOCK_NONBLOCK)
+        Self::with_groups(libc::NETLINK_ROUTE, GROUP_LINK, libc::SOCK_NONBLOCK)
     }
 
-    fn with_groups(groups: u32, flags: libc::c_int) -> Result<Self> {
+    fn with_groups(protocol: libc::c_int, groups: u32, flags: libc::c_int) -> Result<Self> {
         // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
         let fd = unsafe {
             let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | flags;
-            let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE);
+            let fd = libc::socket(libc::AF_NETLINK, kind, protocol);
             check(fd)?;
             OwnedFd::from_raw_fd(fd)
         };
@@ -98,13 +103,13 @@ impl Netlink {
         check_error(buffer.get(..len).unwrap_or_default())
     }
 
-    fn send(&self, message: &[u8]) -> Result<()> {
+    pub(super) fn send(&self, message: &[u8]) -> Result<()> {
         // SAFETY: the kernel reads the message.
         let sent = unsafe { libc::send(self.fd.as_raw_fd(), message.as_ptr().cast(), message.len(), 0) };
         if sent < 0 { Err(Error::last_os_error()) } else { Ok(()) }
     }
 
-    fn receive(&self, buffer: &mut [u8]) -> Result<usize> {
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<usize> {
         // SAFETY: the kernel writes at most the buffer's length into it.
         let count = unsafe { libc::recv(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         usize::try_from(count).map_err(|_| Error::last_os_error())
@@ -118,7 +123,7 @@ impl AsRawFd for Netlink {
 }
 
 /// An attribute, padded.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(ATTRIBUTE + value.len() + 3);
     bytes.extend(((ATTRIBUTE + value.len()) as u16).to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
@@ -140,7 +145,7 @@ fn message(kind: u16, flags: u16, ifindex: u32, attributes: &[u8]) -> Vec<u8> {
 }
 
 /// The value of the first attribute of a kind.
-fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(super) fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     while let Some(&[a, b, c, d]) = attributes.first_chunk() {
         let (len, kind) = (usize::from(u16::from_ne_bytes([a, b])), u16::from_ne_bytes([c, d]) & !NESTED);
         let value = attributes.get(ATTRIBUTE..len)?;
@@ -153,7 +158,7 @@ fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
 }
 
 /// The error that a reply stands for, if it does.
-fn check_error(reply: &[u8]) -> Result<()> {
+pub(super) fn check_error(reply: &[u8]) -> Result<()> {
     let kind = reply.get(4..6).and_then(|bytes| bytes.first_chunk()).copied().map(u16::from_ne_bytes);
     let code = reply.get(HEADER..).and_then(|bytes| bytes.first_chunk()).copied().map(i32::from_ne_bytes);
     match (kind, code) {

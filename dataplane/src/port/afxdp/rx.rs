@@ -1,6 +1,5 @@
 //! The receiving half of an uplink's queue: frames stay in the pool until they have been forwarded.
 
-use std::io::Result;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,6 +23,9 @@ use crate::wire::VirtioNetHdr;
 /// frame that the kernel can make.
 const TAKE: usize = 128;
 
+/// Looks at an empty ring for one call that polls the driver.
+const EMPTY_POLLS: u32 = 32;
+
 /// What a virtio-net header would say of a frame from a wire.
 const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 
@@ -42,6 +44,8 @@ struct State {
     ledger: Ledger,
     /// Frames of the burst at hand. Empty between bursts.
     held: Vec<Piece>,
+    /// Looks at an empty ring since the last frame.
+    empty: u32,
 }
 
 /// A frame of the pool with what was received into it.
@@ -60,8 +64,8 @@ impl Receiver {
         fill: Producer<u64>,
         ring: Consumer<libc::xdp_desc>,
         ledger: Ledger,
-    ) -> Result<Self> {
-        let mut state = State { fill, ring, ledger, held: Vec::with_capacity(TAKE) };
+    ) -> std::io::Result<Self> {
+        let mut state = State { fill, ring, ledger, held: Vec::with_capacity(TAKE), empty: 0 };
         while let Some(frame) = state.ledger.take() {
             let address = state.ledger.lend(frame);
             state.fill.push(address);
@@ -88,7 +92,7 @@ impl Receiver {
         bytes
     }
 
-    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> std::result::Result<(), DropReason> {
+    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> Result<(), DropReason> {
         let (first, rest) = pieces.split_first().ok_or(DropReason::Runt)?;
         let first = self.bytes(first);
         // Of a frame that can be merged with others, the head has the headers alone: then data is all in the pool.
@@ -110,23 +114,21 @@ impl Receiver {
 }
 
 impl RxQueue for Receiver {
-    fn poll(
-        &self,
-        storage: &mut BurstStorage,
-        forward: &mut dyn FnMut(&mut Burst<'_>),
-    ) -> std::result::Result<usize, Fault> {
+    fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
         let Queue { pair, socket, shared, stats, unsent, .. } = &*self.both;
         if unsent.load(Ordering::Relaxed) {
             unsent.store(socket.kick_tx(), Ordering::Relaxed);
         }
-        let taken = state.take();
+        let mut taken = state.take();
+        if taken == 0 && shared.busy_poll && state.is_time_to_poll() {
+            socket.kick_rx();
+            taken = state.take();
+        }
         if taken == 0 {
-            if shared.busy_poll {
-                socket.kick_rx();
-            }
             return Ok(0);
         }
+        state.empty = 0;
         {
             let mut burst = storage.begin();
             let bytes = self.build(&state.held, &mut burst);
@@ -162,6 +164,13 @@ impl RxQueue for Receiver {
 }
 
 impl State {
+    /// Whether to poll the driver, having found nothing: at once, and then ever less often, since the worker's other
+    /// queues wait for the call.
+    fn is_time_to_poll(&mut self) -> bool {
+        self.empty = self.empty.wrapping_add(1);
+        self.empty.is_power_of_two() || self.empty.is_multiple_of(EMPTY_POLLS)
+    }
+
     /// Takes whole frames out of the ring, at most a burst. Returns how many.
     fn take(&mut self) -> usize {
         let available = self.ring.available(1).min(TAKE as u32);

@@ -368,6 +368,26 @@ fn the_bell_rings_for_who_listens() {
     });
 }
 
+#[test]
+fn a_driver_waits_to_be_polled_while_it_is_ours() {
+    on_a_wire(1500, |a, b| {
+        let index = Device::new("end-b").unwrap().state().unwrap().unwrap().index;
+        let before = match napi::settings(index) {
+            Ok(settings) if !settings.is_empty() => settings,
+            other => return eprintln!("this kernel does not tell: {other:?}"),
+        };
+        let deferral = Deferral::new(index).unwrap();
+        let during = napi::settings(index).unwrap();
+        assert!(during.len() == before.len() && during != before);
+        assert!(during.iter().all(|setting| setting.rounds == 2 && setting.timeout == 50_000), "{during:?}");
+        let frames: Vec<_> = (0..BURST).map(|_| plain(100)).collect();
+        deliver(a, b, &frames);
+        drop(deferral);
+        assert_eq!(napi::settings(index).unwrap(), before);
+        deliver(a, b, &frames);
+    });
+}
+
 /// Not a test: frames per second of 64 bytes over the wire, one way.
 #[test]
 #[ignore = "a measurement"]

@@ -133,6 +133,9 @@ impl Transmitter {
         csum: Csum,
     ) -> Result<(), DropReason> {
         let len = header.len() + data_len;
+        if len <= CHUNK {
+            return self.write_one(state, header, source, len, csum);
+        }
         let count = pieces_of(len);
         if count > MAX_PIECES || count > 1 && !self.both.shared.multi_buffer {
             return Err(DropReason::CannotConvert);
@@ -154,6 +157,31 @@ impl Transmitter {
         }
         let complete = left == 0 && self.complete(state, csum, len).is_some();
         state.finish(complete, len)
+    }
+
+    /// The same for a frame that fits into one of the pool's, as nearly all do.
+    fn write_one(
+        &self,
+        state: &mut State,
+        header: &[u8],
+        source: &mut Source<'_, '_>,
+        len: usize,
+        csum: Csum,
+    ) -> Result<(), DropReason> {
+        let mut place = state.ledger.take().ok_or(DropReason::Full)?;
+        let bytes = self.both.umem.bytes_mut(&mut place).get_mut(..len).unwrap_or_default();
+        let (front, rest) = bytes.split_at_mut(header.len().min(bytes.len()));
+        front.copy_from_slice(header);
+        let filled = front.len() + source.read(rest);
+        if filled != len || complete_in(bytes, csum).is_none() {
+            state.ledger.put(place);
+            return Err(DropReason::CannotConvert);
+        }
+        let addr = state.ledger.lend(place);
+        state.ring.push(libc::xdp_desc { addr, len: len as u32, options: 0 });
+        state.sent.frames += 1;
+        state.sent.bytes += len as u64;
+        Ok(())
     }
 
     /// Writes the checksum that was left open, if one was.
@@ -257,6 +285,14 @@ impl State {
         self.sent.bytes += len as u64;
         Ok(())
     }
+}
+
+/// Writes the checksum that was left open in a frame in one piece, if one was.
+fn complete_in(bytes: &mut [u8], csum: Csum) -> Option<()> {
+    let Csum::Partial { start, offset } = csum else { return Some(()) };
+    let mut sum = Sum::new();
+    sum.add(bytes.get(usize::from(start)..)?);
+    put_be16(bytes, usize::from(start) + usize::from(offset), sum.transport_checksum(offset))
 }
 
 fn pieces_of(len: usize) -> usize {
