@@ -51,7 +51,7 @@ const TAG: usize = 4;
 /// Time until the interface is looked at again, whether or not there is news of it.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Time for which no news is looked at after some was. An interface that flaps would keep the workers taking up links.
+/// Time for which no news is looked at once the link is down. One that flaps would keep the workers busy with links.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What the receiving and the sending half of a queue have in common.
@@ -194,11 +194,18 @@ impl Watcher {
             wait((!failed).then_some(&self.news), wake, LOOK);
             self.news.drain();
             if !stop.load(Ordering::Acquire) {
+                let was_up = self.is_up();
                 failed = self.look().is_err();
-                wait(None, wake, PAUSE);
+                if was_up && !self.is_up() {
+                    wait(None, wake, PAUSE);
+                }
             }
         }
         self.close(PortState::Down, "");
+    }
+
+    fn is_up(&self) -> bool {
+        matches!(self.shown, Some((PortState::Up, _)))
     }
 
     /// Brings the port in line with the interface.
