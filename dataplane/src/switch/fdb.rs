@@ -113,7 +113,7 @@ pub struct Fdb {
     change: SpinLock<()>,
     per_port: Box<[AtomicU32]>,
     count: AtomicUsize,
-    /// Counts entries that were added or moved.
+    /// Counts entries that were added, moved or removed.
     changes: AtomicU64,
     now: AtomicU32,
     config: FdbConfig,
@@ -140,7 +140,8 @@ impl Fdb {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Entries added or moved so far.
+    /// Entries added, moved or removed so far.
+    #[inline]
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
@@ -153,6 +154,12 @@ impl Fdb {
     /// Tells the time, in seconds since the switch started.
     pub fn set_now(&self, seconds: u32) {
         self.now.store(seconds, Ordering::Relaxed);
+    }
+
+    /// The time as it was told last, in seconds.
+    #[inline]
+    pub fn now(&self) -> u32 {
+        self.now.load(Ordering::Relaxed)
     }
 
     #[inline]
@@ -270,6 +277,7 @@ impl Fdb {
     fn remove(&self, bucket: &Bucket, way: usize) {
         let port = Place(bucket.places[way].load(Ordering::Relaxed)).port();
         bucket.keys[way].store(0, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::Release);
         self.owned(port).fetch_sub(1, Ordering::Relaxed);
         self.count.fetch_sub(1, Ordering::Relaxed);
     }

@@ -13,6 +13,7 @@ mod handover;
 mod load;
 #[cfg(test)]
 mod load_tests;
+mod pairs;
 pub mod policer;
 mod report;
 pub mod snapshot;
