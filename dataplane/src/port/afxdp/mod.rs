@@ -225,6 +225,10 @@ impl Watcher {
         if let Some(uplink) = self.uplink.as_ref().filter(|uplink| !self.is_ours(uplink, &state)) {
             self.yielded = uplink.index == state.index;
             self.close(PortState::Connecting, "the interface was replaced, or its XDP program removed");
+            if self.yielded {
+                // Whoever replaces it may have none in place for a moment, which is not an invitation.
+                return Err(Error::other("the interface's XDP program was removed or replaced"));
+            }
         }
         if self.uplink.is_none() {
             self.uplink = Some(self.open(&state)?);
