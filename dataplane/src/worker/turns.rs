@@ -9,8 +9,8 @@ const WORDS: usize = MAX_PORTS * MAX_QUEUE_PAIRS / u64::BITS as usize;
 const PASSES: u32 = 256;
 /// Other queues looked at in a pass that found nothing.
 const IDLE_LOOKS: usize = 32;
-/// Frames for each look at another queue in a pass that found some. A look at a silent queue, which is in no cache, takes
-/// as long as two frames.
+/// Frames for each look at another queue, while there are any. A look at a silent queue, of which nothing is in a near cache,
+/// takes as long as four frames.
 const FRAMES_PER_LOOK: usize = 128;
 
 /// A worker's memory of its queues, by their places in its plan.
@@ -26,12 +26,14 @@ pub(super) struct Turns {
     /// The one whose turn it was last.
     last: usize,
     passes: u32,
+    /// Frames since the last look at one of the others.
+    frames: usize,
 }
 
 impl Default for Turns {
     fn default() -> Self {
         let none = || vec![0; WORDS].into_boxed_slice();
-        Self { queues: 0, active: none(), heard: none(), others: false, last: 0, passes: 0 }
+        Self { queues: 0, active: none(), heard: none(), others: false, last: 0, passes: 0, frames: 0 }
     }
 }
 
@@ -70,9 +72,17 @@ impl Turns {
 
     /// How many of the others to look at after a pass over those that are active, by the frames that it found.
     #[inline]
-    pub(super) fn looks(&self, frames: usize) -> usize {
-        let looks = if frames == 0 { IDLE_LOOKS } else { 1 + frames / FRAMES_PER_LOOK };
-        if self.others { looks.min(self.queues) } else { 0 }
+    pub(super) fn looks(&mut self, frames: usize) -> usize {
+        if !self.others {
+            return 0;
+        }
+        if frames == 0 {
+            return IDLE_LOOKS.min(self.queues);
+        }
+        self.frames += frames;
+        let looks = self.frames / FRAMES_PER_LOOK;
+        self.frames %= FRAMES_PER_LOOK;
+        looks
     }
 
     /// The next queue in turn, unless it is active.
@@ -149,7 +159,7 @@ mod tests {
             turns.passed();
         }
         assert_eq!(active(&turns), [3, 130]);
-        assert_eq!((turns.looks(0), turns.looks(1), turns.looks(2 * FRAMES_PER_LOOK)), (IDLE_LOOKS, 1, 3));
+        assert_eq!((turns.looks(0), turns.looks(1), turns.looks(2 * FRAMES_PER_LOOK - 1)), (IDLE_LOOKS, 0, 2));
         let mut seen: Vec<_> = (0..200).filter_map(|_| turns.next_other()).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..200).filter(|place| ![3, 130].contains(place)).collect::<Vec<_>>());
@@ -178,7 +188,7 @@ mod tests {
             let mut seen = active(&turns);
             prop_assert!(seen.iter().all(|place| *place < queues));
             if seen.len() < queues {
-                prop_assert!(turns.looks(1) > 0);
+                prop_assert!(turns.looks(FRAMES_PER_LOOK) > 0);
             }
             seen.extend((0..queues).filter_map(|_| turns.next_other()));
             seen.sort_unstable();
