@@ -15,6 +15,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::config::SocketMode;
 use crate::handover::{Fds, VhostRecord};
+use crate::keeper::{Stamp, Watch};
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
 use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
@@ -33,6 +34,9 @@ const PENALTY_MS: u16 = 15_000;
 
 /// Pause between looks at a header of which only a part has come.
 const PARTIAL_MS: u16 = 5;
+
+/// A frontend that says nothing for that long has said all that it had to say, and the keeper is told.
+const QUIET_MS: u16 = 10;
 
 /// How long the rest of a message may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -164,6 +168,15 @@ impl Adopted {
     /// [`AdoptError`] if a ring cannot go on.
     pub fn go_on(&self, bases: &[u32]) -> Result<(), AdoptError> {
         self.session.as_ref().map_or(Ok(()), |session| session.go_on(bases))
+    }
+
+    /// As [`Adopted::go_on`] when the other process has died and not said where each ring stands.
+    ///
+    /// # Errors
+    /// As [`Adopted::go_on`].
+    pub fn resume(&self) -> Result<(), AdoptError> {
+        self.connection.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
+        self.session.as_ref().map_or(Ok(()), Session::resume)
     }
 
     /// Serves the frontend from now on.
@@ -383,20 +396,51 @@ impl Connection {
         &self,
         stream: UnixStream,
         device: &Mutex<Device>,
+        handler: BackendReqHandler<Mutex<Device>>,
+    ) -> Result<End, Failure> {
+        let mut watch = self.watch(device);
+        let end = self.talk(&stream, device, handler, &mut watch);
+        if watch.is_some() {
+            // The keeper has it, too, and the frontend is to know now.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        end
+    }
+
+    /// Has the connection kept over a crash.
+    fn watch(&self, device: &Mutex<Device>) -> Option<Watch> {
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let keeper = self.publisher.keeper();
+        if device.stamp.is_none() && keeper.is_some() {
+            device.stamp = Stamp::new().ok().map(Arc::new);
+        }
+        // Whoever has it is told, even if we do without.
+        let stamp = device.stamp.clone().inspect(|stamp| drop(stamp.set_current(false)))?;
+        Some(Watch::new(keeper?, &self.name, self.place.path(), stamp))
+    }
+
+    fn talk(
+        &self,
+        stream: &UnixStream,
+        device: &Mutex<Device>,
         mut handler: BackendReqHandler<Mutex<Device>>,
+        watch: &mut Option<Watch>,
     ) -> Result<End, Failure> {
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
         self.orders.connected(Some(stream.try_clone()?));
         loop {
-            let Some(header) = self.next(&stream, device)? else {
+            let Some(header) = self.next(stream, device, watch)? else {
                 return Ok(if self.orders.ended() { End::Stopped } else { End::HungUp });
             };
             // The crate would try for ever.
-            if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
+            if !socket::has_room(stream, MESSAGE_TIMEOUT) {
                 return Err(Failure::Unread);
             }
-            if !answer(header, &stream, device)? {
+            if let Some(watch) = watch {
+                watch.changing();
+            }
+            if !answer(header, stream, device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
         }
@@ -404,10 +448,19 @@ impl Connection {
 
     /// Waits for a message and returns its header, which stays in the stream. `None` if the frontend has hung up or we
     /// are to stop.
-    fn next(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
+    fn next(
+        &self,
+        stream: &UnixStream,
+        device: &Mutex<Device>,
+        watch: &mut Option<Watch>,
+    ) -> Result<Option<Header>, Failure> {
         let fds = [self.orders.as_raw_fd(), stream.as_raw_fd()];
         loop {
-            let [woken, readable] = socket::wait(fds, None)?;
+            let stale = watch.as_mut().filter(|watch| !watch.is_current());
+            let [woken, readable] = socket::wait(fds, stale.is_some().then_some(QUIET_MS))?;
+            if let Some(watch) = stale.filter(|_| !woken && !readable) {
+                watch.update(self.pack(Some((stream, device))));
+            }
             if woken && self.stopped_in(0, Some((stream, device))) {
                 return Ok(None);
             }
