@@ -49,11 +49,12 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 13] = [
+const SYSTEMS: [&str; 14] = [
     "errors",
     "traffic",
     "isolation",
     "tap",
+    "upgrade",
     "hostile",
     "testpmd",
     "idle",

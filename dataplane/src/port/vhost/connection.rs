@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
-use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::config::SocketMode;
 use crate::handover::{Fds, VhostRecord};
 use crate::keeper::{Stamp, Watch};
+use crate::port::vhost::answer::{answer, explain};
+use crate::port::vhost::gate::LogGate;
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
 use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
@@ -201,7 +203,7 @@ enum End {
 
 /// Why a connection failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("the frontend sent half a header")]
     HalfHeader,
     #[error("the frontend does not read our replies")]
@@ -492,93 +494,5 @@ impl Connection {
                 return Ok(None);
             }
         }
-    }
-}
-
-/// Handles the requests that the `vhost` crate does not. Returns whether this was one of them.
-fn answer(header: Header, stream: &UnixStream, device: &Mutex<Device>) -> Result<bool, Failure> {
-    let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = match header.request {
-        FrontendReq::GET_STATUS => {
-            header.take::<0>(stream)?;
-            header.reply(stream, u64::from(device.status()))?;
-            return Ok(true);
-        }
-        FrontendReq::SET_STATUS => device.set_status(number(header, stream)?),
-        FrontendReq::NET_SET_MTU => device.frontend_mtu(number(header, stream)?),
-        FrontendReq::SET_VRING_ENABLE => {
-            let state = number(header, stream)?.to_ne_bytes();
-            let word = |at: usize| u32::from_ne_bytes([state[at], state[at + 1], state[at + 2], state[at + 3]]);
-            device.enable(word(0), word(4))
-        }
-        FrontendReq::SEND_RARP => {
-            device.announce(number(header, stream)?);
-            Ok(())
-        }
-        FrontendReq::SET_LOG_FD => header.take::<0>(stream).map(|_| Ok(()))?,
-        FrontendReq::SET_VRING_ENDIAN => number(header, stream).map(|_| Err(DeviceError::Unsupported))?,
-        _ => return Ok(false),
-    };
-    if header.need_reply && device.acknowledges() {
-        header.reply(stream, u64::from(result.is_err()))?;
-    }
-    result.map(|()| true).map_err(|error| Failure::Device(header.request, error))
-}
-
-fn number(header: Header, stream: &UnixStream) -> Result<u64, MessageError> {
-    Ok(u64::from_ne_bytes(header.take::<8>(stream)?))
-}
-
-/// The crate's errors in an operator's words.
-fn explain(error: Error) -> Cow<'static, str> {
-    match error {
-        Error::ReqHandlerError(error) => error.to_string().into(),
-        Error::InvalidMessage => "cut short, or its size, fields or descriptors are not those of the request".into(),
-        Error::InactiveOperation(feature) => format!("{feature:?} was not negotiated").into(),
-        Error::SocketRetry(_) | Error::PartialMessage | Error::Disconnected => {
-            "the frontend sent half a message".into()
-        }
-        other => other.to_string().into(),
-    }
-}
-
-/// Lets a few log lines pass in each period, so that a frontend which comes and goes cannot flood the log.
-#[derive(Debug, Default)]
-struct LogGate {
-    since: Option<Instant>,
-    passed: u32,
-    suppressed: u32,
-}
-
-impl LogGate {
-    const PERIOD: Duration = Duration::from_secs(10);
-    const LINES: u32 = 8;
-
-    /// Whether a line may pass; if so, how many were held back before it.
-    fn pass(&mut self) -> Option<u32> {
-        if self.since.is_none_or(|since| since.elapsed() >= Self::PERIOD) {
-            self.since = Some(Instant::now());
-            self.passed = 0;
-        }
-        if self.passed >= Self::LINES {
-            self.suppressed += 1;
-            return None;
-        }
-        self.passed += 1;
-        Some(std::mem::take(&mut self.suppressed))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn log_lines_are_bounded() {
-        let mut gate = LogGate::default();
-        let passed = (0..100).filter(|_| gate.pass().is_some()).count();
-        assert_eq!(passed, LogGate::LINES as usize);
-        gate.since = None;
-        assert_eq!(gate.pass(), Some(100 - LogGate::LINES));
     }
 }
