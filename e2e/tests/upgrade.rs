@@ -55,7 +55,7 @@ impl Rig {
 
     /// Begins to ping a host from the first one.
     fn ping(&self, to: usize) -> Result<Ping> {
-        let log = self.scratch.join(&format!("ping{to}"));
+        let log = self.scratch.join(format!("ping{to}"));
         let _ = fs::remove_file(&log);
         let mut command = self.hosts[0].command("busybox");
         command.args(["ping", "-i", "0.01", "-W", "1", ADDRESSES[to]]);
