@@ -5,9 +5,10 @@
 //! another process, small and with nothing to do: should the switch die, frontends notice nothing, and the next switch goes
 //! on with what it is given.
 //!
-//! What is kept of a port is what a takeover hands over ([`VhostRecord`](crate::handover::VhostRecord)), given anew whenever the port's frontend has said
-//! something and then been quiet for a moment. In between, a [`Stamp`] says that it is out of date; then it is not given to
-//! anybody, and closed when the switch dies, so that the frontend connects anew as if there were no keeper.
+//! What is kept of a port is what a takeover hands over ([`VhostRecord`](crate::handover::VhostRecord)), given anew whenever
+//! the port's frontend has said something and then been quiet for a moment. In between, a [`Stamp`] says that it is out of
+//! date; then it is not given to anybody, and closed when the switch dies, so that the frontend connects anew as if there
+//! were no keeper.
 //!
 //! ```text
 //!   switch ── "keep this of port vm1", descriptors ──▶ keeper      whenever something has changed
