@@ -44,7 +44,7 @@ impl Bench {
         let switch = Switch::start(&SwitchConfig::default()).unwrap();
         let about = About { mode: WorkerMode::Adaptive, control, state_dir };
         let controller = Controller::new(switch.clone(), store, about);
-        controller.bring_up(&[], &[]).unwrap();
+        controller.bring_up(&[], &[], Vec::new()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let metrics = listener.local_addr().unwrap();
@@ -220,7 +220,7 @@ fn a_start_that_fails_writes_nothing() {
     let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     let controller = Controller::new(switch.clone(), store, about);
-    let error = controller.bring_up(std::slice::from_ref(&one), &[same]).unwrap_err();
+    let error = controller.bring_up(std::slice::from_ref(&one), &[same], Vec::new()).unwrap_err();
     assert!(error.to_string().contains("is used by port vm1 already"), "{error}");
     assert_eq!(std::fs::read_to_string(dir.path().join("ports.json")).unwrap(), table);
     switch.stop();
@@ -235,7 +235,7 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     let controller = Controller::new(switch.clone(), store, about);
-    controller.bring_up(&[port("new=vhost-user:/tmp/sluice-x.sock")], &[]).unwrap();
+    controller.bring_up(&[port("new=vhost-user:/tmp/sluice-x.sock")], &[], Vec::new()).unwrap();
     let names: Vec<_> = switch.ports().into_iter().map(|port| port.name).collect();
     assert_eq!(names, ["b", "new"]);
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();

@@ -12,6 +12,11 @@ use crate::stage::{self, cargo};
 /// All of it together ends by then.
 const LIMIT: Duration = Duration::from_secs(29 * 60);
 
+/// For the database of advisories to come over the network.
+const FETCH_LIMIT: Duration = Duration::from_secs(30);
+/// The stage that needs it.
+const ADVISORIES: &str = "advisories";
+
 #[derive(Args)]
 pub(crate) struct Options {
     /// Leave out the systems tests.
@@ -49,11 +54,12 @@ impl Tally {
 }
 
 /// The files of the systems tests, shortest first, so that simple mistakes show early.
-const SYSTEMS: [&str; 13] = [
+const SYSTEMS: [&str; 14] = [
     "errors",
     "traffic",
     "isolation",
     "tap",
+    "upgrade",
     "hostile",
     "testpmd",
     "idle",
@@ -110,6 +116,8 @@ fn stages(options: &Options) -> Vec<Stage> {
     ];
     if cargo(&["deny", "--version"]).output().is_ok_and(|output| output.status.success()) {
         stages.push(Stage { name: "deny", command: cargo(&["deny", "check", "licenses", "bans", "sources"]) });
+        let wanted = options.only.as_deref().is_none_or(|only| only == ADVISORIES);
+        stages.extend(wanted.then(advisories).flatten());
     } else {
         println!("cargo-deny is not installed; `unit` checks licences, sources and build scripts by itself");
     }
@@ -137,6 +145,17 @@ fn stages(options: &Options) -> Vec<Stage> {
         }
     }
     stages
+}
+
+/// Looks known vulnerabilities of dependencies up, where their database can be had.
+fn advisories() -> Option<Stage> {
+    let fetched = stage::run(cargo(&["deny", "fetch", "db"]), Some(Instant::now() + FETCH_LIMIT), |_| ());
+    if fetched.is_ok_and(|outcome| outcome.status.success()) {
+        let check = cargo(&["deny", "check", "--disable-fetch", "advisories"]);
+        return Some(Stage { name: ADVISORIES, command: check });
+    }
+    println!("the database of advisories cannot be had; known vulnerabilities are not looked up");
+    None
 }
 
 fn has_dpdk() -> bool {

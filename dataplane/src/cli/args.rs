@@ -59,6 +59,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run the switch
     Run(RunArgs),
+    /// Keep the connections of a switch while it is gone. 'run' starts one by itself; this is for where processes go with it,
+    /// as in a container
+    Keep(KeepArgs),
     /// Add, remove and show ports
     #[command(subcommand)]
     Port(PortCommand),
@@ -112,6 +115,9 @@ pub(crate) struct RunArgs {
     /// Where to keep the ports [default: /var/lib/sluice]
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
+    /// Have another process keep connections to guests should this one crash [default: on]
+    #[arg(long, value_name = "on|off", value_parser = |text: &str| parse_switch("keeper", text))]
+    pub(crate) keeper: Option<bool>,
     /// Serve /metrics, /healthz and /readyz here, like 127.0.0.1:9090 [default: not]
     #[arg(long, value_name = "ADDR")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -121,6 +127,16 @@ pub(crate) struct RunArgs {
     /// Log more; twice for all. SLUICE_LOG has the last word, like SLUICE_LOG=sluice=debug
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeepArgs {
+    /// State directory of the switch
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE)]
+    pub(crate) state: PathBuf,
+    /// Listen on standard input, and end with the switch
+    #[arg(long, hide = true)]
+    pub(crate) inherited: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -11,6 +11,7 @@ mod capture;
 mod client;
 mod cycles;
 mod fdb;
+mod keep;
 mod output;
 mod pcapng;
 mod port;
@@ -68,6 +69,7 @@ pub(crate) fn main() -> Result<(), Failure> {
     let (socket, json) = (cli.socket.as_path(), cli.json);
     match cli.command {
         Command::Run(args) => run::run(args, json),
+        Command::Keep(args) => keep::run(&args),
         Command::Port(command) => port::run(command, socket, json),
         Command::Fdb(command) => fdb::run(command, socket, json),
         Command::Worker(command) => worker::run(command, socket, json),

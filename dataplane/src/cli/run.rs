@@ -11,6 +11,7 @@ use signal_hook::iterator::{Handle, Signals};
 use sluice::config::{FileConfig, FileError, PortConfig, SwitchConfig, check_workers};
 use sluice::control::{About, ControlSocket, Controller, StateStore, serve};
 use sluice::handover::Takeover;
+use sluice::keeper::{Keeper, Kept};
 use sluice::sandbox::{self, DEFAULT_KINDS, Needs, Sandbox, SandboxMode};
 use sluice::switch::Switch;
 use sluice::virtq::journal::Journal;
@@ -39,7 +40,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
         Some(takeover) => take_over(&setup, &runtime, takeover)?,
         None => start(&setup, &runtime)?,
     };
-    let Start { switch, controller, socket, metrics, sandbox } = start;
+    let Start { switch, controller, socket, metrics, sandbox, keeper } = start;
     // The kernel chooses if the port was 0.
     let metrics_address = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
     controller.set_ready(true);
@@ -52,6 +53,9 @@ pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
         server.stop().map_err(|error| Failure::Failed(format!("the control server ended: {error}")))
     });
     switch.stop();
+    if let Some(keeper) = keeper {
+        keeper.end();
+    }
     result
 }
 
@@ -62,6 +66,7 @@ struct Start {
     socket: ControlSocket,
     metrics: Option<TcpListener>,
     sandbox: Sandbox,
+    keeper: Option<Arc<Keeper>>,
 }
 
 fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
@@ -69,14 +74,21 @@ fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
     let socket = bound.map_err(Failure::failed)?;
     let metrics = setup.metrics.map(listen).transpose()?;
+    let (keeper, kept) = find_keeper(setup, true);
     let (config, sandbox) = confine(setup, &store)?;
-    let switch = Switch::start_frozen(&config).map_err(no_workers)?;
-    keep_journal(&switch, &store);
+    let switch = start_switch(&config, &store, &keeper)?;
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
-    let brought_up = controller.bring_up(&setup.file_ports, &setup.argument_ports).map_err(Failure::failed);
-    brought_up.inspect_err(|_| switch.stop())?;
+    let brought_up = controller.bring_up(&setup.file_ports, &setup.argument_ports, kept).map_err(Failure::failed);
+    let resumed = brought_up.inspect_err(|_| switch.stop())?;
+    if !resumed.is_empty() {
+        tracing::info!(ports = resumed.len(), "going on with connections that were kept");
+    }
+    switch.start_adopted();
+    if let Some(keeper) = &keeper {
+        keeper.settled(resumed);
+    }
     switch.open();
-    Ok(Start { switch, controller, socket, metrics, sandbox })
+    Ok(Start { switch, controller, socket, metrics, sandbox, keeper })
 }
 
 /// Takes everything over from a running switch, which goes on if this fails. Nothing here may touch its files before
@@ -95,20 +107,53 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
         (Some(wanted), _) => Some(listen(wanted)?),
         (None, _) => None,
     };
+    let (keeper, _) = find_keeper(setup, false);
     let (config, sandbox) = confine(setup, &store)?;
-    let switch = Switch::start_frozen(&config).map_err(no_workers)?;
-    keep_journal(&switch, &store);
+    let switch = start_switch(&config, &store, &keeper)?;
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
     let (file, arguments) = (&setup.file_ports, &setup.argument_ports);
     controller.adopt(&mut takeover, file, arguments).map_err(Failure::failed)?;
     let still = takeover.commit(&switch).map_err(Failure::failed)?;
     takeover.wait_gone();
     controller.complete(&takeover, file, arguments);
+    if let Some(keeper) = &keeper {
+        keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect());
+    }
     tracing::info!(pid = takeover.pid(), still_us = still.as_micros() as u64, "taken over");
     let _inside = runtime.enter();
     let group = setup.group.as_deref();
     let socket = ControlSocket::adopt(control, &setup.about.control, group).map_err(Failure::failed)?;
-    Ok(Start { switch, controller, socket, metrics, sandbox })
+    Ok(Start { switch, controller, socket, metrics, sandbox, keeper })
+}
+
+/// Starts the switch with nothing to do yet.
+fn start_switch(
+    config: &SwitchConfig,
+    store: &StateStore,
+    keeper: &Option<Arc<Keeper>>,
+) -> Result<Arc<Switch>, Failure> {
+    let switch = Switch::start_frozen(config)
+        .map_err(|error| Failure::Failed(format!("cannot start the workers: {error}; check --cpu")))?;
+    keep_journal(&switch, store);
+    if let Some(keeper) = keeper {
+        switch.keep_connections(keeper.clone());
+    }
+    Ok(switch)
+}
+
+/// What keeps connections over a crash, and what it has kept. Before the process may start no other any more.
+fn find_keeper(setup: &Setup, alone: bool) -> (Option<Arc<Keeper>>, Vec<Kept>) {
+    if !setup.keeper {
+        Keeper::dismiss(&setup.about.state_dir, alone);
+        return (None, Vec::new());
+    }
+    match Keeper::find(&setup.about.state_dir, alone) {
+        Ok((keeper, kept)) => (Some(keeper), kept),
+        Err(error) => {
+            tracing::warn!("{error}; should this process crash, guests see their link go down");
+            (None, Vec::new())
+        }
+    }
 }
 
 /// Without it, a crash can double the frames under way, and guests with packed rings have to be reset.
@@ -119,13 +164,9 @@ fn keep_journal(switch: &Switch, store: &StateStore) {
     }
 }
 
-fn no_workers(error: std::io::Error) -> Failure {
-    Failure::Failed(format!("cannot start the workers: {error}; check --cpu"))
-}
-
 /// Every guest needs some ten descriptors, and as many again while it is handed over. The usual limit is there for old programs
 /// that cannot do with more.
-fn many_descriptors() {
+pub(super) fn many_descriptors() {
     // SAFETY: reads and writes a local; if it fails the limit stays.
     unsafe {
         let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -177,6 +218,7 @@ struct Setup {
     about: About,
     group: Option<String>,
     metrics: Option<SocketAddr>,
+    keeper: bool,
     file_ports: Vec<PortConfig>,
     argument_ports: Vec<PortConfig>,
 }
@@ -211,6 +253,7 @@ impl Setup {
             about: About { mode, control, state_dir },
             group: file.group,
             metrics: args.metrics.or(file.metrics),
+            keeper: args.keeper.or(file.keeper).unwrap_or(true),
             file_ports: file.ports,
             argument_ports: args.ports,
         })

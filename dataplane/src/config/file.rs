@@ -25,6 +25,8 @@ pub struct FileConfig {
     pub socket_root: Option<PathBuf>,
     /// `[state] dir`.
     pub state: Option<PathBuf>,
+    /// `[state] keeper`: another process keeps connections over a crash.
+    pub keeper: Option<bool>,
     /// `[sandbox] mode`.
     pub sandbox: Option<SandboxMode>,
     /// `[sandbox] kinds`: kinds of port that can be added.
@@ -141,6 +143,7 @@ struct ControlSection {
 #[serde(deny_unknown_fields, default)]
 struct StateSection {
     dir: Option<Spanned<Word>>,
+    keeper: Option<Spanned<Word>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -204,6 +207,7 @@ impl Sections {
     fn check(self) -> Result<FileConfig, Wrong> {
         let mode = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
         let rebalance = |word: &Spanned<Word>| at(word, parse_switch("rebalance", &word.as_ref().0));
+        let keeper = |word: &Spanned<Word>| at(word, parse_switch("keeper", &word.as_ref().0));
         let sandbox = |word: &Spanned<Word>| at(word, word.as_ref().0.parse());
         let kinds = |word: &Spanned<Word>| at(word, parse_kinds(&word.as_ref().0));
         let listen = |word: &Spanned<Word>| {
@@ -215,6 +219,7 @@ impl Sections {
             group: self.control.group.map(|word| word.0),
             socket_root: self.control.socket_root.as_ref().map(absolute).transpose()?,
             state: self.state.dir.as_ref().map(absolute).transpose()?,
+            keeper: self.state.keeper.as_ref().map(keeper).transpose()?,
             sandbox: self.sandbox.mode.as_ref().map(sandbox).transpose()?,
             kinds: self.sandbox.kinds.as_ref().map(kinds).transpose()?,
             metrics: self.metrics.listen.as_ref().map(listen).transpose()?,

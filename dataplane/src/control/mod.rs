@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::{InvalidPort, MissingFolder, Pin, PortConfig, PortQueue, WorkerMode};
+use crate::config::{InvalidPort, MissingFolder, Pin, PortConfig, PortQueue, PortTarget, WorkerMode};
 use crate::handover::{GiveError, Listeners, TakeError, Takeover, give};
+use crate::keeper::Kept;
 use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
 
@@ -159,20 +160,34 @@ impl Controller {
 
     /// Adds the ports of the file and of the command line, then those of the last run. A name that is given now beats
     /// one of the last run. Ports of the file are not kept in the state, so that they go when they leave the file.
+    /// Connections that were kept over a crash go on. Returns the names of their ports.
     ///
     /// # Errors
     /// If a given port is refused, or the state cannot be written. The caller then stops the switch.
-    pub fn bring_up(&self, file: &[PortConfig], arguments: &[PortConfig]) -> Result<(), ControlError> {
+    pub fn bring_up(
+        &self,
+        file: &[PortConfig],
+        arguments: &[PortConfig],
+        mut kept: Vec<Kept>,
+    ) -> Result<Vec<String>, ControlError> {
+        let mut resumed = Vec::new();
+        let mut add = |port: &PortConfig| {
+            if !self.resume(port, &mut kept) {
+                return self.switch.add_port(port.clone());
+            }
+            resumed.push(port.name.clone());
+            Ok(())
+        };
         let mut store = self.lock();
         let pins = self.restore_pins(&store, file, arguments);
         keep_pins(&mut store, pins);
         let given = || file.iter().chain(arguments);
         for port in given() {
-            self.switch.add_port(port.clone())?;
+            add(port)?;
         }
         let mut keep = Vec::new();
         for port in store.ports().iter().filter(|port| given().all(|other| other.name != port.name)) {
-            match self.switch.add_port(port.clone()) {
+            match add(port) {
                 Ok(()) => keep.push(port.clone()),
                 Err(error @ PortError::TargetInUse { .. }) => {
                     tracing::warn!(port = port.name, "forgotten, since {error}");
@@ -186,7 +201,22 @@ impl Controller {
         }
         keep.extend_from_slice(arguments);
         store.replace(keep)?;
-        Ok(())
+        Ok(resumed)
+    }
+
+    /// Goes on with a port's connection if it was kept. Otherwise, or if it cannot be, the port is to connect anew.
+    fn resume(&self, port: &PortConfig, kept: &mut Vec<Kept>) -> bool {
+        let PortTarget::VhostUser { path, .. } = &port.target else { return false };
+        let Some(place) = kept.iter().position(|kept| kept.port == port.name && kept.path == *path) else {
+            return false;
+        };
+        match self.switch.resume_port(port.clone(), kept.swap_remove(place)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(port = port.name, "its connection was kept, but cannot go on: {error}");
+                false
+            }
+        }
     }
 
     /// Gives the switch the pins of the last run, and returns them, those of ports that are gone left out. Before ports are

@@ -20,7 +20,7 @@
 mod give;
 mod record;
 mod take;
-mod wire;
+pub(crate) mod wire;
 
 pub use give::{GiveError, Listeners, give};
 pub use record::{DeviceRecord, RegionRecord, RingRecord, StatsRecord, VhostRecord};

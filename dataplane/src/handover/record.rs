@@ -89,6 +89,9 @@ pub struct DeviceRecord {
     pub rings: Vec<RingRecord>,
     /// The ring that was named last.
     pub focus: usize,
+    /// What says whether the keeper is up to date ([`Stamp`](crate::keeper::Stamp)).
+    #[serde(default)]
+    pub(crate) stamp: Option<u32>,
 }
 
 /// A region of guest memory.
@@ -127,6 +130,9 @@ pub struct RingRecord {
     pub kick: Option<u32>,
     pub(crate) call: Option<u32>,
     pub(crate) err: Option<u32>,
+    /// Where it began, or stood when it was last stopped; of one that runs, a better account is given later.
+    #[serde(default)]
+    pub(crate) base: u32,
     /// By `SET_VRING_ENABLE`.
     pub enabled: bool,
     /// By `SET_VRING_KICK`.

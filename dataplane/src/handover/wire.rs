@@ -4,7 +4,7 @@
 //! descriptors, each batch with one byte.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -67,6 +67,17 @@ impl Fds {
         self.0.get_mut(usize::try_from(place).ok()?)?.take()
     }
 
+    /// The descriptor at a place.
+    pub(crate) fn get(&self, place: u32) -> Option<BorrowedFd<'_>> {
+        self.0.get(usize::try_from(place).ok()?)?.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The same descriptors once more.
+    pub(crate) fn duplicate(&self) -> io::Result<Self> {
+        let each = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self(self.0.iter().map(each).collect::<io::Result<_>>()?))
+    }
+
     /// Number of places.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -78,19 +89,19 @@ impl Fds {
     }
 
     /// Adds all of another list behind these.
-    pub(super) fn append(&mut self, other: Fds) {
+    pub(crate) fn append(&mut self, other: Fds) {
         self.0.extend(other.0);
     }
 
     /// Splits the first `count` off. `None` if there are fewer.
-    pub(super) fn split_first(&mut self, count: usize) -> Option<Fds> {
+    pub(crate) fn split_first(&mut self, count: usize) -> Option<Fds> {
         let rest = (count <= self.0.len()).then(|| self.0.split_off(count))?;
         Some(Fds(std::mem::replace(&mut self.0, rest)))
     }
 }
 
 /// Sends a record and its descriptors, for each part of which the other side has `limit`.
-pub(super) fn send(
+pub(crate) fn send(
     mut stream: &UnixStream,
     record: &impl Serialize,
     fds: &Fds,
@@ -109,7 +120,7 @@ pub(super) fn send(
 }
 
 /// Receives a record and its descriptors.
-pub(super) fn receive<T: DeserializeOwned>(mut stream: &UnixStream, limit: Duration) -> Result<(T, Fds), WireError> {
+pub(crate) fn receive<T: DeserializeOwned>(mut stream: &UnixStream, limit: Duration) -> Result<(T, Fds), WireError> {
     let failed = |error| WireError::of(error, limit);
     stream.set_read_timeout(Some(limit)).map_err(failed)?;
     let mut head = [0; 8];
@@ -142,7 +153,7 @@ pub(crate) fn is_greeting(stream: &impl AsRawFd) -> io::Result<bool> {
 }
 
 /// The user of the process at the other end of a connection.
-pub(super) fn peer_uid(stream: &UnixStream) -> io::Result<u32> {
+pub(crate) fn peer_uid(stream: &UnixStream) -> io::Result<u32> {
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     let (level, option) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
@@ -152,7 +163,7 @@ pub(super) fn peer_uid(stream: &UnixStream) -> io::Result<u32> {
 }
 
 /// The user of this process.
-pub(super) fn own_uid() -> u32 {
+pub(crate) fn own_uid() -> u32 {
     // SAFETY: the call has no conditions.
     unsafe { libc::geteuid() }
 }

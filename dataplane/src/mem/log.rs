@@ -67,6 +67,11 @@ impl Log {
         }
     }
 
+    /// Marks all pages there are.
+    pub fn mark_all(&self) {
+        (0..self.pages().div_ceil(WORD)).for_each(|word| self.mark(word, u64::MAX));
+    }
+
     /// As [`Log::mark`], but leaves alone what is marked already. After a full fence, behind the writes: then whoever clears a
     /// mark that was seen here copies the page later than that.
     fn mark_new(&self, word: u64, bits: u64) {

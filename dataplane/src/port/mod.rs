@@ -16,6 +16,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use crate::frame::{Burst, BurstStorage};
+use crate::keeper::Keeper;
 use crate::port::stats::PortStats;
 use crate::port::vhost::hold::Hold;
 use crate::status::PortState;
@@ -130,6 +131,11 @@ pub trait Publisher: Send + Sync {
 
     /// Counters of the port.
     fn stats(&self) -> &Arc<PortStats>;
+
+    /// What keeps the port's connection over a crash.
+    fn keeper(&self) -> Option<Arc<Keeper>> {
+        None
+    }
 
     /// Where the positions of the port's rings are kept over a crash, and the name that it has there.
     fn journal(&self) -> Option<(Arc<Journal>, String)> {

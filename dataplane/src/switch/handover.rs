@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::handover::{FdbRecord, Fds, KindRecord, StatsRecord};
+use crate::keeper::Kept;
 use crate::port::PortId;
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
@@ -180,7 +181,10 @@ impl Switch {
         // Whether some port is about to come up, and whether one is up.
         let look = || {
             let tables = lock(&self.inner.tables);
-            let links = tables.slots.iter().filter_map(Slot::view).map(|view| view.link.clone());
+            // Guests whose connections were kept have not noticed anything.
+            let ports = tables.ports.values().filter(|entry| !entry.resumed);
+            let views = ports.filter_map(|entry| tables.slots.get(usize::from(entry.id.0))?.view());
+            let links = views.map(|view| view.link.clone());
             links.fold((false, false), |(coming, up), link| match link.state {
                 PortState::Connecting => (coming || link.reason.is_none(), up),
                 PortState::Down => (true, up),
@@ -221,6 +225,27 @@ impl Switch {
         })
     }
 
+    /// Adds a port whose connection was kept over a crash. Its frontend is served from [`Switch::start_adopted`] on.
+    ///
+    /// # Errors
+    /// [`PortError`].
+    pub fn resume_port(&self, config: PortConfig, kept: Kept) -> Result<(), PortError> {
+        let name = config.name.clone();
+        self.adopt_port(config, Taken { kind: KindRecord::Vhost(kept.record), fds: kept.fds })?;
+        let driver = self.exchange(&name, |driver| driver.take());
+        let outcome = match &driver {
+            Some(Driver::Adopted(adopted)) => adopted.resume().map_err(|error| PortError::Setup(error.to_string())),
+            _ => Ok(()),
+        };
+        self.exchange(&name, |place| *place = driver);
+        if outcome.is_err() {
+            let _ = self.remove_port(&name);
+        } else if let Some(entry) = lock(&self.inner.tables).ports.get_mut(&name) {
+            entry.resumed = true;
+        }
+        outcome
+    }
+
     /// Makes the queues of a port that was taken over, from where its rings stand, and goes on with its counts.
     ///
     /// # Errors
@@ -239,7 +264,7 @@ impl Switch {
     }
 
     /// Lets the ports that were taken over serve their frontends.
-    pub(crate) fn start_adopted(&self) {
+    pub fn start_adopted(&self) {
         for name in self.port_configs().into_iter().map(|config| config.name) {
             let driver = match self.exchange(&name, |driver| driver.take()) {
                 Some(Driver::Adopted(adopted)) => match adopted.start() {

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::handover::StatsRecord;
+use crate::keeper::Keeper;
 use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
@@ -113,6 +114,7 @@ struct Inner {
     /// Move queues by load.
     rebalance: bool,
     journal: OnceLock<Arc<Journal>>,
+    keeper: OnceLock<Arc<Keeper>>,
 }
 
 /// The ports, as the control side knows them.
@@ -147,6 +149,8 @@ struct Entry {
     id: PortId,
     stats: Arc<PortStats>,
     policers: Policers,
+    /// Its connection was kept over a crash.
+    resumed: bool,
     /// The thread that looks after the other side. `None` while the port is added or removed.
     driver: Option<Driver>,
 }
@@ -191,6 +195,7 @@ impl Switch {
             loads: Mutex::default(),
             rebalance: config.rebalance,
             journal: OnceLock::new(),
+            keeper: OnceLock::new(),
         });
         inner.fdb.set_now(report::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
@@ -218,6 +223,12 @@ impl Switch {
     pub fn keep_journal(&self, journal: Arc<Journal>) {
         // A second one is ignored.
         let _ = self.inner.journal.set(journal);
+    }
+
+    /// Has the connections of all ports kept over a crash from now on. Before ports are added.
+    pub fn keep_connections(&self, keeper: Arc<Keeper>) {
+        // A second one is ignored.
+        let _ = self.inner.keeper.set(keeper);
     }
 
     /// Adds a port. It connects in the background.
@@ -319,8 +330,14 @@ impl Inner {
         }
         tables.slots[free] = Slot::Reserved;
         let (id, stats) = (PortId(free as u16), Arc::new(PortStats::default()));
-        let entry =
-            Entry { config: config.clone(), id, stats: stats.clone(), policers: Policers::from(config), driver: None };
+        let entry = Entry {
+            config: config.clone(),
+            id,
+            stats: stats.clone(),
+            policers: Policers::from(config),
+            resumed: false,
+            driver: None,
+        };
         tables.order.push(config.name.clone());
         tables.ports.insert(config.name.clone(), entry);
         self.add_static(&tables, config, id);
@@ -564,6 +581,10 @@ impl Publisher for PortPublisher {
 
     fn stats(&self) -> &Arc<PortStats> {
         &self.stats
+    }
+
+    fn keeper(&self) -> Option<Arc<Keeper>> {
+        self.inner.upgrade()?.keeper.get().cloned()
     }
 
     fn journal(&self) -> Option<(Arc<Journal>, String)> {

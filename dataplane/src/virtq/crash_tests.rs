@@ -29,7 +29,7 @@ impl Book {
     }
 
     fn journaled(&self, direction: Direction, recover: bool) -> Option<Journaled> {
-        Some(Journaled { entry: self.entry(), direction, recover })
+        Some(Journaled { entry: self.entry(), direction, recover, same: false })
     }
 }
 
@@ -260,4 +260,55 @@ fn packed_rings_mark_what_they_write() {
         assert_eq!(marked(), [page], "slots from {first} on");
         driver.reap();
     }
+}
+
+/// A packed ring that has been round twice looks like a new one. What is under way then is found all the same, and only what
+/// may have been delivered is given back.
+#[test]
+fn packed_rings_torn_where_they_look_new() {
+    for (direction, same) in [(Direction::FromGuest, false), (Direction::FromGuest, true), (Direction::ToGuest, true)] {
+        let (flags, book) = (if direction == Direction::ToGuest { crate::testing::WRITE } else { 0 }, Book::new());
+        let mut driver = Driver::new(8);
+        let config = driver.config(true);
+        let open = |driver: &Driver, recover, same| {
+            let journaled = Some(Journaled { entry: book.entry(), direction, recover, same });
+            PackedRing::with_journal(&config, driver.memory.clone(), 0x8000, journaled)
+        };
+        let ring = open(&driver, false, false).unwrap();
+        for _ in 0..16 {
+            assert!(driver.post(&[64], false, flags));
+            let mut work = ring.lock(direction);
+            assert_eq!(serve(&mut work, 1), 1);
+            work.publish();
+            drop(work);
+            driver.reap();
+        }
+        for _ in 0..3 {
+            assert!(driver.post(&[64], false, flags));
+        }
+        let before = slots(&driver);
+        let mut work = ring.lock(direction);
+        assert_eq!(serve(&mut work, 2), 2);
+        // Everything up to the first mark, which a write to the guest's ring comes before.
+        if direction == Direction::ToGuest {
+            work.publish();
+            (0..2).for_each(|slot| driver.put(0x1000 + 16 * slot as u64, &before[slot]));
+        }
+        drop(work);
+        drop(ring);
+        let ring = open(&driver, true, same).unwrap();
+        let expected: &[u32] = if direction == Direction::ToGuest { &[100, 101] } else { &[0, 0] };
+        assert_eq!(driver.reap(), expected);
+        let mut work = ring.lock(direction);
+        assert_eq!(serve(&mut work, 9), 1, "the third is still to come");
+    }
+}
+
+/// Of a ring that goes on for sure, something has to be known.
+#[test]
+fn a_packed_ring_does_not_go_on_by_guess() {
+    let (driver, book) = (Driver::new(8), Book::new());
+    let journaled = Journaled { entry: book.entry(), direction: Direction::ToGuest, recover: true, same: true };
+    let ring = PackedRing::with_journal(&driver.config(true), driver.memory.clone(), 0x8000, Some(journaled));
+    assert!(matches!(ring, Err(super::RingError::Lost)));
 }

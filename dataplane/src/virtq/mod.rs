@@ -92,6 +92,9 @@ pub enum RingError {
     /// One of the ring's areas lies outside of guest memory.
     #[error("the {0} area of a ring lies outside of guest memory")]
     Unmapped(&'static str),
+    /// A packed ring goes on after a crash, and nothing says where.
+    #[error("nothing is known of where the ring stands")]
+    Lost,
     /// One of the ring's areas is not aligned.
     #[error("the {0} area of a ring is not aligned")]
     Unaligned(&'static str),
@@ -129,6 +132,8 @@ pub struct Journaled {
     pub direction: chain::Direction,
     /// Go on where the record says, which knows better than a frontend that has lost its backend.
     pub recover: bool,
+    /// The driver cannot have begun anew since.
+    pub same: bool,
 }
 
 /// A ring of either layout.

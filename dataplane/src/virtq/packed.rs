@@ -46,6 +46,9 @@ struct Cursor {
     wrap: bool,
 }
 
+/// Where a driver and a device begin.
+const START: Cursor = Cursor { slot: 0, wrap: true };
+
 impl Cursor {
     #[inline]
     fn advance(self, slots: u32, size: u32) -> Self {
@@ -104,8 +107,9 @@ impl PackedRing {
         }
         let at = |next: Cursor| Position { next, decided: next.slot as u16, hints: Hints::default() };
         let mut ring = Self::map(config, memory, at(next))?;
-        if let Some(Journaled { entry, direction, recover }) = journal {
-            let next = if recover { ring.recover(&entry, direction).unwrap_or(next) } else { next };
+        if let Some(Journaled { entry, direction, recover, same }) = journal {
+            let found = if recover { ring.recover(&entry, direction, same) } else { Some(next) };
+            let next = found.or((!same).then_some(next)).ok_or(RingError::Lost)?;
             *ring.position.lock() = at(next);
             entry.begin(next.index());
             ring.journal = Some(entry);
@@ -115,25 +119,43 @@ impl PackedRing {
 
     /// Finishes the batch that a crash has interrupted, if it has. Returns where the ring is then; `None` if nothing is known
     /// of it.
-    fn recover(&self, entry: &Entry, direction: Direction) -> Option<Cursor> {
+    fn recover(&self, entry: &Entry, direction: Direction, same: bool) -> Option<Cursor> {
         let batch = entry.last()?;
         let (before, after) = (Cursor::of(batch.before), Cursor::of(batch.after));
-        if before.slot >= self.size || after.slot >= self.size || self.is_new() {
+        if before.slot >= self.size || after.slot >= self.size {
             return None;
+        }
+        if !same && self.is_new() {
+            // So does a ring look that has been round an even number of times, where the next batch was not begun to be marked.
+            // What may have been delivered is not delivered again; a new ring loses a burst by that, once.
+            let torn = before == START && direction == Direction::FromGuest && self.read(before).is_some();
+            return torn.then(|| self.give_back(before, after));
         }
         // Its first slot is marked last: if that is no longer available, the driver has got all of it.
         if before == after || self.read(before).is_none() {
             return Some(after);
         }
-        let mut rest: Vec<(u32, u64)> = match direction {
-            Direction::ToGuest => entry.elements(batch.count).filter(|(slot, _)| *slot < self.size).collect(),
-            Direction::FromGuest => self.untouched(before, after),
-        };
+        match direction {
+            Direction::ToGuest => {
+                self.finish(entry.elements(batch.count).filter(|(slot, _)| *slot < self.size).collect());
+                Some(after)
+            }
+            Direction::FromGuest => Some(self.give_back(before, after)),
+        }
+    }
+
+    /// Marks what was taken and not marked; returns where the ring is then.
+    fn give_back(&self, before: Cursor, after: Cursor) -> Cursor {
+        self.finish(self.untouched(before, after));
+        after
+    }
+
+    /// Marks slots as used, the first one last.
+    fn finish(&self, mut rest: Vec<(u32, u64)>) {
         while let Some((slot, element)) = rest.pop() {
             self.tail(slot).store(element.to_le(), Ordering::Release);
             self.mark_slots(&[slot]);
         }
-        Some(after)
     }
 
     /// Chains from `at` on that were taken and not marked as used, with the elements that do it. Those that were marked are the

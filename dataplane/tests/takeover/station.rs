@@ -17,6 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Frames under way at once, so that no ring ever overflows.
 const WINDOW: u64 = 96;
 
+/// What has not come for that long is lost: every sender finds that out in the end.
+const GIVE_UP: Duration = Duration::from_millis(100);
+
 /// How the switch is reached.
 pub(crate) enum Socket {
     /// The machine listens, as QEMU does.
@@ -35,6 +38,8 @@ pub(crate) struct Station {
     rx: Ring,
     tx: Ring,
     pub(crate) sent: u64,
+    /// Frames before this are not waited for any more.
+    given_up: u64,
     /// The next frame that is expected of the other one, and those that did not come.
     pub(crate) expected: u64,
     pub(crate) lost: u64,
@@ -42,6 +47,8 @@ pub(crate) struct Station {
     /// The last time something came, and the longest time in which nothing did.
     last: Instant,
     pub(crate) gap: Duration,
+    /// The same for its sender, which begins anew.
+    silent: Instant,
 }
 
 fn connect(path: &Path) -> UnixStream {
@@ -68,9 +75,25 @@ impl Station {
         let mut rx = Ring::new(&memory, 0, kind);
         while rx.give(None) {}
         let tx = Ring::new(&memory, 1, kind);
-        let (sent, expected, lost, duplicates) = (0, 0, 0, 0);
-        let (last, gap) = (Instant::now(), Duration::ZERO);
-        Self { number, kind, memory, socket, frontend: None, rx, tx, sent, expected, lost, duplicates, last, gap }
+        let (sent, given_up, expected, lost, duplicates) = (0, 0, 0, 0, 0);
+        let (last, gap, silent) = (Instant::now(), Duration::ZERO, Instant::now());
+        Self {
+            number,
+            kind,
+            memory,
+            socket,
+            frontend: None,
+            rx,
+            tx,
+            sent,
+            given_up,
+            expected,
+            lost,
+            duplicates,
+            last,
+            gap,
+            silent,
+        }
     }
 
     /// Lets the switch connect (again), and tells it what a frontend does; of where the rings stand, what one that has lost
@@ -138,6 +161,14 @@ impl Station {
         self.frontend.as_ref().unwrap().get_features().unwrap()
     }
 
+    /// Whether the switch has closed the connection.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        let mut polled =
+            libc::pollfd { fd: self.frontend.as_ref().unwrap().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: one local, as the length says.
+        unsafe { libc::poll(&mut polled, 1, 1000) == 1 && polled.revents & libc::POLLRDHUP != 0 }
+    }
+
     /// Where the switch says that a ring stands; it stops then.
     pub(crate) fn stop_ring(&self, index: usize) -> u32 {
         self.frontend.as_ref().unwrap().get_vring_base(index).unwrap()
@@ -147,7 +178,11 @@ impl Station {
     pub(crate) fn pump(&mut self, other: &mut Self) {
         while self.tx.take().is_some() {}
         let mut count = 0;
-        while self.sent - other.expected < WINDOW && count < 16 && self.tx.outstanding() < 100 {
+        // Those of a whole window may be gone, and nothing would ever be sent again.
+        if self.sent > other.expected && other.silent.elapsed() > GIVE_UP {
+            (self.given_up, other.silent) = (self.sent, Instant::now());
+        }
+        while self.sent - other.expected.max(self.given_up) < WINDOW && count < 16 && self.tx.outstanding() < 100 {
             if !self.tx.give(Some(&frame(self.number, other.number, self.sent))) {
                 break;
             }
@@ -180,9 +215,14 @@ impl Station {
         }
         if came {
             self.gap = self.gap.max(self.last.elapsed());
-            self.last = Instant::now();
+            (self.last, self.silent) = (Instant::now(), Instant::now());
             self.rx.notify();
         }
+    }
+
+    /// Chains that the switch has of each ring.
+    pub(crate) fn rings(&self) -> [usize; 2] {
+        [self.rx.outstanding(), self.tx.outstanding()]
     }
 
     /// Measures gaps anew.

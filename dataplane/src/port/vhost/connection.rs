@@ -10,11 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
-use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::config::SocketMode;
 use crate::handover::{Fds, VhostRecord};
+use crate::keeper::{Stamp, Watch};
+use crate::port::vhost::answer::{answer, explain};
+use crate::port::vhost::gate::LogGate;
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
 use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
@@ -33,6 +36,9 @@ const PENALTY_MS: u16 = 15_000;
 
 /// Pause between looks at a header of which only a part has come.
 const PARTIAL_MS: u16 = 5;
+
+/// A frontend that says nothing for that long has said all that it had to say, and the keeper is told.
+const QUIET_MS: u16 = 10;
 
 /// How long the rest of a message may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -166,6 +172,15 @@ impl Adopted {
         self.session.as_ref().map_or(Ok(()), |session| session.go_on(bases))
     }
 
+    /// As [`Adopted::go_on`] when the other process has died and not said where each ring stands.
+    ///
+    /// # Errors
+    /// As [`Adopted::go_on`].
+    pub fn resume(&self) -> Result<(), AdoptError> {
+        self.connection.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
+        self.session.as_ref().map_or(Ok(()), Session::resume)
+    }
+
     /// Serves the frontend from now on.
     ///
     /// # Errors
@@ -188,7 +203,7 @@ enum End {
 
 /// Why a connection failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("the frontend sent half a header")]
     HalfHeader,
     #[error("the frontend does not read our replies")]
@@ -383,20 +398,51 @@ impl Connection {
         &self,
         stream: UnixStream,
         device: &Mutex<Device>,
+        handler: BackendReqHandler<Mutex<Device>>,
+    ) -> Result<End, Failure> {
+        let mut watch = self.watch(device);
+        let end = self.talk(&stream, device, handler, &mut watch);
+        if watch.is_some() {
+            // The keeper has it, too, and the frontend is to know now.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        end
+    }
+
+    /// Has the connection kept over a crash.
+    fn watch(&self, device: &Mutex<Device>) -> Option<Watch> {
+        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let keeper = self.publisher.keeper();
+        if device.stamp.is_none() && keeper.is_some() {
+            device.stamp = Stamp::new().ok().map(Arc::new);
+        }
+        // Whoever has it is told, even if we do without.
+        let stamp = device.stamp.clone().inspect(|stamp| drop(stamp.set_current(false)))?;
+        Some(Watch::new(keeper?, &self.name, self.place.path(), stamp))
+    }
+
+    fn talk(
+        &self,
+        stream: &UnixStream,
+        device: &Mutex<Device>,
         mut handler: BackendReqHandler<Mutex<Device>>,
+        watch: &mut Option<Watch>,
     ) -> Result<End, Failure> {
         stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
         stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
         self.orders.connected(Some(stream.try_clone()?));
         loop {
-            let Some(header) = self.next(&stream, device)? else {
+            let Some(header) = self.next(stream, device, watch)? else {
                 return Ok(if self.orders.ended() { End::Stopped } else { End::HungUp });
             };
             // The crate would try for ever.
-            if !socket::has_room(&stream, MESSAGE_TIMEOUT) {
+            if !socket::has_room(stream, MESSAGE_TIMEOUT) {
                 return Err(Failure::Unread);
             }
-            if !answer(header, &stream, device)? {
+            if let Some(watch) = watch {
+                watch.changing();
+            }
+            if !answer(header, stream, device)? {
                 handler.handle_request().map_err(|error| Failure::Request(header.request, explain(error)))?;
             }
         }
@@ -404,10 +450,19 @@ impl Connection {
 
     /// Waits for a message and returns its header, which stays in the stream. `None` if the frontend has hung up or we
     /// are to stop.
-    fn next(&self, stream: &UnixStream, device: &Mutex<Device>) -> Result<Option<Header>, Failure> {
+    fn next(
+        &self,
+        stream: &UnixStream,
+        device: &Mutex<Device>,
+        watch: &mut Option<Watch>,
+    ) -> Result<Option<Header>, Failure> {
         let fds = [self.orders.as_raw_fd(), stream.as_raw_fd()];
         loop {
-            let [woken, readable] = socket::wait(fds, None)?;
+            let stale = watch.as_mut().filter(|watch| !watch.is_current());
+            let [woken, readable] = socket::wait(fds, stale.is_some().then_some(QUIET_MS))?;
+            if let Some(watch) = stale.filter(|_| !woken && !readable) {
+                watch.update(self.pack(Some((stream, device))));
+            }
             if woken && self.stopped_in(0, Some((stream, device))) {
                 return Ok(None);
             }
@@ -439,93 +494,5 @@ impl Connection {
                 return Ok(None);
             }
         }
-    }
-}
-
-/// Handles the requests that the `vhost` crate does not. Returns whether this was one of them.
-fn answer(header: Header, stream: &UnixStream, device: &Mutex<Device>) -> Result<bool, Failure> {
-    let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-    let result = match header.request {
-        FrontendReq::GET_STATUS => {
-            header.take::<0>(stream)?;
-            header.reply(stream, u64::from(device.status()))?;
-            return Ok(true);
-        }
-        FrontendReq::SET_STATUS => device.set_status(number(header, stream)?),
-        FrontendReq::NET_SET_MTU => device.frontend_mtu(number(header, stream)?),
-        FrontendReq::SET_VRING_ENABLE => {
-            let state = number(header, stream)?.to_ne_bytes();
-            let word = |at: usize| u32::from_ne_bytes([state[at], state[at + 1], state[at + 2], state[at + 3]]);
-            device.enable(word(0), word(4))
-        }
-        FrontendReq::SEND_RARP => {
-            device.announce(number(header, stream)?);
-            Ok(())
-        }
-        FrontendReq::SET_LOG_FD => header.take::<0>(stream).map(|_| Ok(()))?,
-        FrontendReq::SET_VRING_ENDIAN => number(header, stream).map(|_| Err(DeviceError::Unsupported))?,
-        _ => return Ok(false),
-    };
-    if header.need_reply && device.acknowledges() {
-        header.reply(stream, u64::from(result.is_err()))?;
-    }
-    result.map(|()| true).map_err(|error| Failure::Device(header.request, error))
-}
-
-fn number(header: Header, stream: &UnixStream) -> Result<u64, MessageError> {
-    Ok(u64::from_ne_bytes(header.take::<8>(stream)?))
-}
-
-/// The crate's errors in an operator's words.
-fn explain(error: Error) -> Cow<'static, str> {
-    match error {
-        Error::ReqHandlerError(error) => error.to_string().into(),
-        Error::InvalidMessage => "cut short, or its size, fields or descriptors are not those of the request".into(),
-        Error::InactiveOperation(feature) => format!("{feature:?} was not negotiated").into(),
-        Error::SocketRetry(_) | Error::PartialMessage | Error::Disconnected => {
-            "the frontend sent half a message".into()
-        }
-        other => other.to_string().into(),
-    }
-}
-
-/// Lets a few log lines pass in each period, so that a frontend which comes and goes cannot flood the log.
-#[derive(Debug, Default)]
-struct LogGate {
-    since: Option<Instant>,
-    passed: u32,
-    suppressed: u32,
-}
-
-impl LogGate {
-    const PERIOD: Duration = Duration::from_secs(10);
-    const LINES: u32 = 8;
-
-    /// Whether a line may pass; if so, how many were held back before it.
-    fn pass(&mut self) -> Option<u32> {
-        if self.since.is_none_or(|since| since.elapsed() >= Self::PERIOD) {
-            self.since = Some(Instant::now());
-            self.passed = 0;
-        }
-        if self.passed >= Self::LINES {
-            self.suppressed += 1;
-            return None;
-        }
-        self.passed += 1;
-        Some(std::mem::take(&mut self.suppressed))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn log_lines_are_bounded() {
-        let mut gate = LogGate::default();
-        let passed = (0..100).filter(|_| gate.pass().is_some()).count();
-        assert_eq!(passed, LogGate::LINES as usize);
-        gate.since = None;
-        assert_eq!(gate.pass(), Some(100 - LogGate::LINES));
     }
 }

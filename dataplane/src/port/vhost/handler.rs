@@ -14,6 +14,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use crate::keeper::Stamp;
 use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
 use crate::mem::{GuestMemory, Log, MemError, OnLoss, Region};
 use crate::port::vhost::features;
@@ -84,6 +85,8 @@ pub(super) struct Device {
     pub(super) rings: Vec<Ring>,
     /// The ring that `SET_VRING_NUM`, `_ADDR` or `_BASE` named last; see [`Device::full_index`].
     pub(super) focus: usize,
+    /// For the keeper.
+    pub(super) stamp: Option<Arc<Stamp>>,
     published: Option<Link>,
 }
 
@@ -108,6 +111,7 @@ impl Device {
             hold: None,
             rings: Vec::new(),
             focus: 0,
+            stamp: None,
             published: None,
         };
         device.publish();

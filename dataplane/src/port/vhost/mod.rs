@@ -17,7 +17,8 @@
 //!
 //! - `connection` is the thread: it finds the frontend, waits for messages, ends promptly when told to.
 //! - `socket` connects and listens in directories that others can write to, which `place` finds its way in.
-//! - `message` knows messages on the wire, and which of them the `vhost` crate must not see.
+//! - `message` knows messages on the wire, and which of them the `vhost` crate must not see; `answer` handles those.
+//! - `gate` bounds what a frontend can make us log.
 //! - `handler` is the device: what each message does to features, memory and rings.
 //! - `pause` has the thread end, or stand still while `parcel` takes the port to another process.
 //! - [`hold`] keeps frames for a guest that migrates.
@@ -27,8 +28,10 @@
 //! Whatever a frontend does wrong ends its connection with a reason in the link, and nothing else. Reconnecting is what
 //! resets a port, since all state but its counters belongs to the connection.
 
+mod answer;
 pub mod connection;
 pub mod features;
+mod gate;
 mod handler;
 pub mod hold;
 mod message;

@@ -9,6 +9,7 @@ use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::handover::{DeviceRecord, Fds, LogRecord, PlaceRecord, RegionRecord, RingRecord, VhostRecord};
+use crate::keeper::Stamp;
 use crate::limits::{MAX_MEM_SLOTS, MAX_RING};
 use crate::mem::{GuestMemory, Log, MemError, Region};
 use crate::port::vhost::features;
@@ -77,6 +78,7 @@ impl Device {
             log: log.transpose()?,
             rings,
             focus: self.focus,
+            stamp: self.stamp.as_ref().map(|stamp| fds.put(stamp.as_fd())).transpose()?,
         })
     }
 
@@ -93,6 +95,8 @@ impl Device {
         }
         self.status = record.status;
         self.focus = record.focus;
+        let stamp = record.stamp.map(|place| fds.take(place).ok_or(AdoptError::Descriptor("a keeper's stamp")));
+        self.stamp = stamp.transpose()?.map(|fd| Arc::new(Stamp::of(fd)));
         let regions = record.memory.iter().map(|region| {
             let file = fds.take(region.file).ok_or(AdoptError::Descriptor("guest memory"))?;
             let region = Region::map(file.into(), region.gpa, region.len, region.uva, region.offset)?;
@@ -119,6 +123,24 @@ impl Device {
             (ring.base, ring.known) = (*base, true);
         }
         self.settle();
+        self.check_running(record)
+    }
+
+    /// Lets the rings go on after a crash, from where the journal, or the ring itself, says that they stand.
+    fn resume(&mut self, record: &DeviceRecord) -> Result<(), AdoptError> {
+        for (ring, before) in self.rings.iter_mut().zip(&record.rings) {
+            // A ring that does not run yet has not moved either.
+            (ring.base, ring.known, ring.kept) = (before.base, !before.runs, before.runs);
+        }
+        // Who died may have written to pages without having marked them.
+        if let Some(log) = self.log.as_ref().filter(|_| self.features & features::LOG_ALL != 0) {
+            log.mark_all();
+        }
+        self.settle();
+        self.check_running(record)
+    }
+
+    fn check_running(&self, record: &DeviceRecord) -> Result<(), AdoptError> {
         for (ring, before) in self.rings.iter().zip(&record.rings) {
             if before.runs && !ring.runs(self.features) {
                 return Err(AdoptError::Ring(ring.problem.clone().unwrap_or_default()));
@@ -143,6 +165,7 @@ impl Ring {
             kick: put(self.kick.as_ref().map(|event| event.as_fd()))?,
             call: put(self.call.as_ref().map(|event| event.as_fd()))?,
             err: put(self.err.as_ref().map(|event| event.as_fd()))?,
+            base: self.standing().base(),
             enabled: self.enabled,
             started: self.started,
             runs: self.runs(features),
@@ -192,6 +215,11 @@ impl Session {
     /// As [`Device::go_on`].
     pub(super) fn go_on(&self, bases: &[u32]) -> Result<(), AdoptError> {
         lock(&self.device).go_on(&self.record, bases)
+    }
+
+    /// As [`Device::resume`].
+    pub(super) fn resume(&self) -> Result<(), AdoptError> {
+        lock(&self.device).resume(&self.record)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::port::{RxEntry, TxQueue};
 use crate::virtq::chain::Direction;
 use crate::virtq::journal::{self, Journal};
 use crate::virtq::notify::EventFd;
-use crate::virtq::{Journaled, RingConfig, Vring};
+use crate::virtq::{Journaled, RingConfig, RingError, Vring};
 
 /// Where the parts of a ring lie, in the frontend's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +83,8 @@ pub(super) struct Ring {
     /// Its base is what we said ourselves, or what the frontend made it be: not what it remembers of a backend that it has
     /// lost.
     pub(super) known: bool,
+    /// It was kept over a crash, in which its driver cannot have begun anew.
+    pub(super) kept: bool,
     vring: Option<Vring>,
     queue: Option<Queue>,
 }
@@ -173,11 +175,14 @@ impl Ring {
         let journal = around.journal.as_ref().and_then(|(journal, port)| {
             let entry = journal.entry(port, index, identity(&config, around.memory)?)?;
             let direction = if index.is_multiple_of(2) { Direction::ToGuest } else { Direction::FromGuest };
-            Some(Journaled { entry, direction, recover: !self.known })
+            Some(Journaled { entry, direction, recover: !self.known, same: self.kept })
         });
+        if self.kept && config.packed && journal.is_none() {
+            return Err(RingError::Lost.to_string());
+        }
         let vring = Vring::with_journal(&config, around.memory.clone(), self.base, journal);
         let vring = vring.map_err(|error| error.to_string())?;
-        self.known = true;
+        (self.known, self.kept) = (true, false);
         self.vring = Some(vring);
         self.remind();
         Ok(())
