@@ -18,6 +18,7 @@ mod report;
 pub mod snapshot;
 #[cfg(test)]
 mod tests;
+mod totals;
 pub mod vlan;
 
 use std::collections::BTreeMap;
@@ -128,6 +129,7 @@ struct Tables {
     announcement: Option<Announcement>,
     /// Workers are shown nothing, since the ports belong to another process.
     frozen: bool,
+    removed: totals::Removed,
 }
 
 /// A place for a port.
@@ -275,6 +277,15 @@ impl Switch {
 
     /// Stops all ports and workers and waits for them. Idempotent.
     pub fn stop(&self) {
+        // First the frames: those that are sent to a port that goes before others would be lost. They wait in the guests'
+        // rings for the next switch.
+        {
+            let mut tables = lock(&self.inner.tables);
+            if !tables.ports.is_empty() && !tables.frozen {
+                tables.frozen = true;
+                self.inner.publish(&mut tables);
+            }
+        }
         for config in self.port_configs() {
             let _ = self.remove_port(&config.name);
         }
@@ -389,6 +400,7 @@ impl Inner {
         tables.order.retain(|other| other != name);
         tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
         self.publish(tables);
+        tables.removed.add(entry.stats.clone());
         tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain(|known| known.port == entry.id);
