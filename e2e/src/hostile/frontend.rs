@@ -277,7 +277,11 @@ impl Frontend {
 }
 
 fn queues(memory: &Arc<Memory>, setup: Setup) -> Result<[Queue; 2]> {
-    let queue = |base, buffers, writable| Queue::new(memory.clone(), setup.layout, base, setup.size, buffers, writable);
+    let queue = |base, buffers, writable| {
+        let mut queue = Queue::new(memory.clone(), setup.layout, base, setup.size, buffers, writable)?;
+        queue.event_idx = setup.features & EVENT_IDX != 0;
+        Ok::<_, anyhow::Error>(queue)
+    };
     Ok([queue(RX_RING, RX_BUFFERS, true)?, queue(TX_RING, TX_BUFFERS, false)?])
 }
 

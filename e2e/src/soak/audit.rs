@@ -150,9 +150,8 @@ impl Soak {
                 .map(|(pair, count)| u64::from(count.saturating_sub(*before.missing.get(pair).unwrap_or(count))))
                 .sum();
             let names = members.stations.iter().filter(|station| station.domain != NARROW).map(|station| &station.port);
-            let dropped: u64 = names
-                .map(|port| last_words.dropped(port).saturating_sub(before.ports.dropped(port)))
-                .sum();
+            let dropped: u64 =
+                names.map(|port| last_words.dropped(port).saturating_sub(before.ports.dropped(port))).sum();
             let in_hand = u64::from(crash) * self.workers * BURST;
             ensure!(
                 lost <= dropped + in_hand,
@@ -168,12 +167,7 @@ impl Soak {
 }
 
 /// Demands that what was taken for each station and not delivered is counted as dropped, at either end.
-fn delivered(
-    members: &Members,
-    before: &Before,
-    ports: &Ports,
-    missing: &BTreeMap<(u32, u32), u32>,
-) -> Result<()> {
+fn delivered(members: &Members, before: &Before, ports: &Ports, missing: &BTreeMap<(u32, u32), u32>) -> Result<()> {
     let drops = |station: &Station| ports.dropped(&station.port).saturating_sub(before.ports.dropped(&station.port));
     for to in members.stations.iter().filter(|station| !station.disturbed) {
         let (mut lost, mut dropped) = (0, drops(to));
@@ -212,6 +206,9 @@ impl Soak {
 
     /// What the switch says of the hostile port, for errors.
     pub(super) fn evil_state(&self) -> String {
-        self.lab.switch().and_then(|switch| switch.port(EVIL.0)).map_or_else(|e| e.to_string(), |port| port.0.to_string())
+        self.lab
+            .switch()
+            .and_then(|switch| switch.port(EVIL.0))
+            .map_or_else(|e| e.to_string(), |port| port.0.to_string())
     }
 }

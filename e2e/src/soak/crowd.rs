@@ -44,8 +44,7 @@ pub struct Members {
 impl Crowd {
     /// Nobody yet.
     pub fn new(seed: u64) -> Self {
-        let members =
-            Members { stations: Vec::new(), talking: true, dice: Dice::new(seed ^ 0xc0_4d), problem: None };
+        let members = Members { stations: Vec::new(), talking: true, dice: Dice::new(seed ^ 0xc0_4d), problem: None };
         let shared = Arc::new(Shared { members: Mutex::new(members), stop: AtomicBool::new(false) });
         let theirs = shared.clone();
         let thread = thread::spawn(move || {

@@ -22,9 +22,9 @@ use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::hostile::Dice;
 use crate::hostile::frontend::{Frontend, Setup};
 use crate::hostile::queue::Layout;
-use crate::hostile::Dice;
 use crate::lab::Lab;
 use crate::machine;
 use crate::switch::Switch;
@@ -34,8 +34,13 @@ use report::Report;
 use watch::Watch;
 
 /// Where stations are: by settings of their ports. Stations of different ones never hear each other.
-const DOMAINS: [&str; 5] =
-    ["network=red", "network=blue", "network=green,vlan=10", "network=green,vlan=20", "network=narrow,rate-rx=20M,rate-tx=20M"];
+const DOMAINS: [&str; 5] = [
+    "network=red",
+    "network=blue",
+    "network=green,vlan=10",
+    "network=green,vlan=20",
+    "network=narrow,rate-rx=20M,rate-tx=20M",
+];
 /// Of the domain in which frames are dropped all the time, since more are sent than may pass.
 const NARROW: usize = 4;
 /// Stations of each domain at an audit, and at most.

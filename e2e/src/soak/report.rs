@@ -93,7 +93,10 @@ impl Report {
 
     /// In one line, while it goes on.
     pub(super) fn line(&self) -> String {
-        format!("{} audits: {} frames received, {} sent, {} dropped", self.audits, self.received, self.sent, self.dropped)
+        format!(
+            "{} audits: {} frames received, {} sent, {} dropped",
+            self.audits, self.received, self.sent, self.dropped
+        )
     }
 
     /// For programs.

@@ -77,19 +77,7 @@ impl Station {
     pub fn new(id: u32, domain: usize, place: u16, port: String, frontend: Frontend) -> Self {
         let (under_way, sent, heard) = (VecDeque::new(), HashMap::new(), HashMap::new());
         let disturbed = true;
-        Self {
-            id,
-            domain,
-            place,
-            port,
-            frontend,
-            under_way,
-            sent,
-            heard,
-            taken: 0,
-            delivered: 0,
-            disturbed,
-        }
+        Self { id, domain, place, port, frontend, under_way, sent, heard, taken: 0, delivered: 0, disturbed }
     }
 
     /// Its address.
