@@ -23,6 +23,9 @@ const ANSWER: Duration = Duration::from_secs(3);
 const BURST: u64 = 32;
 const BATCH: u64 = 64;
 
+/// Descriptors that the ports of guests have more or less, by what QEMU has sent since it was started or lost its switch.
+const GUESTS_FDS: usize = 12;
+
 /// What was so at an audit.
 #[derive(Debug)]
 pub struct Before {
@@ -124,15 +127,18 @@ impl Soak {
     fn settle_process(&mut self) -> Result<()> {
         let pid = self.lab.switch()?.pid();
         let known = self.watch.lives.last().filter(|life| life.pid == pid).and_then(|life| life.fds.first().copied());
+        let slack = if self.guests_run() { GUESTS_FDS } else { 0 };
         let (mut last, mut since) = (0, Instant::now());
         let settled = wait::until_true("descriptors to be as many as before", SETTLE, || {
             let now = Usage::of(pid)?.fds;
             if now != last {
                 (last, since) = (now, Instant::now());
             }
-            Ok(known.map_or(since.elapsed() > Duration::from_millis(200), |known| known == now))
+            let settled = since.elapsed() > Duration::from_millis(200);
+            Ok(known.map_or(settled, |known| known.abs_diff(now) <= slack))
         });
-        settled.with_context(|| format!("{known:?} became {last}: {:?}", open_files(pid)))
+        let before = || self.watch.lives.last().map(|life| &life.open);
+        settled.with_context(|| format!("{known:?} became {last}: {:?} became {:?}", before(), open_files(pid)))
     }
 
     /// Demands of a switch that is dead that no more was lost with it than what its workers had in their hands, if it has
@@ -184,7 +190,7 @@ fn delivered(members: &Members, before: &Before, ports: &Ports, missing: &BTreeM
 }
 
 /// What a process has open, to tell what is too much.
-fn open_files(pid: u32) -> BTreeMap<String, u64> {
+pub(super) fn open_files(pid: u32) -> BTreeMap<String, u64> {
     let mut open = BTreeMap::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
         let target = std::fs::read_link(entry.path()).map_or_else(|e| e.to_string(), |path| path.display().to_string());

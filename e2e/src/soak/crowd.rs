@@ -12,7 +12,7 @@ use crate::soak::station::{Peer, Station};
 use crate::wait;
 
 /// Between two rounds in which each station sends and receives: the machine has other things to do, too.
-const PAUSE: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_millis(3);
 /// Frames are through long before that, whatever the machine does.
 const QUIET_LIMIT: Duration = Duration::from_secs(10);
 

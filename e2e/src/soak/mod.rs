@@ -184,6 +184,11 @@ impl Soak {
         self.guests.as_ref().map_or(Ok(()), Guests::check)
     }
 
+    /// Whether there are real guests.
+    fn guests_run(&self) -> bool {
+        self.options.guests
+    }
+
     /// Notes that something was done.
     fn count(&mut self, name: &'static str) -> &'static str {
         *self.events.entry(name).or_default() += 1;

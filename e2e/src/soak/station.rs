@@ -12,7 +12,7 @@ const EVERYBODY: u64 = 0xffff_ffff_ffff;
 /// Frames that the switch has not given back yet, at most: a few stations' worth fits into a receiver's ring.
 const UNDER_WAY: usize = 48;
 /// Frames sent at once, at most.
-const BURST: u64 = 12;
+const BURST: u64 = 8;
 /// One of so many goes to everybody.
 const BROADCASTS: u64 = 16;
 /// Longest payload: a frame of 1514 bytes.
