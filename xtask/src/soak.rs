@@ -22,6 +22,9 @@ pub(crate) struct Options {
     /// Leave out the real guests.
     #[arg(long)]
     no_guests: bool,
+    /// Never restart the switch, so that one process has all the time for a leak to show.
+    #[arg(long)]
+    no_restarts: bool,
 }
 
 fn parse_minutes(text: &str) -> Result<f64, String> {
@@ -40,10 +43,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Some(seed) => seed,
         None => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() % 1_000_000,
     };
-    let again = format!("cargo xtask soak --minutes {} --seed {seed}", options.minutes);
+    let without = [(options.no_guests, " --no-guests"), (options.no_restarts, " --no-restarts")];
+    let without: String = without.into_iter().filter(|(left_out, _)| *left_out).map(|(_, name)| name).collect();
+    let again = format!("cargo xtask soak --minutes {} --seed {seed}{without}", options.minutes);
     println!("==> seed {seed}; to repeat it: {again}");
-    let wanted =
-        soak::Options { time: Duration::from_secs_f64(options.minutes * 60.0), seed, guests: !options.no_guests };
+    let wanted = soak::Options {
+        time: Duration::from_secs_f64(options.minutes * 60.0),
+        seed,
+        guests: !options.no_guests,
+        restarts: !options.no_restarts,
+    };
     let report = soak::run(&wanted).with_context(|| format!("THE SOAK HAS FAILED (again: {again})"))?;
     if options.json {
         println!("{:#}", report.json());

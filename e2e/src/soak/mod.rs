@@ -63,6 +63,8 @@ pub struct Options {
     pub seed: u64,
     /// With real guests.
     pub guests: bool,
+    /// With restarts of the switch. Without, one process has all the time for a leak to show.
+    pub restarts: bool,
 }
 
 impl Options {
@@ -174,7 +176,7 @@ impl Soak {
     /// Whether the switch may be restarted now, or this is a time in which leaks are looked for.
     fn is_stormy(&self) -> bool {
         let period = self.options.period().as_millis();
-        self.begun.elapsed().as_millis() % period * 100 < period * (100 - STEADY_PERCENT)
+        self.options.restarts && self.begun.elapsed().as_millis() % period * 100 < period * (100 - STEADY_PERCENT)
     }
 
     /// Whatever can be seen at any time.
