@@ -307,7 +307,7 @@ fn a_chain_keeps_what_came_before() {
     assert_eq!(Pod::new(2).call("ADD", &config).error().0, 6);
 }
 
-/// Tests share their machine, so the best of three rounds counts; `--nocapture` shows the figures.
+/// Tests share their machine, so the best of ten rounds counts; `--nocapture` shows the figures.
 #[test]
 fn two_hundred_ports_do_not_slow_it_down() {
     let bench = Bench::new();
@@ -330,7 +330,7 @@ fn two_hundred_ports_do_not_slow_it_down() {
         println!("ADD beside 200 ports: {median:?} at the median, {worst:?} at worst");
         median
     };
-    let quick = (0..3).any(|_| round() < Duration::from_millis(20));
+    let quick = (0..10).any(|_| round() < Duration::from_millis(20));
     assert!(quick, "ADD takes 20 ms or more at the median");
     let began = Instant::now();
     let mut gc = bench.config("1.1.0", "");

@@ -113,7 +113,7 @@ pub struct Fdb {
     change: SpinLock<()>,
     per_port: Box<[AtomicU32]>,
     count: AtomicUsize,
-    /// Counts entries that were added or moved.
+    /// Counts entries that were added, moved or removed.
     changes: AtomicU64,
     now: AtomicU32,
     config: FdbConfig,
@@ -140,7 +140,8 @@ impl Fdb {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Entries added or moved so far.
+    /// Entries added, moved or removed so far.
+    #[inline]
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
@@ -153,6 +154,12 @@ impl Fdb {
     /// Tells the time, in seconds since the switch started.
     pub fn set_now(&self, seconds: u32) {
         self.now.store(seconds, Ordering::Relaxed);
+    }
+
+    /// The time as it was told last, in seconds.
+    #[inline]
+    pub fn now(&self) -> u32 {
+        self.now.load(Ordering::Relaxed)
     }
 
     #[inline]
@@ -270,8 +277,25 @@ impl Fdb {
     fn remove(&self, bucket: &Bucket, way: usize) {
         let port = Place(bucket.places[way].load(Ordering::Relaxed)).port();
         bucket.keys[way].store(0, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::Release);
         self.owned(port).fetch_sub(1, Ordering::Relaxed);
         self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Removes one entry, if it is known. For the control side, as [`Fdb::retain`].
+    pub fn forget(&self, station: Station) {
+        let _change = self.change.lock();
+        if let Some((bucket, way, _)) = self.find(station) {
+            self.remove(bucket, way);
+        }
+    }
+
+    /// As [`Fdb::retain`], for entries of one port. Most have none when they come and go, and the table is large.
+    pub fn retain_of(&self, port: PortId, unwanted: impl Fn(&Entry) -> bool) -> usize {
+        if self.owned(port).load(Ordering::Acquire) == 0 {
+            return 0;
+        }
+        self.retain(|entry| entry.port == port && unwanted(entry))
     }
 
     /// Removes the entries for which `unwanted` holds; returns how many. Called by the control side only: workers
@@ -360,7 +384,9 @@ mod tests {
         assert_eq!((learned, fdb.len()), (10, 10));
         fdb.learn(station(5000), PortId(2));
         assert_eq!(fdb.lookup(station(5000)), Some(PortId(2)));
-        assert_eq!(fdb.retain(|entry| entry.port == PortId(1)), 10);
+        assert_eq!(fdb.retain_of(PortId(1), |entry| entry.is_static), 0);
+        assert_eq!(fdb.retain_of(PortId(1), |_| true), 10);
+        assert_eq!(fdb.retain_of(PortId(1), |_| true), 0);
         assert_eq!(fdb.learn(station(7), PortId(1)), Learned::Yes);
     }
 
@@ -387,14 +413,17 @@ mod tests {
     proptest! {
         /// Against a plain map, as long as nothing has to be evicted.
         #[test]
-        fn agrees_with_a_map(steps in proptest::collection::vec((0u64..40, 0u16..3, 0u16..2, 0u16..5, 0u8..4), 0..200)) {
+        fn agrees_with_a_map(steps in proptest::collection::vec((0u64..40, 0u16..3, 0u16..2, 0u16..5, 0u8..6), 0..200)) {
             let fdb = fdb(4096, 4096);
             let mut model: HashMap<(u64, u16, u16), u16> = HashMap::new();
             for (mac, vid, network, port, kind) in steps {
                 let station = Station { mac, vid, network };
                 if kind == 0 {
-                    fdb.retain(|entry| entry.port == PortId(port));
+                    fdb.retain_of(PortId(port), |_| true);
                     model.retain(|_, at| *at != port);
+                } else if kind == 1 {
+                    fdb.forget(station);
+                    model.remove(&(mac, vid, network));
                 } else {
                     fdb.learn(station, PortId(port));
                     model.insert((mac, vid, network), port);

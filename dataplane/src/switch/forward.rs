@@ -10,6 +10,7 @@ use crate::port::{PortId, afxdp::gro};
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::switch::fdb::{Fdb, Learned, Station};
+use crate::switch::pairs::{Pair, Pairs, Path};
 use crate::switch::snapshot::{Announcement, PortView, Snapshot};
 use crate::wire::flow::flow_hash;
 use crate::wire::offload::VirtioNetHdr;
@@ -97,23 +98,9 @@ pub struct Forwarder {
     /// What was decided on the frames of a burst. Not the scratch's: frames that were held are sent in between.
     arrivals: Outcomes,
     scratch: Scratch,
-    recent: Recent,
+    pairs: Pairs,
     /// For frames that were held, delivered in the midst of another burst.
     spare: Option<Box<BurstStorage>>,
-}
-
-/// The last pair of stations: frames of a burst mostly belong to one. Good for one burst only.
-#[derive(Debug, Clone, Copy)]
-struct Recent {
-    source: u64,
-    destination: u64,
-    vid: u16,
-    to: Option<PortId>,
-}
-
-impl Recent {
-    /// Matches no frame: not an address of 48 bits.
-    const NONE: Self = Self { source: u64::MAX, destination: u64::MAX, vid: 0, to: None };
 }
 
 impl Forwarder {
@@ -126,7 +113,7 @@ impl Forwarder {
             shared: 0,
             arrivals: Outcomes::default(),
             scratch: Scratch::default(),
-            recent: Recent::NONE,
+            pairs: Pairs::default(),
             spare: Some(Box::default()),
         }
     }
@@ -140,7 +127,7 @@ impl Forwarder {
     /// Switches a burst that came from `ingress`.
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.scratch.probe.enter(Stage::Classify);
-        self.recent = Recent::NONE;
+        self.pairs.refresh(snapshot, &self.fdb);
         self.shared = 0;
         let offered = burst.count() as u8;
         let mut count = offered;
@@ -152,17 +139,10 @@ impl Forwarder {
             }
         }
         self.arrivals.clear();
-        let mut run = Run::NONE;
-        for place in 0..count {
-            if let Err(reason) = self.classify(snapshot, ingress, burst, place, &mut run) {
-                ingress.stats.drop_frames(reason, 1);
-                self.arrivals.dropped(place, reason);
-            }
-        }
+        self.classify(snapshot, ingress, burst, count);
         if ingress.stats.capture.is_on() {
             self.record_arrival(ingress, burst, offered, count);
         }
-        self.note_run(run);
         self.scratch.probe.enter(Stage::Deliver);
         let mut unchanged = ingress.is_plain();
         for index in 0..self.touched.len() {
@@ -230,17 +210,73 @@ impl Forwarder {
         self.spare = Some(storage);
     }
 
-    /// Decides on one frame and notes it for its destinations.
-    #[inline]
-    fn classify(
+    /// Decides on the first `count` frames and notes them for their destinations, each in order.
+    fn classify(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>, count: u8) {
+        let longest = ingress.mtu + ETHERNET_HEADER;
+        // Most of a burst belongs to one flow. `alike` is what the frame before began with, and went where `run` goes; of
+        // those that are not longer than `allowed`, the next one does as well.
+        let (mut run, mut alike, mut allowed, mut vid) = (Run::NONE, (0, 0), 0, 0);
+        for place in 0..count {
+            let frame = burst.frame_mut(place);
+            if frame.likeness() == alike && frame.len() <= allowed {
+                frame.vid = vid;
+                run.count += 1;
+                continue;
+            }
+            let pair = Pair::of(frame, ingress.id);
+            // When the addresses are many, those of the next frames are other ones again.
+            self.pairs.prefetch(burst.frame(place.wrapping_add(3)));
+            let frame = burst.frame_mut(place);
+            let known = self.pairs.get(pair).filter(|_| frame.len() <= longest);
+            let Some(path) = known.or_else(|| self.settle(snapshot, ingress, burst, place, pair, &mut run)) else {
+                allowed = 0;
+                continue;
+            };
+            let frame = burst.frame_mut(place);
+            (frame.vid, vid) = (path.vid, path.vid);
+            // What a tagged frame begins with does not tell its VLAN.
+            (alike, allowed) = (frame.likeness(), if pair.is_tagged() { 0 } else { longest });
+            if !run.extend(path.egress, place) {
+                self.note_run(std::mem::replace(&mut run, Run { to: path.egress, first: place, count: 1 }));
+            }
+        }
+        self.note_run(run);
+    }
+
+    /// Decides on a frame whose pair is not known. Returns where it goes if that is one port; else all is done.
+    #[inline(never)]
+    fn settle(
         &mut self,
         snapshot: &Snapshot,
         ingress: &PortView,
         burst: &mut Burst<'_>,
         place: u8,
+        pair: Pair,
         run: &mut Run,
-    ) -> Result<(), DropReason> {
+    ) -> Option<Path> {
         let frame = burst.frame_mut(place);
+        let decision = self.decide(snapshot, ingress, frame, pair);
+        if let Ok(Some(path)) = decision {
+            return Some(path);
+        }
+        let vid = frame.vid;
+        // Order is kept for each destination.
+        self.note_run(std::mem::replace(run, Run::NONE));
+        if let Err(reason) = decision.and_then(|_| self.flood(snapshot, ingress, vid, place)) {
+            ingress.stats.drop_frames(reason, 1);
+            self.arrivals.dropped(place, reason);
+        }
+        None
+    }
+
+    /// Where a frame goes, and the others of its pair; `None` for all, in the frame's VLAN.
+    fn decide(
+        &mut self,
+        snapshot: &Snapshot,
+        ingress: &PortView,
+        frame: &mut Frame,
+        pair: Pair,
+    ) -> Result<Option<Path>, DropReason> {
         let vid = ingress.vlan.ingress(frame.tag()).ok_or(DropReason::VlanDenied)?;
         frame.vid = vid;
         if frame.len() > ingress.mtu + ETHERNET_HEADER && frame.packet_len() > ingress.mtu {
@@ -250,26 +286,16 @@ impl Forwarder {
         if source & MULTICAST != 0 || ingress.only_source.is_some_and(|only| only != source) {
             return Err(DropReason::Spoofed);
         }
-        let recent = self.recent;
-        let to = if (recent.source, recent.destination, recent.vid) == (source, destination, vid) {
-            recent.to
-        } else {
-            self.find(snapshot, ingress, source, destination, vid)
-        };
-        match to {
-            Some(id) if id == ingress.id => Err(DropReason::SamePort),
-            Some(id) => {
-                if !run.extend(id, place) {
-                    self.note_run(std::mem::replace(run, Run { to: id, first: place, count: 1 }));
-                }
-                Ok(())
-            }
-            None => {
-                // Order is kept for each destination.
-                self.note_run(std::mem::replace(run, Run::NONE));
-                self.flood(snapshot, ingress, vid, place)
-            }
+        let (learned, to) = self.find(snapshot, ingress, source, destination, vid);
+        let Some(egress) = to else { return Ok(None) };
+        if egress == ingress.id {
+            return Err(DropReason::SamePort);
         }
+        let path = Path { egress, vid };
+        if learned == Learned::Yes {
+            self.pairs.put(pair, path);
+        }
+        Ok(Some(path))
     }
 
     /// Learns where the source is and looks up where the destination is; `None` for all.
@@ -280,7 +306,7 @@ impl Forwarder {
         source: u64,
         destination: u64,
         vid: u16,
-    ) -> Option<PortId> {
+    ) -> (Learned, Option<PortId>) {
         let network = ingress.network;
         let station = Station { mac: source, vid, network };
         // Two ports have the same address configured while its guest migrates between them: it is where it speaks.
@@ -298,8 +324,7 @@ impl Forwarder {
         };
         // An entry can outlive a change by a moment; membership is what counts.
         let to = known.filter(|id| snapshot.port(*id).is_some_and(|egress| egress.network == network));
-        self.recent = Recent { source, destination, vid, to };
-        to
+        (learned, to)
     }
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {

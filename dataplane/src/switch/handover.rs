@@ -158,7 +158,7 @@ impl Switch {
         Stations { entries: entries.collect(), networks: tables.networks.clone(), changes }
     }
 
-    /// Counts the stations that came or moved.
+    /// Counts the stations that came, moved or were forgotten.
     pub(crate) fn station_changes(&self) -> u64 {
         self.inner.fdb.changes()
     }

@@ -13,6 +13,7 @@ mod handover;
 mod load;
 #[cfg(test)]
 mod load_tests;
+mod pairs;
 pub mod policer;
 mod report;
 pub mod snapshot;
@@ -347,7 +348,7 @@ impl Inner {
             if self.fdb.is_static(station) {
                 return;
             }
-            self.fdb.retain(|entry| entry.station == station);
+            self.fdb.forget(station);
             self.fdb.insert(station, id, true);
         }
     }
@@ -403,7 +404,7 @@ impl Inner {
         tables.removed.add(entry.stats.clone());
         tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
-        self.fdb.retain(|known| known.port == entry.id);
+        self.fdb.retain_of(entry.id, |_| true);
         for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
             self.add_static(tables, &other.config, other.id);
         }
@@ -448,7 +449,7 @@ impl Inner {
 
     /// Forgets the stations learned behind a port.
     fn forget_stations(&self, id: PortId) {
-        self.fdb.retain(|entry| entry.port == id && !entry.is_static);
+        self.fdb.retain_of(id, |entry| !entry.is_static);
     }
 
     fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
@@ -544,11 +545,14 @@ impl Publisher for PortPublisher {
             stats: self.stats.clone(),
             link: Arc::new(link),
         };
-        let down = view.link.state != PortState::Up && view.link.hold.is_none();
-        tables.slots[usize::from(self.id.0)] = Slot::Used(Arc::new(view));
+        let is_down = |view: &PortView| view.link.state != PortState::Up && view.link.hold.is_none();
+        let down = is_down(&view);
+        let slot = &mut tables.slots[usize::from(self.id.0)];
+        let was_down = slot.view().is_none_or(|before| is_down(&before));
+        *slot = Slot::Used(Arc::new(view));
         inner.publish(&mut tables);
         // No worker learns behind the port any more; what is known would only swallow frames.
-        if down {
+        if down && !was_down {
             inner.forget_stations(self.id);
         }
     }

@@ -4,7 +4,9 @@
 //! it takes anything away. A worker allocates nothing, logs nothing, and waits for nobody but, in its sleep, for work.
 
 pub mod meter;
+mod patience;
 pub mod stats;
+mod turns;
 pub mod watchdog;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,12 +21,12 @@ use crate::switch::snapshot::{Plan, Served, Snapshot};
 use crate::sync::{Epoch, Mailbox};
 use crate::virtq::notify::{EventFd, Pulse};
 use meter::Stage;
+use patience::Patience;
 use stats::{Clock, WorkerStats};
+use turns::Turns;
 
 /// Event data of a worker's own wake-up in its epoll instance.
 pub const WAKE: u64 = u64::MAX;
-/// How long an adaptive worker polls in vain before it sleeps.
-const SPIN_NS: u64 = 200_000;
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 64;
 
@@ -122,8 +124,15 @@ pub fn start(
             return;
         }
         shared.pulse.begin();
-        let worker =
-            Worker { id, shared: &shared, mode, forwarder: Forwarder::new(fdb), storage: BurstStorage::default() };
+        let worker = Worker {
+            id,
+            shared: &shared,
+            mode,
+            forwarder: Forwarder::new(fdb),
+            storage: BurstStorage::default(),
+            turns: Turns::default(),
+            patience: Patience::default(),
+        };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run(first))).is_err() {
             std::process::abort();
@@ -152,6 +161,8 @@ struct Worker<'s> {
     mode: WorkerMode,
     forwarder: Forwarder,
     storage: BurstStorage,
+    turns: Turns,
+    patience: Patience,
 }
 
 impl Worker<'_> {
@@ -160,10 +171,12 @@ impl Worker<'_> {
         self.shared.stats.begin(&clock);
         let mut idle_since = None;
         let mut now = clock.ticks();
+        self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
         while !self.shared.stop.load(Ordering::Relaxed) {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
                 self.shared.acknowledged.acknowledge(snapshot.epoch);
+                self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
                 if self.id == 0 {
                     self.forwarder.release_returned(&snapshot);
                 }
@@ -183,10 +196,11 @@ impl Worker<'_> {
             now = clock.ticks();
             let since = *idle_since.get_or_insert(began);
             if self.may_sleep(clock.ns(now.wrapping_sub(since))) && arm(plan) {
-                sleep(plan, &self.shared.wake);
+                sleep(plan, &self.shared.wake, &mut self.turns);
                 idle_since = None;
                 let woken = clock.ticks();
                 self.shared.stats.slept(woken.wrapping_sub(now));
+                self.patience.slept(clock.ns(woken.wrapping_sub(now)));
                 now = woken;
             } else {
                 std::hint::spin_loop();
@@ -209,37 +223,58 @@ impl Worker<'_> {
         match self.mode {
             WorkerMode::Poll => false,
             WorkerMode::Interrupt => true,
-            WorkerMode::Adaptive => idle_ns > SPIN_NS,
+            WorkerMode::Adaptive => self.patience.is_over(idle_ns),
         }
     }
 
-    /// Serves every queue once. Returns the number of frames taken. `now` is when it begins, and becomes when the last
-    /// burst was done; what lies between two bursts counts for the port of the second one.
+    /// Serves the active queues once, and some of the others. Returns the number of frames taken. `now` is when it begins,
+    /// and becomes when the last burst was done; what lies between two bursts counts for the port of the second one.
     fn pass(&mut self, snapshot: &Snapshot, plan: &Plan, clock: &Clock, now: &mut u64) -> usize {
         let mut frames = 0;
         self.forwarder.meters().0.begin(*now);
-        for served in &plan.queues {
-            if served.port.stats.fault().is_some() {
-                continue;
-            }
-            let (forwarder, port) = (&mut self.forwarder, &*served.port);
-            match served.queue.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, port, burst)) {
-                Ok(0) => {}
-                Ok(taken) => {
-                    frames += taken;
-                    self.shared.stats.burst(taken);
-                    let ended = clock.ticks();
-                    port.stats.rx(served.pair).spent(ended.wrapping_sub(*now));
-                    *now = ended;
-                    let (probe, copies) = self.forwarder.meters();
-                    probe.enter(Stage::Load);
-                    copies.extra += served.copies_in * taken as u64;
-                    disarm(served);
-                }
-                Err(fault) => port.stats.set_fault(fault),
+        for word in 0..self.turns.words() {
+            for place in self.turns.active(word) {
+                frames += self.serve(snapshot, plan, place, clock, now);
             }
         }
+        for _ in 0..self.turns.looks(frames) {
+            if let Some(place) = self.turns.next_other() {
+                frames += self.serve(snapshot, plan, place, clock, now);
+            }
+        }
+        if frames > 0 {
+            self.turns.passed();
+        }
         frames
+    }
+
+    /// Serves one queue, by its place in the plan. Returns the number of frames taken.
+    #[inline]
+    fn serve(&mut self, snapshot: &Snapshot, plan: &Plan, place: usize, clock: &Clock, now: &mut u64) -> usize {
+        let Some(served) = plan.queues.get(place) else { return 0 };
+        if served.port.stats.fault().is_some() {
+            return 0;
+        }
+        let (forwarder, port) = (&mut self.forwarder, &*served.port);
+        match served.queue.poll(&mut self.storage, &mut |burst| forwarder.forward(snapshot, port, burst)) {
+            Ok(0) => 0,
+            Ok(taken) => {
+                self.turns.hear(place);
+                self.shared.stats.burst(taken);
+                let ended = clock.ticks();
+                port.stats.rx(served.pair).spent(ended.wrapping_sub(*now));
+                *now = ended;
+                let (probe, copies) = self.forwarder.meters();
+                probe.enter(Stage::Load);
+                copies.extra += served.copies_in * taken as u64;
+                disarm(served);
+                taken
+            }
+            Err(fault) => {
+                port.stats.set_fault(fault);
+                0
+            }
+        }
     }
 }
 
@@ -269,7 +304,7 @@ fn arm(plan: &Plan) -> bool {
 }
 
 /// Sleeps until something of the plan, or the control side, wants attention.
-fn sleep(plan: &Plan, wake: &EventFd) {
+fn sleep(plan: &Plan, wake: &EventFd, turns: &mut Turns) {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
     // A queue without a notification descriptor can only be polled.
     let blind =
@@ -282,7 +317,10 @@ fn sleep(plan: &Plan, wake: &EventFd) {
         let data = event.u64;
         if data == WAKE {
             wake.drain();
-        } else if let Some(served) = usize::try_from(data).ok().and_then(|place| plan.queues.get(place)) {
+        } else if let Some((place, served)) =
+            usize::try_from(data).ok().and_then(|place| Some((place, plan.queues.get(place)?)))
+        {
+            turns.hear(place);
             served.queue.drain_event();
             // Without event indices a request stays in force; with them it is spent now.
             disarm(served);
