@@ -34,7 +34,6 @@ fn captures_leave_no_memory_behind() {
             });
         }
     }
-    // Ports have a thread each.
-    let after = private_kib(daemon.pid());
-    assert!(after < before + 4096, "{before} KiB became {after} KiB");
+    // A moment after its client, a capture ends. Ports have a thread each, which needs some.
+    daemon.eventually("memory given back", |daemon| private_kib(daemon.pid()) < before + 4096);
 }
