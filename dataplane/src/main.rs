@@ -4,9 +4,26 @@ use std::process::ExitCode;
 
 mod cli;
 
+/// Larger pieces of memory are mapped by themselves, and go back to the system when they are freed.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 256 << 10;
+/// Heaps, of which each keeps what its threads once needed: many threads, none of which allocates much.
+#[cfg(target_env = "gnu")]
+const HEAPS: libc::c_int = 2;
+
 fn main() -> ExitCode {
+    settle_allocator();
     match cli::main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
+    }
+}
+
+/// The C library keeps freed memory, and more the longer it runs: after a capture, many times what the switch needs.
+fn settle_allocator() {
+    #[cfg(target_env = "gnu")]
+    for (option, value) in [(libc::M_MMAP_THRESHOLD, LARGE), (libc::M_ARENA_MAX, HEAPS)] {
+        // SAFETY: takes no pointers, and there is no other thread yet.
+        unsafe { libc::mallopt(option, value) };
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::RateLimit;
 
@@ -93,6 +93,27 @@ pub struct QueueStatus {
     pub notifications: u64,
     /// Cycles of the time stamp counter that its worker spent on frames received from it.
     pub rx_cycles: u64,
+}
+
+/// Frames of all ports that there are or were. Once nothing moves,
+/// `rx + made = tx + merged + held + drops`, but for drops of what is not counted as received (`runt`, `oversize`,
+/// `bad_offload`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TotalsStatus {
+    /// Received from ports.
+    pub rx_frames: u64,
+    /// Sent to ports.
+    pub tx_frames: u64,
+    /// Came into being in the switch: further copies for further receivers, further segments of a super-packet,
+    /// announcements.
+    pub made_frames: u64,
+    /// Were put into others.
+    pub merged_frames: u64,
+    /// Are kept for guests that migrate.
+    pub held_frames: u64,
+    /// Dropped, by reason; the names are those of `DropReason`.
+    pub drops: BTreeMap<String, u64>,
 }
 
 /// One entry of the forwarding table.

@@ -111,7 +111,7 @@ impl TestGuest {
     fn avail_at(&self) -> u64 {
         0x1000 + 16 * u64::from(self.size)
     }
-    fn used_at(&self) -> u64 {
+    pub(crate) fn used_at(&self) -> u64 {
         (self.avail_at() + 6 + 2 * u64::from(self.size)).next_multiple_of(64)
     }
 

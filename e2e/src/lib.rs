@@ -14,6 +14,7 @@ pub mod ping;
 pub mod process;
 pub mod qemu;
 pub mod scratch;
+pub mod soak;
 pub mod switch;
 pub mod testpmd;
 pub mod wait;

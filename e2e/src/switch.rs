@@ -65,26 +65,47 @@ impl Switch {
 
     /// Ends the switch (SIGTERM, or SIGKILL if `crash`) and starts it again with the same state and these arguments.
     pub fn restart(&mut self, crash: bool, arguments: &[&str]) -> Result<()> {
+        self.end(crash)?;
+        self.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        self.begin_again()
+    }
+
+    /// Ends the switch: by SIGTERM, or SIGKILL if `crash`.
+    pub fn end(&mut self, crash: bool) -> Result<()> {
         if crash {
             self.process.kill();
-        } else {
-            let status = self.process.terminate(START_LIMIT)?;
-            if !status.success() {
-                bail!("the switch ended with {status} upon SIGTERM:\n{}", self.process.log_tail());
-            }
+            return Ok(());
         }
-        self.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let status = self.process.terminate(START_LIMIT)?;
+        if !status.success() {
+            bail!("the switch ended with {status} upon SIGTERM:\n{}", self.process.log_tail());
+        }
+        Ok(())
+    }
+
+    /// Starts the switch that has ended, with the same state and arguments.
+    pub fn begin_again(&mut self) -> Result<()> {
         self.process = spawn(&self.scratch, &self.arguments, self.namespace.as_deref())?;
         self.wait_ready()
     }
 
+    /// An error if the switch is no longer running.
+    pub fn check_alive(&mut self) -> Result<()> {
+        self.process.check_alive()
+    }
+
     /// Starts a new process that takes over from the running one, and waits for the old one's end. Returns for how long
-    /// nothing was forwarded, as the new one says.
+    /// nothing was forwarded, as the new one says. If the new one fails the old one goes on.
     pub fn take_over(&mut self) -> Result<Duration> {
         let logged = self.log().len();
         let arguments = [&self.arguments[..], &["--takeover".to_owned()]].concat();
-        let new = spawn(&self.scratch, &arguments, self.namespace.as_deref())?;
-        let status = std::mem::replace(&mut self.process, new).wait_exit(START_LIMIT)?;
+        let mut new = spawn(&self.scratch, &arguments, self.namespace.as_deref())?;
+        let old = &mut self.process;
+        let status = wait::until("the old process to end", START_LIMIT, || {
+            new.check_alive()?;
+            old.exited()
+        })?;
+        self.process = new;
         if !status.success() {
             bail!("the old process ended with {status}:\n{}", self.process.log_tail());
         }

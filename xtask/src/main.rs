@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod fuzz;
 mod setup;
+mod soak;
 mod stage;
 mod supply;
 mod test;
@@ -31,6 +32,8 @@ enum Task {
     Demo(demo::Options),
     /// Let fuzzers look for inputs that break the switch.
     Fuzz(fuzz::Options),
+    /// Have guests come, go and migrate while the switch is killed and upgraded, and look for leaks and lost frames.
+    Soak(soak::Options),
     /// Write the bill of materials of the programs (CycloneDX, JSON).
     Sbom(supply::sbom::Options),
     /// Run every check: format, lints, docs, unit tests, and systems tests with real guests.
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Setup { check: false } => setup::ensure_all(),
         Task::Demo(options) => demo::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Sbom(options) => supply::sbom::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),

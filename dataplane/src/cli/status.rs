@@ -15,6 +15,12 @@ pub(crate) fn run(socket: &Path, json: bool) -> Result<(), Failure> {
     if json { emit_json(&status) } else { emit(&describe(&status)) }
 }
 
+fn frames(totals: Option<&proto::Totals>) -> String {
+    let Some(totals) = totals else { return "-".into() };
+    let dropped: u64 = totals.drops.values().sum();
+    format!("{} received, {} sent, {dropped} dropped", totals.rx_frames, totals.tx_frames)
+}
+
 fn describe(status: &proto::GetStatusResponse) -> String {
     let fields = fields(&[
         ("version", status.version.clone()),
@@ -25,6 +31,7 @@ fn describe(status: &proto::GetStatusResponse) -> String {
         ("state", status.state_dir.clone()),
         ("ports", status.ports.to_string()),
         ("addresses", status.fdb_entries.to_string()),
+        ("frames", frames(status.totals.as_ref())),
     ]);
     let row = |worker: &proto::WorkerStatus| {
         vec![

@@ -9,8 +9,8 @@ use crate::config::{
     AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode, VlanMode,
 };
 use crate::status::{
-    CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, WorkerCycles,
-    WorkerStatus,
+    CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, TotalsStatus,
+    WorkerCycles, WorkerStatus,
 };
 use crate::switch::PortError;
 
@@ -118,6 +118,18 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
         rate_tx: port.rate_tx.map(rate_from_proto),
         owner: port.owner,
     })
+}
+
+/// Counts over all ports, as they go over the socket.
+pub(super) fn totals(totals: TotalsStatus) -> proto::Totals {
+    proto::Totals {
+        rx_frames: totals.rx_frames,
+        tx_frames: totals.tx_frames,
+        made_frames: totals.made_frames,
+        merged_frames: totals.merged_frames,
+        held_frames: totals.held_frames,
+        drops: totals.drops.into_iter().collect(),
+    }
 }
 
 fn rate_limit(limit: RateLimit) -> proto::RateLimit {

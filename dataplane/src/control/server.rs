@@ -252,6 +252,7 @@ impl Control for Service {
             fdb_entries: controller.switch().fdb_len() as u64,
             control: about.control.display().to_string(),
             state_dir: about.state_dir.display().to_string(),
+            totals: Some(convert::totals(controller.switch().totals())),
         }))
     }
 

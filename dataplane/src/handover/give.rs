@@ -163,5 +163,6 @@ fn standing(switch: &Switch, ports: &[Packed], known: &Stations, since: SystemTi
         since_ns: u64::try_from(since.as_nanos()).unwrap_or_default(),
         ports: ports.iter().map(of_port).collect(),
         fdb,
+        removed: switch.removed_totals(),
     }
 }

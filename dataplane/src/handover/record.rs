@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::status::TotalsStatus;
+
 /// What the new process says first, after the greeting.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Hello {
@@ -172,6 +174,9 @@ pub(super) struct Standing {
     pub(super) ports: Vec<PortStanding>,
     /// Stations that are elsewhere than in the offer.
     pub(super) fdb: Vec<FdbRecord>,
+    /// What was counted at ports that are no more.
+    #[serde(default)]
+    pub(super) removed: TotalsStatus,
 }
 
 /// Where a port stands.
@@ -193,6 +198,12 @@ pub struct StatsRecord {
     pub tx: Vec<(usize, u64, u64, u64)>,
     /// By reason.
     pub drops: BTreeMap<String, u64>,
+    /// Frames that came into being in the switch.
+    #[serde(default)]
+    pub made: u64,
+    /// Frames that were put into others.
+    #[serde(default)]
+    pub merged: u64,
     /// Times the other side connected.
     pub connects: u64,
     /// Faults of the other side.

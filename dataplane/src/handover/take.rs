@@ -152,6 +152,7 @@ impl Takeover {
             }
         }
         switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb);
+        switch.restore_totals(&self.standing.removed);
         self.say("ready")?;
         let go: String = self.hear()?;
         if go != "go" {

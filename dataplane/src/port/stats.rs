@@ -75,6 +75,8 @@ pub struct PortStats {
     rx: Box<[QueueCounters]>,
     tx: Box<[QueueCounters]>,
     drops: Apart<[AtomicU64; DropReason::COUNT]>,
+    /// Frames that the switch has made of others or by itself, and those it has put into others.
+    changes: Apart<[AtomicU64; 2]>,
     /// Times the other side connected.
     pub connects: AtomicU64,
     /// Faults of the other side.
@@ -91,6 +93,7 @@ impl Default for PortStats {
             rx: counters(),
             tx: counters(),
             drops: Apart(std::array::from_fn(|_| AtomicU64::new(0))),
+            changes: Apart(Default::default()),
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
@@ -111,6 +114,8 @@ impl PortStats {
             rx: used(&self.rx),
             tx: used(&self.tx),
             drops: drops.filter(|(_, count)| *count > 0).collect(),
+            made: self.made(),
+            merged: self.merged(),
             connects: self.connects.load(Ordering::Relaxed),
             faults: self.faults.load(Ordering::Relaxed),
             fault: self.fault().map(Fault::code),
@@ -129,6 +134,9 @@ impl PortStats {
         for reason in DropReason::ALL {
             let count = record.drops.get(reason.name()).copied().unwrap_or(0);
             self.drops.0[*reason as usize].store(count, Ordering::Relaxed);
+        }
+        for (count, value) in self.changes.0.iter().zip([record.made, record.merged]) {
+            count.store(value, Ordering::Relaxed);
         }
         self.connects.store(record.connects, Ordering::Relaxed);
         self.faults.store(record.faults, Ordering::Relaxed);
@@ -154,6 +162,35 @@ impl PortStats {
     /// Frames dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
         self.drops.0[reason as usize].load(Ordering::Relaxed)
+    }
+
+    /// Counts frames that came into being here: further copies for further receivers, further segments of a super-packet,
+    /// announcements.
+    #[inline]
+    pub fn make_frames(&self, frames: u64) {
+        self.changes.0[0].fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Counts frames that were put into others.
+    #[inline]
+    pub fn merge_frames(&self, frames: u64) {
+        self.changes.0[1].fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Frames that came into being here.
+    pub fn made(&self) -> u64 {
+        self.changes.0[0].load(Ordering::Relaxed)
+    }
+
+    /// Frames that were put into others.
+    pub fn merged(&self) -> u64 {
+        self.changes.0[1].load(Ordering::Relaxed)
+    }
+
+    /// Frames received and sent, over all queues.
+    pub fn frames(&self) -> (u64, u64) {
+        let sum = |counters: &[QueueCounters]| counters.iter().map(|queue| queue.read().0).sum();
+        (sum(&self.rx), sum(&self.tx))
     }
 
     /// Records a fault, unless there is one: what follows from it is not worth telling. The port serves no frame until

@@ -176,6 +176,7 @@ impl Forwarder {
         let mut frame = burst.start(VirtioNetHdr::LEN);
         let pieces = [&[0; VirtioNetHdr::LEN][..], &request];
         if pieces.into_iter().all(|piece| frame.push(SourceSegment::from_slice(piece))) && frame.finish().is_ok() {
+            port.stats.make_frames(1);
             self.forward(snapshot, port, &mut burst);
         }
     }
@@ -337,6 +338,7 @@ impl Forwarder {
             }
         }
         if count > 1 {
+            ingress.stats.make_frames(count - 1);
             self.shared |= 1 << (u32::from(place) % u64::BITS);
         }
         if count > 0 { Ok(()) } else { Err(DropReason::NoDestination) }
@@ -377,7 +379,11 @@ impl Forwarder {
             }
         }
         if ingress.link.coalesce && ready.count > 1 {
+            let before = ready.count;
             ready.coalesce(burst, self.shared, first.prefers());
+            if ready.count < before {
+                egress.stats.merge_frames(u64::from(before - ready.count));
+            }
         }
         let captured = egress.stats.capture.is_on();
         if captured {

@@ -19,6 +19,7 @@ mod report;
 pub mod snapshot;
 #[cfg(test)]
 mod tests;
+mod totals;
 pub mod vlan;
 
 use std::collections::BTreeMap;
@@ -131,6 +132,7 @@ struct Tables {
     announcement: Option<Announcement>,
     /// Workers are shown nothing, since the ports belong to another process.
     frozen: bool,
+    removed: totals::Removed,
 }
 
 /// A place for a port.
@@ -287,6 +289,15 @@ impl Switch {
 
     /// Stops all ports and workers and waits for them. Idempotent.
     pub fn stop(&self) {
+        // First the frames: those that are sent to a port that goes before others would be lost. They wait in the guests'
+        // rings for the next switch.
+        {
+            let mut tables = lock(&self.inner.tables);
+            if !tables.ports.is_empty() && !tables.frozen {
+                tables.frozen = true;
+                self.inner.publish(&mut tables);
+            }
+        }
         for config in self.port_configs() {
             let _ = self.remove_port(&config.name);
         }
@@ -407,6 +418,7 @@ impl Inner {
         tables.order.retain(|other| other != name);
         tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
         self.publish(tables);
+        tables.removed.add(entry.stats.clone());
         tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain_of(entry.id, |_| true);

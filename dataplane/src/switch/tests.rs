@@ -666,9 +666,60 @@ fn a_broken_receiver_faults_alone() {
     bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)]);
     assert_eq!(bench.stations[1].stats.fault(), Some(crate::virtq::Fault::WrongDirection));
     assert_eq!(bench.received(2).len(), 1);
-    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)]);
+    // Nor is the frame that met the fault forgotten.
     assert_eq!(bench.drops(1, DropReason::LinkDown), 1);
+    bench.send(0, &[frame(mac(1), mac(0), 60), frame(mac(2), mac(0), 60)]);
+    assert_eq!(bench.drops(1, DropReason::LinkDown), 2);
     assert_eq!(bench.received(2).len(), 1);
+}
+
+/// Every frame that is received, or made here, is sent or dropped: over broadcasts, segments, want of room and faults.
+#[test]
+fn counts_add_up() {
+    let mut bench = Bench::new(&[Port::default(), Port::default(), Port { features: VERSION_1, ..Port::default() }]);
+    bench.introduce();
+    bench.post(1, 10, 2048);
+    bench.post(2, 20, 2048);
+    let mut segmented = super_packet(20_000, 1448);
+    segmented[12..18].copy_from_slice(&mac(2).to_be_bytes()[2..]);
+    let broadcast = frame(BROADCAST, mac(0), 60);
+    bench.send(0, &[segmented.clone(), broadcast.clone(), frame(mac(1), mac(0), 60), frame(mac(0), mac(0), 60)]);
+    // There is room for some of its segments only.
+    bench.send(0, &[segmented, broadcast]);
+    bench.stations[1].into[0].returned();
+    bench.post(1, 4, 2048);
+    (0..64).for_each(|index| bench.stations[1].into[0].set_desc(index, Desc { addr: 0, len: 64, flags: 0, next: 0 }));
+    let to_broken = vec![frame(mac(1), mac(0), 60); 12];
+    bench.send(0, &to_broken);
+    assert!(bench.stations[1].stats.fault().is_some());
+    let all = bench.stations.iter().map(|station| &station.stats);
+    let sum = |count: fn(&PortStats) -> u64| all.clone().map(|stats| count(stats)).sum::<u64>();
+    let (received, sent) = (sum(|stats| stats.frames().0), sum(|stats| stats.frames().1));
+    let dropped = sum(|stats| DropReason::ALL.iter().map(|&reason| stats.drops(reason)).sum());
+    assert!(sent > 20 && dropped > 10, "{sent} {dropped}");
+    assert_eq!(received + sum(PortStats::made), sent + sum(PortStats::merged) + dropped);
+}
+
+/// What a port has counted outlives it.
+#[test]
+fn totals_know_of_ports_that_are_no_more() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let config: PortConfig = "gone=vhost-user:/nonexistent/sluice.sock".parse().unwrap();
+    switch.add_port(config).unwrap();
+    let stats = lock(&switch.inner.tables).ports.get("gone").map(|entry| entry.stats.clone()).unwrap();
+    stats.rx(0).add(5, 300);
+    stats.make_frames(2);
+    let before = switch.totals();
+    switch.remove_port("gone").unwrap();
+    // As a hold does that outlives its port.
+    stats.drop_frames(DropReason::LinkDown, 7);
+    drop(stats);
+    let after = switch.totals();
+    assert_eq!((before.rx_frames, before.made_frames, before.drops.len()), (5, 2, 0));
+    assert_eq!((after.rx_frames, after.made_frames, after.drops.get("link_down")), (5, 2, Some(&7)));
+    let taken_over = Switch::start(&SwitchConfig::default()).unwrap();
+    taken_over.restore_totals(&switch.removed_totals());
+    assert_eq!(taken_over.totals(), after);
 }
 
 #[test]

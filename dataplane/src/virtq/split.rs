@@ -265,7 +265,8 @@ impl Ring for SplitRing {
     }
 
     fn silence(&self) {
-        self.store_flags(NO_NOTIFY);
+        // With event indices the flag must be 0 (virtio 1.2, 2.7.10.2).
+        self.store_flags(if self.config.event_idx { 0 } else { NO_NOTIFY });
         if self.config.event_idx {
             // The index just passed, which is the farthest ahead.
             let next = self.position.lock().next;

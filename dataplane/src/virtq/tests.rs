@@ -192,6 +192,19 @@ fn arming_sees_what_came_before() {
     }
 }
 
+/// virtio 1.2, 2.7.10.2: a driver that goes by the flag alone would never wake us.
+#[test]
+fn with_event_indices_the_flag_stays_clear() {
+    for (features, flags) in [(VERSION_1, [1, 0]), (VERSION_1 | EVENT_IDX, [0, 0])] {
+        let guest = TestGuest::new(8, features);
+        let ring = SplitRing::new(&guest.config(), guest.memory.clone()).unwrap();
+        ring.silence();
+        assert_eq!(guest.read(guest.used_at(), 2), [flags[0], 0]);
+        ring.enable_notification();
+        assert_eq!(guest.read(guest.used_at(), 2), [flags[1], 0]);
+    }
+}
+
 /// rust-vmm's view of the same memory and ring.
 fn oracle(guest: &TestGuest) -> (GuestMemoryMmap, Queue) {
     let file = vm_memory::FileOffset::new(guest.file(), 0);

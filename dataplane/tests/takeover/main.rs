@@ -5,6 +5,7 @@
 mod driver;
 mod failures;
 mod station;
+mod stops;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;

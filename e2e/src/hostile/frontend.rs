@@ -125,16 +125,33 @@ impl Frontend {
         Ok(frontend)
     }
 
-    /// Gives up the connection and the guest, and comes back with new ones.
-    pub fn reconnect(&mut self, setup: Setup) -> Result<()> {
+    /// Goes on with a switch that has gone and come back: a new connection, rings as they are.
+    pub fn resume(&mut self) -> Result<()> {
+        self.channel = self.accept()?;
+        self.bring_up()
+    }
+
+    /// Hangs up, and waits until the switch connects again: it is through with the rings then. Nobody answers it yet.
+    pub fn hang_up(&mut self) -> Result<()> {
         // Gone before the next one is accepted, or the switch would serve the old one still.
         self.channel = Channel::new(std::os::unix::net::UnixStream::pair()?.0)?;
+        self.channel = self.accept()?;
+        Ok(())
+    }
+
+    /// Serves the connection of [`Frontend::hang_up`] with a new guest.
+    pub fn renew(&mut self, setup: Setup) -> Result<()> {
         self.memory = Arc::new(Memory::new(MEMORY)?);
         self.regions = vec![[0, MEMORY, UVA, 0]];
         self.setup = setup;
         [self.rx, self.tx] = queues(&self.memory, setup)?;
-        self.channel = self.accept()?;
         self.bring_up()
+    }
+
+    /// Gives up the connection and the guest, and comes back with new ones.
+    pub fn reconnect(&mut self, setup: Setup) -> Result<()> {
+        self.hang_up()?;
+        self.renew(setup)
     }
 
     /// The switch's next connection, whether it is to be served or not.
@@ -260,7 +277,11 @@ impl Frontend {
 }
 
 fn queues(memory: &Arc<Memory>, setup: Setup) -> Result<[Queue; 2]> {
-    let queue = |base, buffers, writable| Queue::new(memory.clone(), setup.layout, base, setup.size, buffers, writable);
+    let queue = |base, buffers, writable| {
+        let mut queue = Queue::new(memory.clone(), setup.layout, base, setup.size, buffers, writable)?;
+        queue.event_idx = setup.features & EVENT_IDX != 0;
+        Ok::<_, anyhow::Error>(queue)
+    };
     Ok([queue(RX_RING, RX_BUFFERS, true)?, queue(TX_RING, TX_BUFFERS, false)?])
 }
 

@@ -118,6 +118,10 @@ pub struct Queue {
     buffers: u64,
     /// How the device is woken.
     pub kick: File,
+    /// Whether it says by index when it wants to be (split).
+    pub event_idx: bool,
+    /// Chains made available when it was last decided whether to.
+    told: u16,
     next: Cursor,
     done: Cursor,
     /// Chains made available, and given back, since the start; modulo 65,536.
@@ -137,8 +141,21 @@ impl Queue {
     ) -> anyhow::Result<Self> {
         let (places, kick) = (Places::at(base), crate::hostile::eventfd()?);
         let (next, done) = (Cursor::START, Cursor::START);
-        let mut queue =
-            Self { memory, layout, places, size, writable, buffers, kick, next, done, offered: 0, returned: 0 };
+        let mut queue = Self {
+            memory,
+            layout,
+            places,
+            size,
+            writable,
+            buffers,
+            kick,
+            event_idx: false,
+            told: 0,
+            next,
+            done,
+            offered: 0,
+            returned: 0,
+        };
         queue.reset();
         Ok(queue)
     }
@@ -154,6 +171,7 @@ impl Queue {
         self.memory.clear(self.places.driver, driver.next_multiple_of(8));
         self.memory.clear(self.places.device, device.next_multiple_of(8));
         (self.next, self.done, self.offered, self.returned) = (Cursor::START, Cursor::START, 0, 0);
+        self.told = 0;
         // These drivers poll, and say so.
         match self.layout {
             Layout::Split => self.memory.half(self.places.driver).store(1, Ordering::Relaxed),
@@ -321,6 +339,15 @@ impl Queue {
     /// Wakes the device, if it wants to be.
     pub fn notify(&mut self) {
         fence(Ordering::SeqCst);
+        let told = std::mem::replace(&mut self.told, self.offered);
+        if self.event_idx && self.layout == Layout::Split {
+            let event = self.places.device + 4 + 8 * u64::from(self.size);
+            let event = self.memory.half(event).load(Ordering::Relaxed);
+            if self.offered.wrapping_sub(event).wrapping_sub(1) < self.offered.wrapping_sub(told) {
+                self.wake();
+            }
+            return;
+        }
         let (at, silent) = match self.layout {
             Layout::Split => (self.places.device, 1),
             Layout::Packed => (self.places.device + 2, 1),

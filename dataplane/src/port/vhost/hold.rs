@@ -51,9 +51,14 @@ impl Hold {
         self.held.lock().since.get_or_insert_with(Instant::now).elapsed() <= LIFE
     }
 
+    /// Frames that are kept.
+    pub fn len(&self) -> usize {
+        self.held.lock().frames.len()
+    }
+
     /// Whether nothing is kept.
     pub fn is_empty(&self) -> bool {
-        self.held.lock().frames.is_empty()
+        self.len() == 0
     }
 
     /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.

@@ -207,6 +207,8 @@ struct Sent<'r> {
     frames: u64,
     bytes: u64,
     dirty: Option<Marks<'r>>,
+    /// Place of the first frame that a fault would leave where it is.
+    until: usize,
 }
 
 /// Chains that one frame fills, and how far.
@@ -249,8 +251,12 @@ impl<R: Ring> GuestRx<R> {
             if plain && self.put_plain(work, sent, burst, frame, &ahead) {
                 continue;
             }
+            sent.until = place;
             match self.deliver(work, sent, burst, frame, scratch)? {
-                Ok(()) => work.look_ahead(&mut ahead, frames.len() - place - 1)?,
+                Ok(()) => {
+                    sent.until = place + 1;
+                    work.look_ahead(&mut ahead, frames.len() - place - 1)?;
+                }
                 // Nothing behind it fits either, most likely, and order is kept.
                 Err(DropReason::Full) => {
                     scratch.outcomes.count_dropped(&self.setup.stats, &frames[place..], DropReason::Full);
@@ -314,12 +320,18 @@ impl<R: Ring> GuestRx<R> {
             return self.put(work, sent, filled, out);
         }
         let mut outcome = Ok(Ok(()));
+        let mut segments = 0;
         let converted = rebuilt.convert(burst, frame, self.accepts, |offload, head, payload| {
             copies.extra += 1;
+            segments += 1;
             let tail = [SourceSegment::from_slice(payload)];
             outcome = self.put(work, sent, filled, Outgoing { offload, head, tail: &tail });
             matches!(outcome, Ok(Ok(())))
         });
+        // Of one that does not get through as a whole, the rest is the one that is dropped.
+        if segments > 1 {
+            self.setup.stats.make_frames(segments - 1);
+        }
         if converted { outcome } else { Ok(Err(DropReason::CannotConvert)) }
     }
 
@@ -441,6 +453,10 @@ impl<R: Ring> TxQueue for GuestRx<R> {
         };
         let mut sent = Sent { dirty: self.ring.memory().dirty(), ..Sent::default() };
         let outcome = self.deliver_all(&mut work, &mut sent, burst, frames, scratch);
+        if outcome.is_err() {
+            let rest = frames.get(sent.until..).unwrap_or_default();
+            scratch.outcomes.count_dropped(&self.setup.stats, rest, DropReason::LinkDown);
+        }
         if let Some(dirty) = sent.dirty.take() {
             dirty.finish();
         }

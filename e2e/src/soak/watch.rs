@@ -1,0 +1,146 @@
+//! What the process costs, and what it has logged.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use std::fs;
+
+use crate::soak::audit::open_files;
+use crate::switch::{Switch, Usage};
+
+/// Growth that is no leak, in percent.
+const TOLERANCE: u64 = 5;
+/// What an allocator needs more or less while ports and connections come and go, in KiB: 5 % of a few MiB is less.
+const NOISE: u64 = 1024;
+/// Audits after which a process has all that it keeps.
+const WARM_UP: usize = 1;
+/// Words of a log that nobody wants to read.
+const NEVER: [&str; 4] = ["panicked at", "ERROR", "memory allocation of", "assertion"];
+
+/// One process of the switch, as the audits have seen it.
+#[derive(Debug, Clone)]
+pub struct Life {
+    /// Its number.
+    pub pid: u32,
+    /// Private memory in KiB, at each audit.
+    pub memory: Vec<u64>,
+    /// Descriptors, at each audit.
+    pub fds: Vec<usize>,
+    /// What they were at the first.
+    pub open: BTreeMap<String, u64>,
+}
+
+impl Life {
+    /// Demands that memory stays.
+    pub fn check(&self) -> Result<()> {
+        if let Some((first, last)) = self.growth() {
+            let allowed = first + (first * TOLERANCE / 100).max(NOISE);
+            ensure!(last <= allowed, "process {}: KiB of memory at the audits: {:?}", self.pid, self.memory);
+        }
+        Ok(())
+    }
+
+    /// Memory after the warm-up and at the end, if there were enough audits to tell.
+    pub fn growth(&self) -> Option<(u64, u64)> {
+        let warm = self.memory.get(WARM_UP..).filter(|warm| warm.len() >= 4)?;
+        let median = |part: &[u64]| {
+            let mut part = part.to_vec();
+            part.sort_unstable();
+            part.get(part.len() / 2).copied()
+        };
+        let third = (warm.len() / 3).max(2);
+        Some((median(warm.get(..third)?)?, median(warm.get(warm.len() - third..)?)?))
+    }
+}
+
+/// All processes so far, and the log.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// The processes, in their order.
+    pub lives: Vec<Life>,
+    read: usize,
+    /// Warnings, without their figures, and how often each came.
+    pub warnings: BTreeMap<String, u64>,
+}
+
+impl Watch {
+    /// Looks at the process, which is in the same state at each audit.
+    ///
+    /// # Errors
+    /// What has grown.
+    pub fn audit(&mut self, switch: &Switch) -> Result<()> {
+        let pid = switch.pid();
+        let (memory, fds) = (private_kib(pid)?, Usage::of(pid)?.fds);
+        if self.lives.last().is_none_or(|life| life.pid != pid) {
+            self.lives.push(Life { pid, memory: Vec::new(), fds: Vec::new(), open: open_files(pid) });
+        }
+        let Some(life) = self.lives.last_mut() else { return Ok(()) };
+        life.memory.push(memory);
+        life.fds.push(fds);
+        life.check()
+    }
+
+    /// Reads what was logged since it was last asked.
+    ///
+    /// # Errors
+    /// A line that must not be there.
+    pub fn read_log(&mut self, switch: &Switch) -> Result<()> {
+        let log = switch.log();
+        let new = log.get(self.read..).unwrap_or_default();
+        // A line that is not whole yet is read the next time.
+        let whole = new.rfind('\n').map_or(0, |end| end + 1);
+        for line in new.get(..whole).unwrap_or_default().lines() {
+            if NEVER.iter().any(|word| line.contains(word)) {
+                bail!("the switch has logged: {line}");
+            }
+            if line.contains("WARN") {
+                *self.warnings.entry(shape(line)).or_default() += 1;
+            }
+        }
+        self.read += whole;
+        Ok(())
+    }
+}
+
+/// A line without its time and its figures.
+fn shape(line: &str) -> String {
+    let text = line.split_once("WARN").map_or(line, |(_, text)| text);
+    let mut shape = String::new();
+    for c in text.chars() {
+        let c = if c.is_ascii_digit() { '#' } else { c };
+        if c != '#' || !shape.ends_with('#') {
+            shape.push(c);
+        }
+    }
+    shape.trim().to_owned()
+}
+
+/// Memory that is the process's alone and no file's, in KiB: not its program, not what guests share with it.
+fn private_kib(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("no process {pid}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number.context("no RssAnon in the status of a process")?.parse().context("RssAnon is no number")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn life(memory: &[u64]) -> Life {
+        Life { pid: 1, memory: memory.to_vec(), fds: Vec::new(), open: BTreeMap::new() }
+    }
+
+    #[test]
+    fn growth_is_noticed_noise_is_not() {
+        assert!(life(&[5000, 9000, 9100, 9000, 9200, 9100]).check().is_ok());
+        assert!(life(&[5000, 9000, 9100, 9500, 10_200, 10_300]).check().is_err());
+        assert!(life(&[50_000, 90_000, 91_000, 93_000, 94_000, 95_000]).check().is_ok());
+        assert!(life(&[50_000, 90_000, 91_000, 93_000, 96_000, 97_000]).check().is_err());
+        assert!(life(&[5000, 9000, 12_000]).check().is_ok());
+    }
+
+    #[test]
+    fn lines_are_alike_but_for_figures() {
+        assert_eq!(shape("2026-01-01T10:00:00Z  WARN x: port=j12 after 3.5 s"), "x: port=j# after #.# s");
+    }
+}

@@ -1,0 +1,64 @@
+//! Runs a soak: the switch, guests and stations that come and go, and audits.
+
+use anyhow::{Context, Result};
+use clap::Args;
+use e2e::soak;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::setup;
+use crate::stage::{cargo, must};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// How long; fractions are welcome.
+    #[arg(long, default_value_t = 5.0, value_parser = parse_minutes)]
+    minutes: f64,
+    /// Number that all that is random comes from [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Leave out the real guests.
+    #[arg(long)]
+    no_guests: bool,
+    /// Never restart the switch, so that one process has all the time for a leak to show.
+    #[arg(long)]
+    no_restarts: bool,
+}
+
+fn parse_minutes(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(minutes) if minutes > 0.0 && minutes <= 7.0 * 24.0 * 60.0 => Ok(minutes),
+        _ => Err("give minutes, a week at most".into()),
+    }
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    setup::ensure()?;
+    if std::env::var_os("SLUICE_BIN").is_none() {
+        must("building the switch", cargo(&["build", "--release", "--quiet", "-p", "sluice", "--bins"]))?;
+    }
+    let seed = match options.seed {
+        Some(seed) => seed,
+        None => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() % 1_000_000,
+    };
+    let without = [(options.no_guests, " --no-guests"), (options.no_restarts, " --no-restarts")];
+    let without: String = without.into_iter().filter(|(left_out, _)| *left_out).map(|(_, name)| name).collect();
+    let again = format!("cargo xtask soak --minutes {} --seed {seed}{without}", options.minutes);
+    println!("==> seed {seed}; to repeat it: {again}");
+    let wanted = soak::Options {
+        time: Duration::from_secs_f64(options.minutes * 60.0),
+        seed,
+        guests: !options.no_guests,
+        restarts: !options.no_restarts,
+    };
+    let report = soak::run(&wanted).with_context(|| format!("THE SOAK HAS FAILED (again: {again})"))?;
+    if options.json {
+        println!("{:#}", report.json());
+    } else {
+        print!("{report}");
+    }
+    println!("==> clean: no frame on a wrong network, none changed or doubled; counters add up; nothing leaks");
+    Ok(())
+}
