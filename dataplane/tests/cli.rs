@@ -251,10 +251,20 @@ fn the_switch_tells_about_itself() {
     let status = bench.json(&["status"]);
     let mut keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
     keys.sort_unstable();
-    assert_eq!(
-        keys,
-        ["control", "fdb_entries", "mode", "pid", "ports", "state_dir", "uptime_seconds", "version", "workers"]
-    );
+    let expected = [
+        "control",
+        "fdb_entries",
+        "mode",
+        "pid",
+        "ports",
+        "state_dir",
+        "totals",
+        "uptime_seconds",
+        "version",
+        "workers",
+    ];
+    assert_eq!(keys, expected);
+    assert_eq!((&status["totals"]["rx_frames"], &status["totals"]["drops"]), (&json!(0), &json!({})));
     assert_eq!(status["pid"], daemon.child.id());
     assert_eq!((&status["mode"], &status["ports"]), (&json!("adaptive"), &json!(1)));
     assert_eq!(status["control"], json!(bench.path("ctl.sock")));
