@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 mod cli;
 
-/// Larger pieces of memory are mapped by themselves, and go back to the system when they are freed.
+/// Larger pieces of memory, such as the counters of a port, are mapped by themselves, and go back to the system when they
+/// are freed. As holes in the heap they would make it grow while ports come and go.
 #[cfg(target_env = "gnu")]
-const LARGE: libc::c_int = 256 << 10;
+const LARGE: libc::c_int = 16 << 10;
 /// Heaps, of which each keeps what its threads once needed: many threads, none of which allocates much.
 #[cfg(target_env = "gnu")]
 const HEAPS: libc::c_int = 2;

@@ -9,8 +9,6 @@ use crate::switch::{Switch, Usage};
 
 /// Growth that is no leak, in percent.
 const TOLERANCE: u64 = 5;
-/// What an allocator needs more or less while ports and connections come and go, in KiB: 5 % of a few MiB is less.
-const NOISE: u64 = 1024;
 /// Audits after which a process has all that it keeps.
 const WARM_UP: usize = 1;
 /// Words of a log that nobody wants to read.
@@ -33,7 +31,7 @@ impl Life {
     /// Demands that memory stays.
     pub fn check(&self) -> Result<()> {
         if let Some((first, last)) = self.growth() {
-            let allowed = first + (first * TOLERANCE / 100).max(NOISE);
+            let allowed = first + first * TOLERANCE / 100;
             ensure!(last <= allowed, "process {}: KiB of memory at the audits: {:?}", self.pid, self.memory);
         }
         Ok(())
