@@ -290,6 +290,10 @@ impl Registration for Service {
         let options = client.get_device_plugin_options(Empty {}).await?.into_inner();
         let (resource, endpoint) = (request.resource_name.clone(), request.endpoint.clone());
         let known = Known { endpoint: endpoint.clone(), options, client: client.clone(), devices: vec![], messages: 0 };
+        let mut kubelet = self.state.lock().unwrap();
+        // First of all: the plugin's list may be here before this goes on, and comes only once.
+        kubelet.known.insert(request.resource_name.clone(), known);
+        kubelet.registrations.push(request);
         let state = self.state.clone();
         let stream = tokio::spawn(async move {
             // A stream that has ended, or was replaced by another one's, means that there are no devices.
@@ -309,10 +313,7 @@ impl Registration for Service {
             }
             with_known(&|known| known.devices.clear());
         });
-        let mut state = self.state.lock().unwrap();
-        state.streams.push(stream);
-        state.known.insert(request.resource_name.clone(), known);
-        state.registrations.push(request);
+        kubelet.streams.push(stream);
         Ok(Response::new(Empty {}))
     }
 }
