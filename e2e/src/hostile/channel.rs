@@ -115,6 +115,17 @@ impl Channel {
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Whether the switch has closed the connection, or gone with it.
+    pub fn is_closed(&self) -> bool {
+        let (mut byte, flags) = ([0u8; 1], libc::MSG_PEEK | libc::MSG_DONTWAIT);
+        // SAFETY: the kernel writes at most one byte into the local.
+        match unsafe { libc::recv(self.stream.as_raw_fd(), byte.as_mut_ptr().cast(), 1, flags) } {
+            0 => true,
+            1 => false,
+            _ => io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock,
+        }
+    }
+
     /// Waits until the switch has hung up, whatever it sends before.
     pub fn wait_closed(&mut self) -> Result<()> {
         let mut rest = [0; 4096];

@@ -125,8 +125,12 @@ impl Frontend {
         Ok(frontend)
     }
 
-    /// Goes on with a switch that has gone and come back: a new connection, rings as they are.
+    /// Goes on with a switch that has gone and come back, rings as they are: with the connection, if it was kept, or a new
+    /// one.
     pub fn resume(&mut self) -> Result<()> {
+        if !self.channel.is_closed() {
+            return self.settle();
+        }
         self.channel = self.accept()?;
         self.bring_up()
     }
