@@ -171,12 +171,12 @@ impl Worker<'_> {
         self.shared.stats.begin(&clock);
         let mut idle_since = None;
         let mut now = clock.ticks();
-        self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
+        self.begin_plan(&snapshot);
         while !self.shared.stop.load(Ordering::Relaxed) {
             if let Some(newer) = self.shared.mailbox.take() {
                 snapshot = newer;
                 self.shared.acknowledged.acknowledge(snapshot.epoch);
-                self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
+                self.begin_plan(&snapshot);
                 if self.id == 0 {
                     self.forwarder.release_returned(&snapshot);
                 }
@@ -206,6 +206,11 @@ impl Worker<'_> {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    /// A new snapshot brings a new plan.
+    fn begin_plan(&mut self, snapshot: &Snapshot) {
+        self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
     }
 
     /// A pass over frames is done.

@@ -91,19 +91,17 @@ impl Soak {
 
     /// Waits until the counters add up.
     fn balance(&mut self) -> Result<Totals> {
-        let begin = Instant::now();
-        loop {
+        let mut last = String::new();
+        let balanced = wait::until("the counters to add up", SETTLE, || {
             let asked = Instant::now();
             let totals = Totals::read(self.lab.switch()?)?;
             self.slowest = self.slowest.max(asked.elapsed());
             ensure!(asked.elapsed() < ANSWER, "the switch took {:?} to answer", asked.elapsed());
-            if totals.unaccounted() == 0 {
-                return Ok(totals);
-            }
-            let what = || format!("{} frames are unaccounted for: {totals}", totals.unaccounted());
-            ensure!(begin.elapsed() < SETTLE, "{}", what());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            let missing = totals.unaccounted();
+            last = format!("{missing} frames are unaccounted for: {totals}");
+            Ok((missing == 0).then_some(totals))
+        });
+        balanced.with_context(|| last)
     }
 
     /// All ports, which are up where somebody is behind them.

@@ -4,8 +4,10 @@
 //! worker that polls has no use for that, and it is a tenth of what a frame costs. So the worker does not wait for the
 //! socket but for an epoll instance, to which the socket belongs only while the worker is about to sleep, or asleep.
 
-use std::io::{Error, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::Result;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::socket::Socket;
 
@@ -17,28 +19,19 @@ pub(super) struct Bell {
 
 impl Bell {
     pub(super) fn new() -> Result<Self> {
-        // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-        unsafe {
-            let fd = libc::epoll_create1(libc::EPOLL_CLOEXEC);
-            if fd < 0 { Err(Error::last_os_error()) } else { Ok(Self { epoll: OwnedFd::from_raw_fd(fd) }) }
-        }
+        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
     }
 
     /// Rings from now on, and at once if there are frames.
     pub(super) fn listen(&self, socket: &Socket) {
-        self.control(libc::EPOLL_CTL_ADD, socket);
+        // It can only fail if it was done already.
+        let _ = epoll::add(&self.epoll, socket, EventData::new_u64(0), EventFlags::IN);
     }
 
     /// Does not ring any more.
     pub(super) fn ignore(&self, socket: &Socket) {
-        self.control(libc::EPOLL_CTL_DEL, socket);
-    }
-
-    fn control(&self, operation: libc::c_int, socket: &Socket) {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
-        // What can fail here is to do what was done already.
-        // SAFETY: the kernel reads the local; both descriptors are open as long as their owners live.
-        unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), operation, socket.as_raw_fd(), &raw mut event) };
+        // As above.
+        let _ = epoll::delete(&self.epoll, socket);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::io::{ErrorKind, Result};
 
-use super::netlink::{Netlink, attribute, check_error, find};
+use super::netlink::{HEADER, Netlink, REQUEST, attribute, check_error, find, message};
 
 /// Times that the kernel, finding nothing, still holds back.
 const ROUNDS: u32 = 2;
@@ -27,12 +27,9 @@ const NAPI_ID: u16 = 2;
 const NAPI_ROUNDS: u16 = 5;
 const NAPI_TIMEOUT: u16 = 6;
 
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
 const DONE: u16 = 3;
-/// Lengths of `struct nlmsghdr` and `struct genlmsghdr`.
-const HEADER: usize = 16;
+/// Length of `struct genlmsghdr`.
 const COMMAND: usize = 4;
 
 /// How one of an interface's drivers' instances holds back.
@@ -89,7 +86,7 @@ struct Family {
 impl Family {
     fn open() -> Result<Self> {
         let netlink = Netlink::open_generic()?;
-        netlink.send(&message(CONTROL, REQUEST, GET_FAMILY, &attribute(FAMILY_NAME, b"netdev\0")))?;
+        netlink.send(&message(CONTROL, REQUEST, &command(GET_FAMILY), &attribute(FAMILY_NAME, b"netdev\0")))?;
         let mut buffer = vec![0u8; 32 << 10];
         let len = netlink.receive(&mut buffer)?;
         let reply = buffer.get(..len).unwrap_or_default();
@@ -101,7 +98,7 @@ impl Family {
 
     fn settings(&self, ifindex: u32) -> Result<Vec<Setting>> {
         let which = attribute(NAPI_IFINDEX, &ifindex.to_ne_bytes());
-        self.netlink.send(&message(self.id, REQUEST | DUMP, NAPI_GET, &which))?;
+        self.netlink.send(&message(self.id, REQUEST | DUMP, &command(NAPI_GET), &which))?;
         let (mut settings, mut buffer) = (Vec::new(), vec![0u8; 32 << 10]);
         loop {
             let len = self.netlink.receive(&mut buffer)?;
@@ -121,24 +118,13 @@ impl Family {
         let mut attributes = attribute(NAPI_ID, &setting.id.to_ne_bytes());
         attributes.extend(attribute(NAPI_ROUNDS, &setting.rounds.to_ne_bytes()));
         attributes.extend(attribute(NAPI_TIMEOUT, &setting.timeout.to_ne_bytes()));
-        self.netlink.send(&message(self.id, REQUEST | ACK, NAPI_SET, &attributes))?;
-        let mut buffer = [0u8; 4096];
-        let len = self.netlink.receive(&mut buffer)?;
-        check_error(buffer.get(..len).unwrap_or_default())
+        self.netlink.order(self.id, &command(NAPI_SET), &attributes)
     }
 }
 
-/// A request.
-fn message(kind: u16, flags: u16, command: u8, attributes: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    bytes.extend(((HEADER + COMMAND + attributes.len()) as u32).to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(flags.to_ne_bytes());
-    bytes.extend([0; 8]);
-    // Version 1.
-    bytes.extend([command, 1, 0, 0]);
-    bytes.extend(attributes);
-    bytes
+/// A `struct genlmsghdr` of version 1.
+fn command(command: u8) -> [u8; COMMAND] {
+    [command, 1, 0, 0]
 }
 
 /// The kind and the attributes of the first of several messages, and the others.
@@ -171,7 +157,7 @@ mod tests {
             let mut attributes = attribute(NAPI_ID, &id.to_ne_bytes());
             attributes.extend(attribute(NAPI_ROUNDS, &2u32.to_ne_bytes()));
             attributes.extend(attribute(NAPI_TIMEOUT, timeout));
-            message(30, 0, NAPI_GET, &attributes)
+            message(30, 0, &command(NAPI_GET), &attributes)
         };
         let bytes = [of(7, &9u32.to_ne_bytes()), of(8, &(1u64 << 40).to_ne_bytes())].concat();
         let (kind, first, rest) = split(&bytes).unwrap();

@@ -7,12 +7,13 @@ use super::socket::check;
 
 const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
-const REQUEST: u16 = 1;
+/// Flags of a message.
+pub(super) const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const ERROR: u16 = 2;
 const GROUP_LINK: u32 = 1;
 /// Lengths of `struct nlmsghdr` and `struct ifinfomsg`, and of a `struct nlattr`.
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 const IFINFO: usize = 16;
 const ATTRIBUTE: usize = 4;
 
@@ -80,7 +81,7 @@ impl Netlink {
 
     /// The XDP program of an interface, if it has one.
     pub(super) fn xdp(&self, ifindex: u32) -> Result<Option<Attached>> {
-        self.send(&message(RTM_GETLINK, REQUEST, ifindex, &[]))?;
+        self.send(&message(RTM_GETLINK, REQUEST, &interface(ifindex), &[]))?;
         let mut buffer = vec![0u8; 64 << 10];
         let len = self.receive(&mut buffer)?;
         let reply = buffer.get(..len).unwrap_or_default();
@@ -97,7 +98,12 @@ impl Netlink {
         let flags: u32 = if mode == 2 { 1 << 1 } else { 1 << 2 };
         let mut xdp = attribute(XDP_FD, &(-1i32).to_ne_bytes());
         xdp.extend(attribute(XDP_FLAGS, &flags.to_ne_bytes()));
-        self.send(&message(RTM_SETLINK, REQUEST | ACK, ifindex, &attribute(IFLA_XDP | NESTED, &xdp)))?;
+        self.order(RTM_SETLINK, &interface(ifindex), &attribute(IFLA_XDP | NESTED, &xdp))
+    }
+
+    /// Has something done, and waits until it is.
+    pub(super) fn order(&self, kind: u16, subject: &[u8], attributes: &[u8]) -> Result<()> {
+        self.send(&message(kind, REQUEST | ACK, subject, attributes))?;
         let mut buffer = [0u8; 4096];
         let len = self.receive(&mut buffer)?;
         check_error(buffer.get(..len).unwrap_or_default())
@@ -132,15 +138,22 @@ pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn message(kind: u16, flags: u16, ifindex: u32, attributes: &[u8]) -> Vec<u8> {
+/// A message: its header, the family's own, and attributes.
+pub(super) fn message(kind: u16, flags: u16, subject: &[u8], attributes: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    bytes.extend(((HEADER + IFINFO + attributes.len()) as u32).to_ne_bytes());
+    bytes.extend(((HEADER + subject.len() + attributes.len()) as u32).to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(flags.to_ne_bytes());
-    bytes.extend([0; 12]);
-    bytes.extend(ifindex.to_ne_bytes());
     bytes.extend([0; 8]);
+    bytes.extend(subject);
     bytes.extend(attributes);
+    bytes
+}
+
+/// A `struct ifinfomsg` that only names an interface.
+fn interface(index: u32) -> [u8; IFINFO] {
+    let mut bytes = [0; IFINFO];
+    bytes[4..8].copy_from_slice(&index.to_ne_bytes());
     bytes
 }
 

@@ -1,7 +1,7 @@
 //! An AF_XDP socket and its rings (Documentation/networking/af_xdp.rst, `linux/if_xdp.h`).
 
 use std::io::{Error, ErrorKind, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use super::mapping::Mapping;
@@ -183,6 +183,12 @@ impl Socket {
                 std::ptr::null_mut(),
             )
         };
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
