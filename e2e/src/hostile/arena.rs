@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::hostile::frontend::{Frontend, Setup};
+use crate::hostile::frontend::{ARRIVAL, Frontend, Setup};
 use crate::hostile::leave_the_switch_alone;
 use crate::hostile::pair::{Mark, Pair};
 use crate::hostile::queue::Layout;
@@ -190,13 +190,8 @@ impl Arena {
         let mut payload = b"PROBE".to_vec();
         payload.extend(self.probes.to_le_bytes());
         payload.resize(64, 0);
-        while self.evil.receive().is_some() || self.peer.receive().is_some() {}
-        ensure!(self.evil.send(PEER_MAC, &payload), "the guest's ring is full");
-        self.evil.tx.notify();
-        self.peer.wait_frame(&payload).context("from the hostile guest")?;
-        ensure!(self.peer.send(EVIL_MAC, &payload), "the peer's ring is full");
-        self.peer.tx.notify();
-        self.evil.wait_frame(&payload).context("to the hostile guest")
+        pass(&mut self.evil, &mut self.peer, PEER_MAC, &payload).context("from the hostile guest")?;
+        pass(&mut self.peer, &mut self.evil, EVIL_MAC, &payload).context("to the hostile guest")
     }
 
     /// What an operator does who will not wait: the hostile frontend's port is added anew.
@@ -235,4 +230,19 @@ impl Arena {
         );
         Ok(())
     }
+}
+
+/// Sends a frame until it arrives. The pair's broadcasts fill a small ring between two looks at it, and what comes then
+/// is rightly lost, so once is not enough.
+fn pass(from: &mut Frontend, to: &mut Frontend, address: u64, payload: &[u8]) -> Result<()> {
+    wait::until_true("a frame", ARRIVAL, || {
+        while let Some((_, found)) = to.receive() {
+            if found == payload {
+                return Ok(true);
+            }
+        }
+        from.send(address, payload);
+        from.tx.notify();
+        Ok(false)
+    })
 }

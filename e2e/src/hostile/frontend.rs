@@ -49,7 +49,7 @@ const TX_BUFFERS: u64 = 128 << 20;
 /// From here on nothing lies in a guest's memory that the driver uses by itself.
 pub const SPARE: u64 = 224 << 20;
 /// Frames come long before that.
-const ARRIVAL: Duration = Duration::from_secs(5);
+pub const ARRIVAL: Duration = Duration::from_secs(5);
 
 /// What a guest's driver asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
