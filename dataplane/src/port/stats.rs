@@ -82,6 +82,7 @@ pub struct PortStats {
     /// Faults of the other side.
     pub faults: AtomicU64,
     fault: AtomicU64,
+    last_fault: AtomicU64,
     /// Where its frames can be looked at.
     pub capture: CapturePoint,
 }
@@ -97,6 +98,7 @@ impl Default for PortStats {
             connects: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
+            last_fault: AtomicU64::new(0),
             capture: CapturePoint::default(),
         }
     }
@@ -141,6 +143,7 @@ impl PortStats {
         self.connects.store(record.connects, Ordering::Relaxed);
         self.faults.store(record.faults, Ordering::Relaxed);
         self.fault.store(record.fault.unwrap_or(0).into(), Ordering::Release);
+        self.last_fault.store(record.fault.unwrap_or(0).into(), Ordering::Release);
     }
 
     /// Receive counters of a queue pair. Pairs beyond the limit share the last place.
@@ -198,8 +201,14 @@ impl PortStats {
     pub fn set_fault(&self, fault: Fault) {
         let code = u64::from(fault.code());
         if self.fault.compare_exchange(0, code, Ordering::Release, Ordering::Relaxed).is_ok() {
-            self.faults.fetch_add(1, Ordering::Relaxed);
+            self.last_fault.store(code, Ordering::Release);
+            self.faults.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// The last fault that there was, whether the port still stands for it or its guest has begun anew since.
+    pub fn last_fault(&self) -> Option<Fault> {
+        Fault::from_code(self.last_fault.load(Ordering::Acquire) as u8)
     }
 
     /// The fault that stopped the port, if one did.
@@ -217,7 +226,9 @@ impl PortStats {
 impl OnLoss for PortStats {
     /// Takes the place of any other fault, since it outlives them: a reset of the driver does not bring memory back.
     fn memory_lost(&self) {
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        self.fault.store(u64::from(Fault::MemoryLost.code()), Ordering::Release);
+        let code = u64::from(Fault::MemoryLost.code());
+        self.fault.store(code, Ordering::Release);
+        self.last_fault.store(code, Ordering::Release);
+        self.faults.fetch_add(1, Ordering::Release);
     }
 }

@@ -62,9 +62,10 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
 fn log_faults(tables: &Tables, known: &mut std::collections::HashMap<String, u64>) {
     known.retain(|name, _| tables.ports.contains_key(name));
     for (name, entry) in &tables.ports {
-        let count = entry.stats.faults.load(Ordering::Relaxed);
+        let count = entry.stats.faults.load(Ordering::Acquire);
         if known.insert(name.clone(), count).unwrap_or(0) != count {
-            let reason = entry.stats.fault().map(|fault| fault.to_string()).unwrap_or_default();
+            // It may be over: guests reset their devices.
+            let reason = entry.stats.last_fault().map(|fault| fault.to_string()).unwrap_or_default();
             tracing::warn!(port = %name, faults = count, reason, "port stopped after a fault of its guest");
         }
     }
