@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::Queue;
 use super::bell::Bell;
@@ -116,10 +115,8 @@ impl Receiver {
 impl RxQueue for Receiver {
     fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
-        let Queue { pair, socket, shared, stats, unsent, .. } = &*self.both;
-        if unsent.load(Ordering::Relaxed) {
-            unsent.store(socket.kick_tx(), Ordering::Relaxed);
-        }
+        let Queue { pair, socket, shared, stats, .. } = &*self.both;
+        self.both.look_after_unsent();
         let mut taken = state.take();
         if taken == 0 && shared.busy_poll && state.is_time_to_poll() {
             socket.kick_rx();
@@ -146,10 +143,13 @@ impl RxQueue for Receiver {
     }
 
     fn arm(&self) -> bool {
-        // The bell rings at once if there is something in the ring: nothing can be missed. What waits to be sent has to
-        // be looked after.
+        // What waits to be sent has to be looked after.
+        if self.both.is_unsent() {
+            return true;
+        }
+        // The bell rings at once if there is something in the ring: nothing can be missed.
         self.bell.listen(&self.both.socket);
-        self.both.unsent.load(Ordering::Relaxed)
+        false
     }
 
     fn disarm(&self) {
