@@ -85,7 +85,7 @@ impl Receiver {
         for pieces in pieces.split_inclusive(|piece| !piece.continues) {
             match self.build_one(pieces, burst) {
                 Ok(()) => bytes += pieces.iter().map(|piece| piece.len as u64).sum::<u64>(),
-                Err(reason) => self.both.stats.drop_frames(reason, 1),
+                Err(reason) => self.both.stats.refuse(burst, reason),
             }
         }
         bytes
@@ -104,7 +104,7 @@ impl Receiver {
         for piece in rest {
             fits &= frame.push_tail(SourceSegment::from_slice(self.bytes(piece)));
         }
-        if fits { frame.finish().map(drop) } else { Err(DropReason::Oversize) }
+        if fits { frame.finish().map(drop) } else { frame.refuse().map(drop) }
     }
 
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {
