@@ -64,7 +64,7 @@ impl Queue {
         let looks = self.unsent.load(Ordering::Relaxed);
         if looks > 0 {
             let is_due = looks.is_power_of_two() || looks.is_multiple_of(LOOKS_PER_KICK);
-            let left = if is_due && !self.kick() { 0 } else { looks.saturating_add(1) };
+            let left = if is_due && !self.kick() { 0 } else { looks.wrapping_add(1).max(1) };
             // Whoever sends may have left something new.
             let _ = self.unsent.compare_exchange(looks, left, Ordering::Relaxed, Ordering::Relaxed);
         }
