@@ -241,7 +241,7 @@ fn an_uplink_in_trouble_is_nobody_elses() -> Result<()> {
         let (mut best, mut rounds) = ([0f64; 2], 0);
         // The best of as many rounds as it takes on a machine that has other work, too.
         while rounds < 2 || best[0] < LEAST * best[1] {
-            ensure!(rounds < 8, "{}: the pair fell from {:.0} to {:.0} frames/s", trouble.name, best[1], best[0]);
+            ensure!(rounds < 20, "{}: the pair fell from {:.0} to {:.0} frames/s", trouble.name, best[1], best[0]);
             let rates = scene.round(trouble, Duration::from_millis(300))?;
             best = [best[0].max(rates[0]), best[1].max(rates[1])];
             rounds += 1;
