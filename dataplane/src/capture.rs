@@ -96,8 +96,8 @@ pub struct Captured {
     pub time_ns: u64,
     /// Which way it went.
     pub direction: Direction,
-    /// Why it was dropped, if it was. A frame whose buffers alone were refused (`runt`, `oversize`, `bad_offload`) is
-    /// counted, but not seen.
+    /// Why it was dropped, if it was. Of a frame that was not even let in (`runt`, `oversize`, `bad_offload`) there are
+    /// its first 128 bytes at most.
     pub drop_reason: Option<DropReason>,
     /// Length of the whole frame, in bytes.
     pub length: usize,
@@ -133,13 +133,19 @@ impl Lane {
         self.bytes.get(..self.used).unwrap_or_default()
     }
 
-    /// Adds a record: a header and the first `size` bytes of a frame. `false` if there is no room.
-    fn add(&mut self, header: &[u8; HEADER], burst: &Burst<'_>, frame: &Frame, size: usize) -> bool {
+    /// Adds a record: a header, made for the number of bytes that follow, and those, up to the first `size` bytes of a
+    /// frame. `false` if there is no room.
+    fn add(
+        &mut self,
+        header: impl FnOnce(usize) -> [u8; HEADER],
+        burst: &Burst<'_>,
+        frame: &Frame,
+        size: usize,
+    ) -> bool {
         let Some(room) = self.bytes.get_mut(self.used..).and_then(|rest| rest.get_mut(..HEADER + size)) else {
             return false;
         };
-        let (front, mut rest) = room.split_at_mut(HEADER);
-        front.copy_from_slice(header);
+        let (begin, mut rest) = room.split_at_mut(HEADER);
         let head = frame.head().get(..size).unwrap_or(frame.head());
         let (front, tail) = rest.split_at_mut(head.len());
         front.copy_from_slice(head);
@@ -151,6 +157,9 @@ impl Lane {
             let count = piece.read(rest);
             rest = rest.get_mut(count..).unwrap_or_default();
         }
+        // Of a frame that was refused there is no more than its head.
+        let size = size - rest.len();
+        begin.copy_from_slice(&header(size));
         self.used += HEADER + size;
         true
     }
@@ -187,12 +196,18 @@ impl CapturePoint {
             }
             let size = frame.len().min(wanted.snap_length);
             let kept = lane.get_or_insert_with(|| self.lane()).as_mut().is_some_and(|(lane, time)| {
-                lane.add(&header(*time, direction, reason, frame.len(), size), burst, frame, size)
+                lane.add(|size| header(*time, direction, reason, frame.len(), size), burst, frame, size)
             });
             if !kept {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Copies what there is of the frame that the burst has refused last. For workers.
+    #[cold]
+    pub fn record_refused(&self, burst: &Burst<'_>, reason: DropReason) {
+        self.record(burst, &[burst.count() as u8], Direction::Rx, |_| Some(reason));
     }
 
     /// A buffer that nobody uses at the moment, and the time.

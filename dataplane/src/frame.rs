@@ -358,6 +358,14 @@ impl<'m> FrameBuilder<'_, 'm> {
     pub fn finish(self) -> Result<usize, DropReason> {
         self.burst.admit(self.header_len, self.position, self.first, self.tail_len)
     }
+
+    /// Gives up on a frame for which the burst has no room.
+    ///
+    /// # Errors
+    /// Always: the frame is oversized. The burst is as it was before.
+    pub fn refuse(self) -> Result<usize, DropReason> {
+        self.burst.refuse(self.position, self.first, self.tail_len, DropReason::Oversize)
+    }
 }
 
 impl<'m> Burst<'m> {
@@ -373,7 +381,7 @@ impl<'m> Burst<'m> {
         let taken = piece.source().read(&mut frame.buffer[begin..]);
         let rest = piece.source().skip(taken);
         if !rest.is_empty() && !self.segments.push(rest) {
-            return Err(DropReason::Oversize);
+            return self.refuse(begin + taken, first, rest.len() as u64, DropReason::Oversize);
         }
         self.admit(header_len, begin + taken, first, rest.len() as u64)
     }
@@ -412,11 +420,23 @@ impl<'m> Burst<'m> {
             }
         };
         if let Err(reason) = checked {
-            self.segments.truncate(first);
-            return Err(reason);
+            return self.refuse(end, first, tail_len, reason);
         }
         self.count += 1;
         Ok(len as usize)
+    }
+
+    /// Leaves what was put at the next frame's place out of the burst. Until another one comes to that place, its first
+    /// bytes can be looked at there.
+    #[cold]
+    fn refuse(&mut self, end: usize, first: usize, tail_len: u64, reason: DropReason) -> Result<usize, DropReason> {
+        self.segments.truncate(first);
+        let frame = &mut self.frames[self.count];
+        frame.start = HEADROOM as u16;
+        frame.end = end.max(HEADROOM) as u16;
+        (frame.tail_first, frame.tail_count) = (first as u16, 0);
+        frame.tail_len = u32::try_from(tail_len).unwrap_or(u32::MAX);
+        Err(reason)
     }
 }
 

@@ -31,7 +31,7 @@ pub struct Filter {
 impl Filter {
     /// Whether a frame is wanted. `head` are its first bytes, `len` is its whole length.
     pub fn matches(&self, head: &[u8], len: usize, dropped: Option<DropReason>) -> bool {
-        Fields::of(head, len, dropped).is_some_and(|fields| self.root.holds(&fields))
+        self.root.holds(&Fields::of(head, len, dropped))
     }
 }
 
@@ -110,15 +110,17 @@ enum Term {
 impl Term {
     fn holds(self, fields: &Fields) -> bool {
         match self {
-            Self::EtherType(wanted) => fields.ethernet.ethertype == wanted,
+            Self::EtherType(wanted) => fields.ethernet.is_some_and(|header| header.ethertype == wanted),
             Self::Protocol(wanted) => fields.protocol == Some(wanted),
             Self::Station(side, wanted) => {
-                side.holds((fields.ethernet.src, fields.ethernet.dst), |address| address == wanted)
+                let is_it = |address| address == wanted;
+                fields.ethernet.is_some_and(|header| side.holds((header.src, header.dst), is_it))
             }
-            Self::Broadcast => fields.ethernet.dst.is_broadcast(),
-            Self::Multicast => fields.ethernet.dst.is_multicast(),
+            Self::Broadcast => fields.ethernet.is_some_and(|header| header.dst.is_broadcast()),
+            Self::Multicast => fields.ethernet.is_some_and(|header| header.dst.is_multicast()),
             Self::Vlan(wanted) => {
-                fields.ethernet.vlan.is_some_and(|tci| wanted.is_none_or(|wanted| tci & VID == wanted))
+                let tci = fields.ethernet.and_then(|header| header.vlan);
+                tci.is_some_and(|tci| wanted.is_none_or(|wanted| tci & VID == wanted))
             }
             Self::Address(side, prefix) => {
                 fields.addresses.is_some_and(|both| side.holds(both, |address| prefix.contains(address)))
@@ -158,7 +160,8 @@ impl Prefix {
 /// What filters ask about.
 #[derive(Debug)]
 struct Fields {
-    ethernet: EthernetHeader,
+    /// `None` of a runt.
+    ethernet: Option<EthernetHeader>,
     /// Source and destination, of an ARP packet sender and target.
     addresses: Option<(IpAddr, IpAddr)>,
     protocol: Option<u8>,
@@ -168,14 +171,15 @@ struct Fields {
 }
 
 impl Fields {
-    fn of(head: &[u8], len: usize, dropped: Option<DropReason>) -> Option<Self> {
-        let ethernet = EthernetHeader::parse(head)?;
+    fn of(head: &[u8], len: usize, dropped: Option<DropReason>) -> Self {
+        let ethernet = EthernetHeader::parse(head);
         let mut fields = Self { ethernet, addresses: None, protocol: None, ports: None, len, dropped };
+        let Some(ethernet) = ethernet else { return fields };
         let packet = head.get(usize::from(ethernet.l3_offset)..).unwrap_or_default();
         if ethernet.ethertype == eth::ETHERTYPE_ARP {
             fields.addresses = arp_addresses(packet);
         }
-        let Some(ip) = Ip::parse(ethernet.ethertype, packet) else { return Some(fields) };
+        let Some(ip) = Ip::parse(ethernet.ethertype, packet) else { return fields };
         let transport = ip.transport();
         let (addresses, protocol): ((IpAddr, IpAddr), u8) = match ip {
             Ip::V4(ip) => ((ip.src().into(), ip.dst().into()), ip.protocol()),
@@ -184,7 +188,7 @@ impl Fields {
         fields.addresses = Some(addresses);
         fields.protocol = Some(transport.map_or(protocol, |transport| transport.protocol));
         fields.ports = transport.and_then(|transport| l4::ports(packet, transport));
-        Some(fields)
+        fields
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
+use crate::frame::Burst;
 use crate::handover::StatsRecord;
 use crate::limits::MAX_QUEUE_PAIRS;
 use crate::mem::OnLoss;
@@ -160,6 +161,15 @@ impl PortStats {
     #[inline]
     pub fn drop_frames(&self, reason: DropReason, frames: u64) {
         self.drops.0[reason as usize].fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Counts a frame that the burst has refused, and shows it to who looks at the port.
+    #[cold]
+    pub fn refuse(&self, burst: &Burst<'_>, reason: DropReason) {
+        self.drop_frames(reason, 1);
+        if self.capture.is_on() {
+            self.capture.record_refused(burst, reason);
+        }
     }
 
     /// Frames dropped for a reason.

@@ -52,6 +52,8 @@ reasons! {
     LinkDown = "link_down";
     /// To the port: the receiver has no buffers left.
     Full = "full";
+    /// To the port: the driver of its interface does not take it.
+    Refused = "refused";
     /// To the port: another worker has held its queue for too long.
     Contended = "contended";
     /// To the port: the receiver's buffer is too small for the frame.

@@ -2,6 +2,7 @@
 //! plain Linux host, too, and Wireshark looks at every frame that passes.
 
 mod rig;
+mod trouble;
 mod wireshark;
 
 use anyhow::{Context, Result, ensure};

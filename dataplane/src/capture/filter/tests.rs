@@ -48,6 +48,17 @@ fn wanted(filter: &str) -> Vec<&'static str> {
 }
 
 #[test]
+fn a_runt_has_a_length_and_a_reason_and_nothing_else() {
+    for len in 0..14 {
+        let holds =
+            |filter: &str| filter.parse::<Filter>().unwrap().matches(&[0xff; 14][..len], len, Some(DropReason::Runt));
+        assert!(["dropped", "dropped runt", "less 14", "not arp", "not vlan"].into_iter().all(holds));
+        let of_others = ["ip", "broadcast", "multicast", "vlan", "tcp", "ether host ff:ff:ff:ff:ff:ff", "dropped full"];
+        assert!(!of_others.into_iter().any(holds));
+    }
+}
+
+#[test]
 fn every_test_finds_its_frames() {
     let cases: &[(&str, &[&str])] = &[
         ("tcp", &["tcp4", "tcp6"]),

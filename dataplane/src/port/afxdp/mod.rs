@@ -30,7 +30,7 @@ mod umem;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -62,8 +62,11 @@ struct Queue {
     umem: Umem,
     shared: Arc<Shared>,
     stats: Arc<PortStats>,
-    /// The kernel did not take all that was to be sent: whoever receives asks it again.
-    unsent: AtomicBool,
+    /// Not zero if the kernel did not take all that was to be sent: whoever receives asks it again. Counts how often
+    /// that was looked at in vain.
+    unsent: AtomicU32,
+    /// Frames that the driver has refused and that still count as sent.
+    refused: AtomicU64,
 }
 
 /// What an operator can choose.
@@ -85,11 +88,13 @@ struct Shared {
     mtu: AtomicUsize,
     multi_buffer: bool,
     busy_poll: bool,
+    /// The kernel copies what is sent.
+    copies: bool,
 }
 
 impl Shared {
-    fn new(mtu: usize, multi_buffer: bool, busy_poll: bool) -> Self {
-        Self { mtu: AtomicUsize::new(mtu), multi_buffer, busy_poll }
+    fn new(mtu: usize, multi_buffer: bool, busy_poll: bool, copies: bool) -> Self {
+        Self { mtu: AtomicUsize::new(mtu), multi_buffer, busy_poll, copies }
     }
 
     /// Largest layer-3 packet that the interface takes, in bytes.
@@ -237,6 +242,8 @@ impl Watcher {
         }
         if let Some(uplink) = &self.uplink {
             uplink.queues.shared.mtu.store(state.mtu, Ordering::Relaxed);
+            // Workers do not go on asking for ever.
+            uplink.queues.retry();
         }
         match state {
             State { is_up: false, .. } => self.show(PortState::Down, "the interface is down"),
@@ -341,9 +348,11 @@ impl Watcher {
     fn close(&mut self, state: PortState, reason: &str) {
         self.show(state, reason);
         let Some(uplink) = self.uplink.take() else { return };
-        for (queue, shares) in uplink.queues.audit().iter().enumerate() {
-            if !shares.iter().all(umem::Audit::is_balanced) {
-                tracing::error!(port = self.name, queue, ?shares, "frames of the pool are not accounted for");
+        for (queue, [to_receive, to_send]) in uplink.queues.audit().iter().enumerate() {
+            if to_receive.is_balanced() && to_send.is_balanced() {
+                tracing::info!(port = self.name, queue, %to_receive, %to_send, "all frames of the pool accounted for");
+            } else {
+                tracing::error!(port = self.name, queue, ?to_receive, ?to_send, "frames of the pool not accounted for");
             }
         }
     }

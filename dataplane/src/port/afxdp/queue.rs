@@ -3,11 +3,11 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::program::{Hook, Program};
 use super::rx::Receiver;
-use super::socket::{Access, RING, Socket};
+use super::socket::{Access, Kick, RING, Socket};
 use super::tx::Transmitter;
 use super::umem::{Audit, Umem};
 use super::{Options, Queue, Shared};
@@ -42,6 +42,40 @@ fn ways(mode: AfxdpMode) -> &'static [(&'static str, Hook, Access)] {
     }
 }
 
+/// Looks at what is unsent for one request to send it, when requests were in vain.
+const LOOKS_PER_KICK: u32 = 32;
+/// Looks after which a worker may sleep although something is unsent. What waits goes with the next burst then, or when
+/// the port's thread looks. A driver that is merely busy is through long before that.
+const MAX_LOOKS: u32 = 1 << 16;
+
+impl Queue {
+    /// Asks the kernel to send what is in the tx ring. Returns whether it wants to be asked again.
+    pub(super) fn kick(&self) -> bool {
+        let kick = self.socket.kick_tx();
+        if kick == Kick::Refused && self.shared.copies {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        kick != Kick::Done
+    }
+
+    /// Looks after what is unsent: at once, and then ever less often, since the worker's other queues wait for the call.
+    #[inline]
+    pub(super) fn look_after_unsent(&self) {
+        let looks = self.unsent.load(Ordering::Relaxed);
+        if looks > 0 {
+            let is_due = looks.is_power_of_two() || looks.is_multiple_of(LOOKS_PER_KICK);
+            let left = if is_due && !self.kick() { 0 } else { looks.wrapping_add(1).max(1) };
+            // Whoever sends may have left something new.
+            let _ = self.unsent.compare_exchange(looks, left, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether there is something unsent that a worker has to stay awake for.
+    pub(super) fn is_unsent(&self) -> bool {
+        (1..MAX_LOOKS).contains(&self.unsent.load(Ordering::Relaxed))
+    }
+}
+
 impl Queues {
     /// Opens the first `count` queues in the first way of the mode that works. Returns why the ways before it did not,
     /// for the operator, too.
@@ -56,7 +90,7 @@ impl Queues {
         for &(name, hook, access) in ways(options.mode) {
             // A frame over several of the pool's takes support by the driver where it uses them itself.
             for multi_buffer in [true, false] {
-                let shared = Arc::new(Shared::new(mtu, multi_buffer, options.busy_poll));
+                let shared = Arc::new(Shared::new(mtu, multi_buffer, options.busy_poll, access == Access::Copy));
                 match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {
                     Ok(queues) => return Ok((queues, failures.join("; "))),
                     Err(e) => last = e,
@@ -83,7 +117,8 @@ impl Queues {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
-            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent: AtomicBool::new(false) });
+            let (unsent, refused) = (AtomicU32::new(0), AtomicU64::new(0));
+            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
             both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
             program.set_socket(queue, both.socket.as_raw_fd())?;
@@ -109,6 +144,13 @@ impl Queues {
             features,
             coalesce: true,
             ..Link::down(PortState::Up, None)
+        }
+    }
+
+    /// Asks the kernel again for what it did not send.
+    pub(super) fn retry(&self) {
+        for (_, tx) in &self.queues {
+            tx.retry();
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::Queue;
 use super::bell::Bell;
@@ -86,7 +85,7 @@ impl Receiver {
         for pieces in pieces.split_inclusive(|piece| !piece.continues) {
             match self.build_one(pieces, burst) {
                 Ok(()) => bytes += pieces.iter().map(|piece| piece.len as u64).sum::<u64>(),
-                Err(reason) => self.both.stats.drop_frames(reason, 1),
+                Err(reason) => self.both.stats.refuse(burst, reason),
             }
         }
         bytes
@@ -105,7 +104,7 @@ impl Receiver {
         for piece in rest {
             fits &= frame.push_tail(SourceSegment::from_slice(self.bytes(piece)));
         }
-        if fits { frame.finish().map(drop) } else { Err(DropReason::Oversize) }
+        if fits { frame.finish().map(drop) } else { frame.refuse().map(drop) }
     }
 
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {
@@ -116,10 +115,8 @@ impl Receiver {
 impl RxQueue for Receiver {
     fn poll(&self, storage: &mut BurstStorage, forward: &mut dyn FnMut(&mut Burst<'_>)) -> Result<usize, Fault> {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
-        let Queue { pair, socket, shared, stats, unsent, .. } = &*self.both;
-        if unsent.load(Ordering::Relaxed) {
-            unsent.store(socket.kick_tx(), Ordering::Relaxed);
-        }
+        let Queue { pair, socket, shared, stats, .. } = &*self.both;
+        self.both.look_after_unsent();
         let mut taken = state.take();
         if taken == 0 && shared.busy_poll && state.is_time_to_poll() {
             socket.kick_rx();
@@ -146,10 +143,13 @@ impl RxQueue for Receiver {
     }
 
     fn arm(&self) -> bool {
-        // The bell rings at once if there is something in the ring: nothing can be missed. What waits to be sent has to
-        // be looked after.
+        // What waits to be sent has to be looked after.
+        if self.both.is_unsent() {
+            return true;
+        }
+        // The bell rings at once if there is something in the ring: nothing can be missed.
         self.bell.listen(&self.both.socket);
-        self.both.unsent.load(Ordering::Relaxed)
+        false
     }
 
     fn disarm(&self) {

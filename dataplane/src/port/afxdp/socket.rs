@@ -30,6 +30,18 @@ pub(super) enum Access {
     Copy,
 }
 
+/// What came of asking the kernel to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kick {
+    /// It has nothing left to send, or cannot at all.
+    Done,
+    /// It wants to be asked again: it sends so many at a time, or something was busy or short for the moment.
+    More,
+    /// It wants to be asked again. The last frame that it took it has dropped, where it copies: the driver did not want
+    /// it (`NET_XMIT_DROP`).
+    Refused,
+}
+
 /// An open socket.
 #[derive(Debug)]
 pub(super) struct Socket {
@@ -159,14 +171,21 @@ impl Socket {
         check(unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), len) })
     }
 
-    /// Makes the kernel look at the tx ring. Returns whether it wants to be asked again, having sent only some: it does
-    /// so many at a time, or something was busy or short for the moment.
+    /// Makes the kernel look at the tx ring.
     #[inline]
-    pub(super) fn kick_tx(&self) -> bool {
+    pub(super) fn kick_tx(&self) -> Kick {
         // SAFETY: nothing is sent from memory of ours but what the tx ring names.
         let sent =
             unsafe { libc::sendto(self.fd.as_raw_fd(), std::ptr::null(), 0, libc::MSG_DONTWAIT, std::ptr::null(), 0) };
-        sent < 0 && matches!(Error::last_os_error().raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOBUFS))
+        if sent >= 0 {
+            return Kick::Done;
+        }
+        match Error::last_os_error().raw_os_error() {
+            Some(libc::EAGAIN | libc::ENOBUFS) => Kick::More,
+            Some(libc::EBUSY) => Kick::Refused,
+            // The interface is down or gone, which the port's thread finds out.
+            _ => Kick::Done,
+        }
     }
 
     /// Makes the driver look at the fill ring, and with busy polling for frames.

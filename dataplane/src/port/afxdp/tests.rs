@@ -1,5 +1,7 @@
 //! Two ends of a wire, both ours: what is sent, what arrives, and where the pool's frames are afterwards. As root.
 
+mod trouble;
+
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

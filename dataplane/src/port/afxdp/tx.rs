@@ -41,6 +41,8 @@ struct State {
     /// Pieces of the frame at hand. Empty between frames.
     pieces: Vec<(OwnedFrame, usize)>,
     sent: Sent,
+    /// There was no room in this burst, and asking the kernel did not help.
+    stuck: bool,
 }
 
 /// What has gone out in a burst.
@@ -58,7 +60,7 @@ impl Transmitter {
         ledger: Ledger,
     ) -> Self {
         let pieces = Vec::with_capacity(MAX_PIECES);
-        let state = State { ring, completion, ledger, pieces, sent: Sent::default() };
+        let state = State { ring, completion, ledger, pieces, sent: Sent::default(), stuck: false };
         Self { both, state: SpinLock::new(state) }
     }
 
@@ -92,15 +94,19 @@ impl Transmitter {
         let longest = frame.packet_len() + ETHERNET_HEADER + TAG;
         self.reserve(state, segments.remaining() * pieces_of(longest))?;
         let mut header = [0u8; MAX_SEGMENT_HEADER];
-        let mut data_begins = false;
+        let mut written = 0;
         while let Some(segment) = segments.next_segment(&mut header) {
-            if !data_begins {
+            if written == 0 {
                 source.skip(segment.header_len);
-                data_begins = true;
             }
             let header = header.get(..segment.header_len).unwrap_or_default();
-            self.write(state, header, &mut source, segment.payload.len(), segment.csum)?;
+            if let Err(reason) = self.write(state, header, &mut source, segment.payload.len(), segment.csum) {
+                self.both.stats.make_frames(written);
+                return Err(reason);
+            }
+            written += 1;
         }
+        self.both.stats.make_frames(written.saturating_sub(1));
         Ok(())
     }
 
@@ -112,15 +118,22 @@ impl Transmitter {
         if state.has_room(pieces) {
             return Ok(());
         }
+        // A kernel that does not give frames back is not asked again for each of a burst.
+        if state.stuck {
+            return Err(DropReason::Full);
+        }
         state.reclaim();
         if state.has_room(pieces) {
             return Ok(());
         }
         // More than a ring full in one burst: what is in it may go at once.
         state.ring.publish();
-        self.both.socket.kick_tx();
+        self.both.stats.tx(self.both.pair).notified();
+        state.stuck = self.both.kick();
         state.reclaim();
-        if state.has_room(pieces) { Ok(()) } else { Err(DropReason::Full) }
+        let has_room = state.has_room(pieces);
+        state.stuck |= !has_room;
+        if has_room { Ok(()) } else { Err(DropReason::Full) }
     }
 
     /// Copies `header` and the next `data_len` bytes of `source` into reserved frames and completes the checksum.
@@ -208,7 +221,8 @@ impl Transmitter {
             return;
         }
         let counters = self.both.stats.tx(self.both.pair);
-        counters.add(sent.frames, sent.bytes);
+        let refused = self.settle(sent.frames);
+        counters.add(sent.frames - refused, sent.bytes - sent.bytes * refused / sent.frames);
         state.ring.publish();
         let wakeup = state.ring.needs_wakeup();
         if wakeup {
@@ -217,12 +231,31 @@ impl Transmitter {
         // Where the kernel copies, the call sends: other workers can fill the ring meanwhile.
         drop(state);
         let mut calls = 1 + sent.frames / SENT_PER_KICK;
-        while wakeup && self.both.socket.kick_tx() {
+        while wakeup && self.both.kick() {
             calls -= 1;
             if calls == 0 {
-                self.both.unsent.store(true, Ordering::Relaxed);
+                self.both.unsent.store(1, Ordering::Relaxed);
                 break;
             }
+        }
+    }
+
+    /// Counts frames that the driver has refused since, at most `sent`: they counted as sent, so that many of these do
+    /// not. Returns how many.
+    fn settle(&self, sent: u64) -> u64 {
+        let refused = &self.both.refused;
+        let count = refused.load(Ordering::Relaxed).min(sent);
+        if count > 0 {
+            refused.fetch_sub(count, Ordering::Relaxed);
+            self.both.stats.drop_frames(DropReason::Refused, count);
+        }
+        count
+    }
+
+    /// Asks the kernel again for what it did not send.
+    pub(super) fn retry(&self) {
+        if self.both.unsent.load(Ordering::Relaxed) > 0 {
+            self.both.kick();
         }
     }
 }
@@ -234,6 +267,7 @@ impl TxQueue for Transmitter {
             return Ok(());
         };
         state.reclaim();
+        state.stuck = false;
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
                 scratch.outcomes.count_dropped(&self.both.stats, &[place], reason);

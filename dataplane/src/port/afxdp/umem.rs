@@ -160,6 +160,13 @@ pub(super) struct Audit {
     pub(super) strays: u64,
 }
 
+impl std::fmt::Display for Audit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { total, free, outbound, inbound, kernel, .. } = self;
+        write!(f, "{total}: {free} free, {outbound} to the kernel, {kernel} with it, {inbound} back")
+    }
+}
+
 impl Audit {
     /// Whether every frame is in exactly one place.
     pub(super) fn is_balanced(&self) -> bool {

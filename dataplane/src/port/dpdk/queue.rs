@@ -52,7 +52,7 @@ impl RxQueue for Receiver {
             for index in 0..taken {
                 match build(&held, index, &mut burst) {
                     Ok(len) => bytes += len as u64,
-                    Err(reason) => self.stats.drop_frames(reason, 1),
+                    Err(reason) => self.stats.refuse(&burst, reason),
                 }
             }
             self.stats.rx(self.queue.into()).add(burst.count() as u64, bytes);
@@ -91,7 +91,7 @@ fn build<'m>(held: &'m Batch, index: usize, burst: &mut Burst<'m>) -> Result<usi
     for piece in pieces {
         fits &= frame.push_tail(SourceSegment::from_slice(piece));
     }
-    if fits { frame.finish() } else { Err(DropReason::Oversize) }
+    if fits { frame.finish() } else { frame.refuse() }
 }
 
 /// A queue to send to.

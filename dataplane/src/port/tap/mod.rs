@@ -113,9 +113,9 @@ impl RxQueue for TapRx {
         for (length, buffer) in lengths.iter().zip(buffers.iter()).take(taken) {
             let mut frame = burst.start(HEADER);
             let fits = frame.push(SourceSegment::from_slice(buffer.get(..*length).unwrap_or_default()));
-            match if fits { frame.finish() } else { Err(DropReason::Oversize) } {
+            match if fits { frame.finish() } else { frame.refuse() } {
                 Ok(len) => bytes += len as u64,
-                Err(reason) => self.stats.drop_frames(reason, 1),
+                Err(reason) => self.stats.refuse(&burst, reason),
             }
         }
         self.stats.rx(0).add(burst.count() as u64, bytes);

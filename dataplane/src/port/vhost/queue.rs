@@ -116,7 +116,7 @@ impl<R: Ring> GuestTx<R> {
             };
             match loaded {
                 Ok(len) => taken.bytes += len as u64,
-                Err(reason) => self.setup.stats.drop_frames(reason, 1),
+                Err(reason) => self.setup.stats.refuse(burst, reason),
             }
             work.complete(chain, 0);
             taken.chains += 1;
@@ -130,7 +130,7 @@ impl<R: Ring> GuestTx<R> {
         let mut frame = burst.start(self.header_len);
         let mut fits = true;
         let Some((chain, _)) = work.take(|buffer| fits &= frame.push(buffer.source()))? else { return Ok(None) };
-        Ok(Some((chain, if fits { frame.finish() } else { Err(DropReason::Oversize) })))
+        Ok(Some((chain, if fits { frame.finish() } else { frame.refuse() })))
     }
 }
 
