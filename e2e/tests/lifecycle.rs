@@ -246,6 +246,41 @@ fn taken_over_unnoticed(lab: &mut Lab) -> Result<()> {
     both_reachable(lab)
 }
 
+/// Four datagrams under way, and no more until they are answered: a frame that a ring keeps because somebody was not
+/// notified has nothing behind it that would get it moving.
+#[test]
+fn no_ring_is_left_waiting() -> Result<()> {
+    /// Datagrams under way.
+    const WINDOW: u64 = 4;
+    /// Crashes, and as many takeovers.
+    const ROUNDS: u64 = 4;
+    LAB.test(|lab| {
+        both_reachable(lab)?;
+        let echo = json!({"op": "echo_check", "proto": "udp", "to": format!("10.0.0.2:{ECHO_PORT}"), "window": WINDOW,
+            "sizes": [64, 1400, 9000, 200, 20_000], "seconds": 1.4});
+        let mut all = Vec::new();
+        for round in 0..2 * ROUNDS {
+            let crash = round % 2 == 1;
+            lab.guests[0].begin(&echo)?;
+            std::thread::sleep(Duration::from_millis(400 + 37 * round));
+            if crash {
+                lab.switch_mut()?.restart(true, &[])?;
+            } else {
+                lab.switch_mut()?.take_over()?;
+            }
+            let tally = lab.guests[0].finish(&echo, Duration::from_secs(30))?;
+            let lost = if crash { WINDOW } else { 0 };
+            let fine = ["corrupt", "duplicates", "late"].iter().all(|count| tally[count] == 0)
+                && tally["lost"].as_u64() <= Some(lost)
+                && tally["received"].as_u64() > Some(20);
+            ensure!(fine, "after a {}: {tally}", if crash { "crash" } else { "takeover" });
+            all.push((tally["received"].clone(), tally["lost"].clone(), tally["max_us"].clone()));
+        }
+        println!("received, lost, slowest: {all:?}");
+        Ok(())
+    })
+}
+
 /// A socket that is back gets connected to within 100 ms; we listen ourselves, which measures without QEMU's start.
 #[test]
 fn the_switch_reconnects_at_once_and_waits_quietly() -> Result<()> {

@@ -98,10 +98,6 @@ fn features(lab: &Lab, port: &str) -> Result<Vec<Value>> {
     Ok(lab.switch()?.port(port)?.0["features"].as_array().cloned().unwrap_or_default())
 }
 
-/// Pings, one every 10 ms, that may be lost. None should be, and mostly none is; until that has been shown often enough on a
-/// loaded machine, the bar is what other switches lose on a quiet one.
-const TOLERATED: u64 = 2;
-
 #[test]
 fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
     lab::alone(lab, |lab| {
@@ -113,7 +109,7 @@ fn a_guest_migrates_there_and_back_while_it_talks() -> Result<()> {
             all.push(migrate(lab, from, to)?);
         }
         println!("pings lost: {all:?}");
-        ensure!(all.iter().all(|&lost| lost <= TOLERATED), "pings lost: {all:?}");
+        ensure!(all.iter().all(|&lost| lost == 0), "pings lost: {all:?}");
         Ok(())
     })
 }
@@ -126,7 +122,7 @@ fn a_guest_with_packed_rings_migrates() -> Result<()> {
             lab.wait_reachable(0, "10.0.0.2")?;
             ensure!(features(lab, "vm2")?.contains(&json!("RING_PACKED")), "{:?}", features(lab, "vm2")?);
             let lost = migrate(lab, 1, 2)?;
-            ensure!(lost <= TOLERATED, "{lost} pings lost");
+            ensure!(lost == 0, "{lost} pings lost");
             Ok(())
         },
     )

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
+use super::log::DirtyLog;
 use super::memory::Memory;
 use super::ring::Ring;
 
@@ -67,21 +68,31 @@ impl Drop for Listener {
     }
 }
 
-/// Negotiates and starts the rings: pairs of one that the switch writes to and one that it reads from, in this order
+/// Negotiates, with a dirty log if the guest migrates, and starts the rings: pairs of one that the switch writes to and one that it reads from, in this order
 /// (virtio 1.2, 5.1.2). The rings run as long as what is given back lives.
 ///
 /// # Errors
 /// If the switch lacks a feature, or refuses something.
-pub(super) fn start(stream: UnixStream, memory: &Memory, features: u64, rings: &[&Ring]) -> Result<Frontend> {
+pub(super) fn start(
+    stream: UnixStream,
+    memory: &Memory,
+    features: u64,
+    rings: &[&Ring],
+    log: Option<&DirtyLog>,
+) -> Result<Frontend> {
     let mut frontend = Frontend::from_stream(stream, rings.len() as u64);
     frontend.set_owner().context("SET_OWNER")?;
     let offered = frontend.get_features().context("GET_FEATURES")?;
     let missing = features & !offered;
     ensure!(missing == 0, "the switch does not offer feature bits {missing:#x}");
     ensure!(offered & PROTOCOL_FEATURES != 0, "the switch does not offer protocol features");
-    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    let wanted =
+        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::LOG_SHMFD;
     let common = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")? & wanted;
     frontend.set_protocol_features(common).context("SET_PROTOCOL_FEATURES")?;
+    if let Some(log) = log {
+        frontend.set_log_base(0, Some(log.region())).context("SET_LOG_BASE")?;
+    }
     frontend.set_features(features | PROTOCOL_FEATURES).context("SET_FEATURES")?;
     let region = VhostUserMemoryRegionInfo {
         guest_phys_addr: 0,
@@ -92,7 +103,7 @@ pub(super) fn start(stream: UnixStream, memory: &Memory, features: u64, rings: &
     };
     frontend.set_mem_table(&[region]).context("SET_MEM_TABLE")?;
     for (index, ring) in rings.iter().enumerate() {
-        start_ring(&mut frontend, index, ring).with_context(|| format!("ring {index}"))?;
+        start_ring(&mut frontend, index, ring, log.is_some()).with_context(|| format!("ring {index}"))?;
     }
     for index in 0..rings.len() {
         frontend.set_vring_enable(index, true).context("SET_VRING_ENABLE")?;
@@ -102,16 +113,17 @@ pub(super) fn start(stream: UnixStream, memory: &Memory, features: u64, rings: &
     Ok(frontend)
 }
 
-fn start_ring(frontend: &mut Frontend, index: usize, ring: &Ring) -> Result<()> {
+fn start_ring(frontend: &mut Frontend, index: usize, ring: &Ring, logged: bool) -> Result<()> {
     let layout = ring.layout();
     let place = VringConfigData {
         queue_max_size: layout.size,
         queue_size: layout.size,
-        flags: 0,
+        // `VHOST_VRING_F_LOG`
+        flags: u32::from(logged),
         desc_table_addr: UVA + layout.at as u64,
         avail_ring_addr: UVA + layout.avail() as u64,
         used_ring_addr: UVA + layout.used() as u64,
-        log_addr: None,
+        log_addr: logged.then_some(layout.used() as u64),
     };
     // A packed ring begins with its wrap counter set.
     let base = if layout.packed { 1 << 15 } else { 0 };

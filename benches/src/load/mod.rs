@@ -3,6 +3,7 @@
 
 pub mod frames;
 mod frontend;
+mod log;
 mod loopback;
 mod memory;
 mod pace;

@@ -66,6 +66,9 @@ pub struct Plan {
     /// --flood sends broadcasts, which all ports get
     #[arg(long, requires = "flood")]
     pub broadcast: bool,
+    /// Ports, from the first on, that share a log of dirty pages, as QEMU does while their guests migrate
+    #[arg(long, value_name = "PORTS", default_value_t = 0, hide_default_value = true)]
+    pub log: u16,
     /// CPU to run on
     #[arg(long)]
     pub cpu: Option<usize>,
@@ -99,6 +102,7 @@ impl Default for Plan {
             flood: None,
             stalled: false,
             broadcast: false,
+            log: 0,
             cpu: None,
             nap: None,
             small_pages: false,
@@ -196,11 +200,17 @@ impl Plan {
         self.latency.unwrap_or(SAMPLE)
     }
 
-    /// virtio features to agree upon.
-    pub fn features(&self) -> u64 {
+    /// virtio features that a port agrees upon.
+    pub fn features(&self, port: u16) -> u64 {
         let bit = |wanted: bool, bit: u32| if wanted { 1u64 << bit } else { 0 };
         let (mergeable, multi_queue) = (!self.no_mergeable, self.queues > 1);
-        bit(true, 32) | bit(mergeable, 15) | bit(multi_queue, 22) | bit(self.packed, 34) | bit(self.in_order, 35)
+        let logged = port < self.log;
+        bit(logged, 26)
+            | bit(true, 32)
+            | bit(mergeable, 15)
+            | bit(multi_queue, 22)
+            | bit(self.packed, 34)
+            | bit(self.in_order, 35)
     }
 }
 

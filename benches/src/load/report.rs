@@ -93,6 +93,9 @@ pub struct Report {
     pub generator_pauses: u64,
     /// Samples of latency left out for that.
     pub discarded: u64,
+    /// Pages found marked in logs of dirty pages, each time that these were looked at.
+    #[serde(default)]
+    pub dirtied: u64,
     /// Latencies.
     pub latency: Option<Latency>,
     /// Each port.

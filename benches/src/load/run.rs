@@ -8,6 +8,7 @@ use sluice::worker::stats::Clock;
 use vhost::vhost_user::Frontend;
 
 use super::frontend::{self, Listener};
+use super::log::DirtyLog;
 use super::loopback::{End, Loopback};
 use super::pace::Pace;
 use super::plan::{Plan, Role};
@@ -26,6 +27,8 @@ const LOST_AFTER: Duration = Duration::from_millis(3);
 /// What is under way has arrived when nothing has for that long.
 const QUIET: Duration = Duration::from_millis(20);
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
+/// A VMM looks at a log of dirty pages that often.
+const SWEEP: Duration = Duration::from_millis(50);
 const LEARN_LIMIT: Duration = Duration::from_secs(30);
 /// Spins after a turn with nothing to do: looking costs the switch the cache lines that we look at.
 const SPINS: u32 = 8;
@@ -35,6 +38,7 @@ const SPINS: u32 = 8;
 pub struct Rig {
     plan: Plan,
     ports: Vec<Port>,
+    logs: Vec<DirtyLog>,
     listeners: Vec<Listener>,
 }
 
@@ -47,7 +51,9 @@ impl Rig {
         let ports = guests(&plan)?;
         let listeners = (0..plan.total_ports()).map(|port| Listener::bind(&Self::socket(folder, port)));
         let listeners = listeners.collect::<Result<_>>()?;
-        Ok(Self { plan, ports, listeners })
+        let logged = ports.iter().take(plan.log.into());
+        let logs = logged.map(|port| DirtyLog::new(port.memory.size())).collect::<std::io::Result<_>>()?;
+        Ok(Self { plan, ports, logs, listeners })
     }
 
     /// Where a port's socket is.
@@ -64,10 +70,13 @@ impl Rig {
         let mut frontends = Vec::new();
         for (number, (port, listener)) in self.ports.iter().zip(&self.listeners).enumerate() {
             let stream = listener.accept(deadline)?;
-            let frontend = frontend::start(stream, &port.memory, self.plan.features(), &port.rings());
+            let features = self.plan.features(number as u16);
+            let frontend = frontend::start(stream, &port.memory, features, &port.rings(), self.logs.get(number));
             frontends.push(frontend.with_context(|| format!("port {number}"))?);
         }
-        Ok(Generator::new(self.plan, self.ports, frontends, None))
+        let mut generator = Generator::new(self.plan, self.ports, frontends, None);
+        generator.logs = self.logs;
+        Ok(generator)
     }
 }
 
@@ -81,6 +90,9 @@ pub struct Generator {
     // Dropped in this order: the switch lets go before memory does.
     _frontends: Vec<Frontend>,
     _loopback: Option<Loopback>,
+    logs: Vec<DirtyLog>,
+    last_sweep: u64,
+    dirtied: u64,
     plan: Plan,
     ports: Vec<Port>,
     /// Ports that are looked at in each turn, and those that are not.
@@ -114,6 +126,9 @@ impl Generator {
         Self {
             _frontends: frontends,
             _loopback: loopback,
+            logs: Vec::new(),
+            last_sweep: 0,
+            dirtied: 0,
             paces: ports.iter().map(|_| None).collect(),
             clock: Clock::start(),
             plan,
@@ -167,7 +182,7 @@ impl Generator {
         self.set_paces();
         self.load_for(Duration::from_millis(20));
         self.ports.iter_mut().for_each(|port| port.latency.reset());
-        (self.pauses, self.discarded) = (0, 0);
+        (self.pauses, self.discarded, self.dirtied) = (0, 0, 0);
         let before = self.mark();
         self.load_for(Duration::from_secs_f64(self.plan.seconds));
         let after = self.mark();
@@ -345,9 +360,13 @@ impl Generator {
         self.ports[index].send(allowed, |_| if stamped { now } else { 0 })
     }
 
-    /// What needs no looking at each time: ports beside, and frames that got lost.
+    /// What needs no looking at each time: logs, ports beside, and frames that got lost.
     #[cold]
     fn look_after(&mut self, now: u64) {
+        if now.saturating_sub(self.last_sweep) > self.clock.ticks_in(SWEEP) {
+            self.dirtied += self.logs.iter().map(DirtyLog::sweep).sum::<u64>();
+            self.last_sweep = now;
+        }
         for index in 0..self.idle.len() {
             self.receive(self.idle[index]);
         }
@@ -409,6 +428,7 @@ impl Generator {
             generator_cpu: (after.cpu - before.cpu).as_secs_f64() / seconds,
             generator_pauses: self.pauses,
             discarded: self.discarded,
+            dirtied: self.dirtied,
             latency: Latency::of(&latency),
             ports: (0..self.ports.len()).map(port).collect(),
         }

@@ -7,7 +7,6 @@ use crate::hostile::frontend::{EVENT_IDX, Frontend, GUEST_CSUM, INDIRECT_DESC, M
 use crate::hostile::queue::Layout;
 use crate::hostile::random::Random;
 use crate::soak::audit::VOID;
-use crate::soak::guests::Guests;
 use crate::soak::ledger::Ports;
 use crate::soak::station::{Station, mac};
 use crate::soak::{DARK, DOMAINS, MOST, Soak, VICTIM};
@@ -172,7 +171,7 @@ impl Soak {
     /// The switch is killed or ended, and started again; or another one takes over (`None`).
     fn restart(&mut self, crash: Option<bool>) -> Result<&'static str> {
         let guests = self.guests.take();
-        let done = match guests.as_ref().map(Guests::may_restart) {
+        let done = match guests.as_ref().map(|guests| guests.may_restart(crash == Some(false))) {
             Some(None) => Ok("guests forbade a restart"),
             _allowed => match crash {
                 Some(crash) => self.end_and_begin(crash),

@@ -11,7 +11,8 @@ use crate::{Answer, fill, is_filled, number, sizes, text};
 
 /// Sequence number and length go before the content.
 const HEADER: usize = 8;
-/// A reply that takes longer does not come: nothing on the way keeps a frame that long.
+/// A reply that takes longer counts as lost. If it comes after all, something on the way kept a frame that long: a queue
+/// that nobody served, or a guest that asked for an address in vain.
 const LOST_AFTER: Duration = Duration::from_secs(2);
 const STREAM: u32 = 0xec40;
 
@@ -78,6 +79,9 @@ struct Tally {
     lost: u64,
     corrupt: u64,
     duplicates: u64,
+    /// Of those lost, how many came in the end, and how long the slowest took, in microseconds.
+    late: u64,
+    latest: u64,
     lost_sizes: Vec<usize>,
     times: Vec<u64>,
 }
@@ -104,6 +108,8 @@ pub(crate) fn check(request: &Value) -> Answer {
         "lost_sizes": tally.lost_sizes,
         "corrupt": tally.corrupt,
         "duplicates": tally.duplicates,
+        "late": tally.late,
+        "latest_us": tally.latest,
         "min_us": tally.times.first(),
         "median_us": tally.times.get(tally.times.len() / 2),
         "max_us": tally.times.last(),
@@ -114,7 +120,7 @@ fn check_udp(to: &str, sizes: &mut dyn Iterator<Item = usize>, window: usize) ->
     let socket = UdpSocket::bind(if to.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" })?;
     socket.connect(to)?;
     socket.set_read_timeout(Some(LOST_AFTER))?;
-    let (mut tally, mut under_way) = (Tally::default(), HashMap::new());
+    let (mut tally, mut under_way, mut given_up) = (Tally::default(), HashMap::new(), HashMap::new());
     let mut buffer = vec![0; 65_536];
     let mut more = true;
     while more || !under_way.is_empty() {
@@ -136,7 +142,8 @@ fn check_udp(to: &str, sizes: &mut dyn Iterator<Item = usize>, window: usize) ->
         match socket.recv(&mut buffer).map(|length| verify(&buffer[..length])) {
             Err(_) => {
                 tally.lost += under_way.len() as u64;
-                tally.lost_sizes.extend(under_way.drain().map(|(_, (_, size))| size).take(10));
+                tally.lost_sizes.extend(under_way.values().map(|&(_, size)| size).take(10));
+                given_up.extend(under_way.drain().map(|(sequence, (start, _))| (sequence, start)));
             }
             Ok(None) => tally.corrupt += 1,
             Ok(Some(sequence)) => match under_way.remove(&sequence) {
@@ -144,7 +151,13 @@ fn check_udp(to: &str, sizes: &mut dyn Iterator<Item = usize>, window: usize) ->
                     tally.received += 1;
                     tally.times.push(start.elapsed().as_micros() as u64);
                 }
-                None => tally.duplicates += 1,
+                None => match given_up.remove(&sequence) {
+                    Some(start) => {
+                        tally.late += 1;
+                        tally.latest = tally.latest.max(start.elapsed().as_micros() as u64);
+                    }
+                    None => tally.duplicates += 1,
+                },
             },
         }
     }
