@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod fuzz;
+mod sanitizer;
 mod setup;
 mod soak;
 mod stage;

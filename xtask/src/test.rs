@@ -5,7 +5,7 @@ use clap::Args;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::fuzz::TRIPLE;
+use crate::sanitizer;
 use crate::setup;
 use crate::stage::{self, cargo};
 
@@ -25,6 +25,9 @@ pub(crate) struct Options {
     /// Run the tests of memory and of hostile guests under the address sanitizer, and nothing else.
     #[arg(long, conflicts_with_all = ["fast", "only"])]
     asan: bool,
+    /// Run the tests of what threads share under the thread sanitizer, and nothing else.
+    #[arg(long, conflicts_with_all = ["fast", "only", "asan"])]
+    tsan: bool,
     /// Run one stage only, or one file of the systems tests (such as `traffic`).
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
@@ -73,36 +76,13 @@ const SYSTEMS: [&str; 14] = [
 /// Our programs, beside the switch, that systems tests run.
 const PARTS: [&str; 3] = ["sluice-device-plugin", "sluice-cni", "sluice-binding-sidecar"];
 
-struct Stage {
-    name: &'static str,
-    command: Command,
-}
-
-/// The same tests against a build that notices each access to memory that is not ours.
-fn sanitized() -> Vec<Stage> {
-    let sanitized = |arguments: &[&str]| {
-        let mut command = cargo(arguments);
-        command.args(["--target", TRIPLE]).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", "-Zsanitizer=address");
-        // Code that is not optimised at all is too slow for the time limits of the tests.
-        command.env("CARGO_TARGET_DIR", "target/asan").env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
-        command
-    };
-    let dataplane = ["test", "-p", "sluice", "--lib", "--test", "vhost_session", "--test", "control", "--quiet"];
-    let mut hostile = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "--test-threads=1"]);
-    hostile.env("SLUICE_BIN", format!("target/asan/{TRIPLE}/debug/sluice")).env("RUST_LIB_BACKTRACE", "0");
-    // Freed memory is kept for a while to notice its use, which must not pass for a leak.
-    hostile.env("ASAN_OPTIONS", "quarantine_size_mb=2:thread_local_quarantine_size_kb=64");
-    vec![
-        Stage { name: "dataplane", command: sanitized(&dataplane) },
-        Stage { name: "build", command: sanitized(&["build", "-p", "sluice", "--bins"]) },
-        Stage { name: "hostile", command: hostile },
-    ]
+/// A command, all of whose tests have to pass.
+pub(crate) struct Stage {
+    pub(crate) name: &'static str,
+    pub(crate) command: Command,
 }
 
 fn stages(options: &Options) -> Vec<Stage> {
-    if options.asan {
-        return sanitized();
-    }
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     let mut stages = vec![
@@ -182,7 +162,11 @@ fn dpdk_stages() -> [Stage; 4] {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     let mut tally = Tally::default();
-    let mut stages = stages(options);
+    let mut stages = match options {
+        Options { asan: true, .. } => sanitizer::addresses(),
+        Options { tsan: true, .. } => sanitizer::threads()?,
+        _ => stages(options),
+    };
     if let Some(only) = &options.only {
         let names: Vec<&str> = stages.iter().map(|stage| stage.name).collect();
         if !names.contains(&only.as_str()) {
