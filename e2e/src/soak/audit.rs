@@ -38,7 +38,9 @@ impl Soak {
     pub(super) fn audit(&mut self) -> Result<()> {
         let guests = self.guests.take();
         let silent = guests.as_ref().map(Guests::pause);
-        let done = self.audit_silence();
+        // Guests that met something wrong are gone, which must not be taken for what is wrong.
+        let well = guests.as_ref().map_or(Ok(()), Guests::check);
+        let done = well.and_then(|()| self.audit_silence());
         drop(silent);
         self.guests = guests;
         done
