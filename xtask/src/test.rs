@@ -11,6 +11,8 @@ use crate::stage::{self, cargo};
 
 /// All of it together ends by then.
 const LIMIT: Duration = Duration::from_secs(29 * 60);
+/// Builds with a sanitizer begin with every crate, and are slow; nobody waits for a landing meanwhile.
+const SANITIZED_LIMIT: Duration = Duration::from_secs(90 * 60);
 
 /// For the database of advisories to come over the network.
 const FETCH_LIMIT: Duration = Duration::from_secs(30);
@@ -175,9 +177,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let is_system = SYSTEMS.contains(&only.as_str());
         stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build" | "parts"));
     }
+    let limit = if options.asan || options.tsan { SANITIZED_LIMIT } else { LIMIT };
     let count = stages.len();
     for (number, stage) in (1..).zip(stages) {
-        if !run_stage(stage, &format!("[{number}/{count}]"), start + LIMIT, &mut tally)? {
+        if !run_stage(stage, &format!("[{number}/{count}]"), start + limit, &mut tally)? {
             break;
         }
     }
