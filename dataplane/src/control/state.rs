@@ -144,7 +144,8 @@ impl StateStore {
         self.ports.iter().filter(|port| port.name != name).cloned().collect()
     }
 
-    /// Writes down other ports. After a crash at any moment the file has either the old or the new table.
+    /// Writes down other ports. After a crash at any moment the file has either the old or the new table; the new one once
+    /// this has returned, unless the machine itself goes down within seconds.
     ///
     /// # Errors
     /// [`StateError::Write`]; the old ports stay then.
@@ -164,9 +165,10 @@ impl StateStore {
         let temporary = self.dir.join(format!("{name}.new"));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.dir.join(name))?;
-        File::open(&self.dir)?.sync_all()
+        // Before the new name, or a machine that loses its power could be left with an empty file. The name itself may take
+        // the kernel its few seconds: whoever waits for a port must not wait for the disk twice.
+        file.sync_data()?;
+        fs::rename(&temporary, self.dir.join(name))
     }
 }
 
