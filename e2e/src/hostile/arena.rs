@@ -37,6 +37,9 @@ const SANITIZED: u32 = 4;
 /// Memory may grow by that much over all cases.
 const GROWTH_KIB: u64 = 6 << 10;
 
+/// Looks in a row that show as many descriptors, until their number is believed.
+const SETTLED: u32 = 10;
+
 /// What has to come of a case.
 #[derive(Debug, Clone, Copy)]
 pub enum Expect {
@@ -107,7 +110,8 @@ impl Arena {
         arena.calm_rate = arena.pair.report(mark)?.rate;
         // What a first connection leaves behind, once, is no leak.
         arena.evil.reconnect(Setup::of(Layout::Split))?;
-        arena.before = arena.switch.usage()?;
+        arena.probe()?;
+        arena.before = arena.settled()?;
         println!("calm: {:.0} frames/s", arena.calm_rate);
         Ok(arena)
     }
@@ -209,11 +213,22 @@ impl Arena {
         self.probe()
     }
 
+    /// What the switch uses once it has closed what it no longer needs, which is a matter of other threads.
+    fn settled(&self) -> Result<Usage> {
+        let (mut last, mut same) = (0, 0);
+        wait::until("the switch's descriptors to stay", ARRIVAL, || {
+            let now = self.switch.usage()?;
+            same = if now.fds == last { same + 1 } else { 0 };
+            last = now.fds;
+            Ok((same >= SETTLED).then_some(now))
+        })
+    }
+
     /// Demands that nothing was left behind by all cases, and sums them up.
     pub fn finish(mut self) -> Result<()> {
         self.evil.reconnect(Setup::of(Layout::Split))?;
         self.probe()?;
-        let (before, now) = (self.before, self.switch.usage()?);
+        let (before, now) = (self.before, self.settled()?);
         println!(
             "{} cases: worst {:.0} % of the calm rate, longest stall {:?}; memory {} to {} KiB, descriptors {} to {}",
             self.cases,
