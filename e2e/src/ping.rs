@@ -2,7 +2,7 @@
 //! and loses what comes in a burst while it waits for its CPU.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 use crate::qemu::Guest;
@@ -28,8 +28,7 @@ pub struct Pings {
 /// # Errors
 /// If the guest does not answer.
 pub fn begin(guest: &Guest, address: &str) -> Result<()> {
-    let gap = PERIOD.as_millis() as u64;
-    guest.call(&json!({"op": "ping_begin", "to": address, "gap_ms": gap})).map(drop)
+    guest.call(&begin_request(address)).map(drop)
 }
 
 /// Ends the ping.
@@ -37,7 +36,24 @@ pub fn begin(guest: &Guest, address: &str) -> Result<()> {
 /// # Errors
 /// If a ping was answered twice, or none was.
 pub fn end(guest: &Guest) -> Result<Pings> {
-    let tally = guest.call(&json!({"op": "ping_end"}))?;
+    read(&guest.call(&end_request())?)
+}
+
+/// What asks an agent to begin.
+pub fn begin_request(address: &str) -> Value {
+    json!({"op": "ping_begin", "to": address, "gap_ms": PERIOD.as_millis() as u64})
+}
+
+/// What asks an agent to end.
+pub fn end_request() -> Value {
+    json!({"op": "ping_end"})
+}
+
+/// Reads an agent's answer to [`end_request`].
+///
+/// # Errors
+/// If a ping was answered twice, or none was.
+pub fn read(tally: &Value) -> Result<Pings> {
     let number = |name: &str| tally[name].as_u64().with_context(|| format!("no {name} in {tally}"));
     ensure!(number("duplicates")? == 0, "pings were answered twice: {tally}");
     let lost: Vec<u64> = serde_json::from_value(tally["lost"].clone()).context("which pings were lost")?;

@@ -25,3 +25,21 @@ pub fn until<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Resu
 pub fn until_true(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     until(what, limit, || Ok(condition()?.then_some(())))
 }
+
+/// Waits until a value has stayed as it is for some time; gives it.
+pub fn until_stays<T: PartialEq>(
+    what: &str,
+    limit: Duration,
+    time: Duration,
+    mut read: impl FnMut() -> Result<T>,
+) -> Result<T> {
+    let (mut last, mut since) = (read()?, Instant::now());
+    until_true(what, limit, || {
+        let now = read()?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        Ok(since.elapsed() >= time)
+    })?;
+    Ok(last)
+}

@@ -262,6 +262,7 @@ fn no_ring_is_left_waiting() -> Result<()> {
         for round in 0..2 * ROUNDS {
             let crash = round % 2 == 1;
             lab.guests[0].begin(&echo)?;
+            // In the midst of it, and at another moment each time.
             std::thread::sleep(Duration::from_millis(400 + 37 * round));
             if crash {
                 lab.switch_mut()?.restart(true, &[])?;

@@ -68,8 +68,8 @@ impl Drop for Listener {
     }
 }
 
-/// Negotiates, with a dirty log if the guest migrates, and starts the rings: pairs of one that the switch writes to and one that it reads from, in this order
-/// (virtio 1.2, 5.1.2). The rings run as long as what is given back lives.
+/// Negotiates, with a dirty log if the guest migrates, and starts the rings: pairs of one that the switch writes to and one
+/// that it reads from, in this order (virtio 1.2, 5.1.2). The rings run as long as what is given back lives.
 ///
 /// # Errors
 /// If the switch lacks a feature, or refuses something.

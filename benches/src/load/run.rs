@@ -74,9 +74,7 @@ impl Rig {
             let frontend = frontend::start(stream, &port.memory, features, &port.rings(), self.logs.get(number));
             frontends.push(frontend.with_context(|| format!("port {number}"))?);
         }
-        let mut generator = Generator::new(self.plan, self.ports, frontends, None);
-        generator.logs = self.logs;
-        Ok(generator)
+        Ok(Generator::new(self.plan, self.ports, self.logs, frontends, None))
     }
 }
 
@@ -120,13 +118,19 @@ struct Mark {
 }
 
 impl Generator {
-    fn new(plan: Plan, ports: Vec<Port>, frontends: Vec<Frontend>, loopback: Option<Loopback>) -> Self {
+    fn new(
+        plan: Plan,
+        ports: Vec<Port>,
+        logs: Vec<DirtyLog>,
+        frontends: Vec<Frontend>,
+        loopback: Option<Loopback>,
+    ) -> Self {
         let of = |idle: bool| (0..ports.len()).filter(|&port| (ports[port].role == Role::Idle) == idle).collect();
         let (active, idle) = (of(false), of(true));
         Self {
             _frontends: frontends,
             _loopback: loopback,
-            logs: Vec::new(),
+            logs,
             last_sweep: 0,
             dirtied: 0,
             paces: ports.iter().map(|_| None).collect(),
@@ -157,7 +161,7 @@ impl Generator {
         };
         let pairs = ports.iter().map(|port| (end(port, true), end(&ports[port.peer], false)));
         let loopback = Loopback::start(pairs, cpu);
-        Ok(Self::new(plan, ports, Vec::new(), Some(loopback)))
+        Ok(Self::new(plan, ports, Vec::new(), Vec::new(), Some(loopback)))
     }
 
     /// Makes all addresses known, warms up, measures, and waits for the last frames. Runs on the calling thread, which

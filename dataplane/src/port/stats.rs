@@ -211,9 +211,14 @@ impl PortStats {
     pub fn set_fault(&self, fault: Fault) {
         let code = u64::from(fault.code());
         if self.fault.compare_exchange(0, code, Ordering::Release, Ordering::Relaxed).is_ok() {
-            self.last_fault.store(code, Ordering::Release);
-            self.faults.fetch_add(1, Ordering::Release);
+            self.remember_fault(code);
         }
+    }
+
+    /// For the operator, who may look when it is over. The count goes last: whoever sees it has the reason, too.
+    fn remember_fault(&self, code: u64) {
+        self.last_fault.store(code, Ordering::Release);
+        self.faults.fetch_add(1, Ordering::Release);
     }
 
     /// The last fault that there was, whether the port still stands for it or its guest has begun anew since.
@@ -238,7 +243,6 @@ impl OnLoss for PortStats {
     fn memory_lost(&self) {
         let code = u64::from(Fault::MemoryLost.code());
         self.fault.store(code, Ordering::Release);
-        self.last_fault.store(code, Ordering::Release);
-        self.faults.fetch_add(1, Ordering::Release);
+        self.remember_fault(code);
     }
 }

@@ -37,8 +37,8 @@ const SANITIZED: u32 = 4;
 /// Memory may grow by that much over all cases.
 const GROWTH_KIB: u64 = 6 << 10;
 
-/// Looks in a row that show as many descriptors, until their number is believed.
-const SETTLED: u32 = 10;
+/// How long the number of descriptors stays until it is believed.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// What has to come of a case.
 #[derive(Debug, Clone, Copy)]
@@ -215,13 +215,9 @@ impl Arena {
 
     /// What the switch uses once it has closed what it no longer needs, which is a matter of other threads.
     fn settled(&self) -> Result<Usage> {
-        let (mut last, mut same) = (0, 0);
-        wait::until("the switch's descriptors to stay", ARRIVAL, || {
-            let now = self.switch.usage()?;
-            same = if now.fds == last { same + 1 } else { 0 };
-            last = now.fds;
-            Ok((same >= SETTLED).then_some(now))
-        })
+        let fds = || Ok(self.switch.usage()?.fds);
+        let fds = wait::until_stays("as many descriptors", ARRIVAL, SETTLED, fds)?;
+        Ok(Usage { fds, ..self.switch.usage()? })
     }
 
     /// Demands that nothing was left behind by all cases, and sums them up.
@@ -262,10 +258,8 @@ fn sanitized() -> bool {
 /// is rightly lost, so once is not enough.
 fn pass(from: &mut Frontend, to: &mut Frontend, address: u64, payload: &[u8]) -> Result<()> {
     wait::until_true("a frame", ARRIVAL, || {
-        while let Some((_, found)) = to.receive() {
-            if found == payload {
-                return Ok(true);
-            }
+        if to.takes(payload) {
+            return Ok(true);
         }
         from.send(address, payload);
         from.tx.notify();

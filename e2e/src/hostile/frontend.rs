@@ -266,17 +266,15 @@ impl Frontend {
         Some((source, payload.unwrap_or_default().to_vec()))
     }
 
+    /// Takes what has come, up to a frame with that payload. Whether there was one.
+    pub fn takes(&mut self, payload: &[u8]) -> bool {
+        std::iter::from_fn(|| self.receive()).any(|(_, found)| found == payload)
+    }
+
     /// Waits for a frame with that payload, passing over all others.
     pub fn wait_frame(&mut self, payload: &[u8]) -> Result<()> {
-        wait::until_true("a frame", ARRIVAL, || {
-            while let Some((_, found)) = self.receive() {
-                if found == payload {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        })
-        .with_context(|| format!("station {:012x}", self.mac))
+        wait::until_true("a frame", ARRIVAL, || Ok(self.takes(payload)))
+            .with_context(|| format!("station {:012x}", self.mac))
     }
 }
 

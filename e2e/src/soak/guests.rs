@@ -143,9 +143,9 @@ impl Drop for Restart<'_> {
     }
 }
 
-/// Whether something was over long before `begun`.
-fn long_before(begun: Instant) -> impl Fn(Instant) -> bool {
-    move |at| at + RECOVERY < begun
+/// Whether what was begun at `begun` may still feel what happened last.
+fn is_felt(last: &Mutex<Option<Instant>>, begun: Instant) -> bool {
+    lock(last).is_some_and(|at| at + RECOVERY >= begun)
 }
 
 struct Work {
@@ -198,9 +198,9 @@ impl Work {
         let begun = Instant::now();
         let seconds = 1.0 + self.dice.below(20) as f64 / 10.0;
         let tally = self.guests[0].call_for(&self.request(proto, seconds), TALK_LIMIT)?;
-        let lost = self.judge(&tally, !lock(&self.shared.parted).is_none_or(long_before(begun)))?;
+        let lost = self.judge(&tally, is_felt(&self.shared.parted, begun))?;
         let restarting = self.shared.fragile.try_lock().is_err();
-        if !restarting && lock(&self.shared.restarted).is_none_or(long_before(begun)) {
+        if !restarting && !is_felt(&self.shared.restarted, begun) {
             // How much is a matter of how much of a CPU the guests get. Where nothing was sent, connecting took all the time.
             ensure!(tally["received"].as_u64() > Some(0) || tally["sent"] == 0, "nothing passes: {tally}");
         } else {
@@ -212,7 +212,7 @@ impl Work {
     fn migrate(&mut self) -> Result<()> {
         let shared = self.shared.clone();
         let _fragile = lock(&shared.fragile);
-        let asked = !lock(&shared.parted).is_none_or(long_before(Instant::now()));
+        let asked = is_felt(&shared.parted, Instant::now());
         let request = self.request("udp", 3.0);
         self.guests[0].begin(&request)?;
         let (source, target) = (&self.guests[self.here], &self.guests[self.there]);

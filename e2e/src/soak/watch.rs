@@ -22,10 +22,12 @@ const NEVER: [&str; 4] = ["panicked at", "ERROR", "memory allocation of", "asser
 pub struct Life {
     /// Its number.
     pub pid: u32,
+    /// When it was seen first.
+    since: Instant,
     /// Private memory in KiB, at each audit.
     pub memory: Vec<u64>,
     /// Audits in its warm-up.
-    pub early: usize,
+    early: usize,
     /// Descriptors, at each audit.
     pub fds: Vec<usize>,
     /// What they were at the first.
@@ -33,6 +35,10 @@ pub struct Life {
 }
 
 impl Life {
+    fn of(pid: u32) -> Self {
+        Self { pid, since: Instant::now(), memory: Vec::new(), early: 0, fds: Vec::new(), open: open_files(pid) }
+    }
+
     /// Demands that memory stays.
     pub fn check(&self) -> Result<()> {
         if let Some((first, last)) = self.growth() {
@@ -60,8 +66,6 @@ impl Life {
 pub struct Watch {
     /// The processes, in their order.
     pub lives: Vec<Life>,
-    /// When the last of them was seen first.
-    since: Option<Instant>,
     read: usize,
     /// Warnings, without their figures, and how often each came.
     pub warnings: BTreeMap<String, u64>,
@@ -76,13 +80,12 @@ impl Watch {
         let pid = switch.pid();
         let (memory, fds) = (private_kib(pid)?, Usage::of(pid)?.fds);
         if self.lives.last().is_none_or(|life| life.pid != pid) {
-            self.lives.push(Life { pid, memory: Vec::new(), early: 0, fds: Vec::new(), open: open_files(pid) });
-            self.since = Some(Instant::now());
+            self.lives.push(Life::of(pid));
         }
         let Some(life) = self.lives.last_mut() else { return Ok(()) };
         life.memory.push(memory);
         life.fds.push(fds);
-        if self.since.is_some_and(|since| since.elapsed() < WARM_UP) {
+        if life.since.elapsed() < WARM_UP {
             life.early = life.memory.len();
         }
         life.check()
@@ -136,7 +139,7 @@ mod tests {
     use super::*;
 
     fn life(memory: &[u64]) -> Life {
-        Life { pid: 1, memory: memory.to_vec(), early: 1, fds: Vec::new(), open: BTreeMap::new() }
+        Life { memory: memory.to_vec(), early: 1, ..Life::of(std::process::id()) }
     }
 
     #[test]

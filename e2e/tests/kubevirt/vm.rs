@@ -2,9 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use e2e::agent::Agent;
+use e2e::ping::{self, Pings};
 use e2e::qemu::BOOT_LIMIT;
 use e2e::{machine, wait};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::time::{Duration, Instant};
 
 use crate::kubelet::SOCKETS;
@@ -132,12 +133,12 @@ impl Vm {
 
     /// A hundred pings a second from now on.
     pub(crate) fn begin_pinging(&mut self, address: &str) -> Result<()> {
-        self.ask(&json!({ "op": "ping_begin", "to": address, "gap_ms": 10 })).map(drop)
+        self.ask(&ping::begin_request(address)).map(drop)
     }
 
-    /// Ends that; gives what became of them: `sent`, `lost`, `duplicates`, `slowest_us`.
-    pub(crate) fn end_pinging(&mut self) -> Result<Value> {
-        self.ask(&json!({ "op": "ping_end" }))
+    /// Ends that; none may have been answered twice.
+    pub(crate) fn end_pinging(&mut self) -> Result<Pings> {
+        ping::read(&self.ask(&ping::end_request())?)
     }
 
     /// Migrates to another pod, which becomes this VM's; gives what is left at the source.

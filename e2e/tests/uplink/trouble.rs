@@ -204,11 +204,7 @@ impl Scene {
         drop(self.flood.take());
         let port = |name| self.switch.port(name);
         let from_guest = || Ok::<_, anyhow::Error>(port("flood")?.count("rx_frames"));
-        let mut last = from_guest()?;
-        wait::until_true("the last frames", LIMIT, || {
-            thread::sleep(Duration::from_millis(50));
-            Ok(std::mem::replace(&mut last, from_guest()?) == last)
-        })?;
+        let last = wait::until_stays("the last frames", LIMIT, Duration::from_millis(50), from_guest)?;
         let (flood, up) = (port("flood")?, port("up")?);
         let (sent, dropped) = (up.count("tx_frames"), up.dropped() + flood.dropped());
         println!("{last} frames to the uplink: {sent} sent, dropped {} and {}", up.0["drops"], flood.0["drops"]);

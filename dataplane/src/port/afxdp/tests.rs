@@ -45,8 +45,12 @@ fn on_a_wire(mtu: usize, test: impl FnOnce(&mut End, &mut End) + Send + 'static)
     }
 }
 
+fn run(program: &str, arguments: &str) {
+    assert!(Command::new(program).args(arguments.split(' ')).status().unwrap().success(), "{program} {arguments}");
+}
+
 fn ip(arguments: &str) {
-    assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "ip {arguments}");
+    run("ip", arguments);
 }
 
 /// One end of the wire.

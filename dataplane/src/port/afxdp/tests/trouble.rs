@@ -98,5 +98,5 @@ fn frames_that_the_driver_refuses_are_counted() {
 }
 
 fn tc(arguments: &str) {
-    assert!(Command::new("tc").args(arguments.split(' ')).status().unwrap().success(), "tc {arguments}");
+    run("tc", arguments);
 }
