@@ -31,9 +31,13 @@ const TEST_PACKAGES: [(&str, &str); 8] = [
     ("containernetworking-plugins", "CNI plugins that hand out addresses"),
     ("python3-venv", "Python's gRPC, and the checks of deploy/"),
 ];
-/// Only these have to come from elsewhere on Debian 12.
+/// Only these, and what they share a source with, have to come from elsewhere on Debian 12.
 const FROM_BACKPORTS: [&str; 4] =
     ["qemu-system-x86", "libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients"];
+/// Asking for `qemu-system-x86/bookworm-backports` is not enough: whether apt then takes its dependencies from there too
+/// changes with what else is in Debian that day. For all packages (`-t`) it would replace systemd.
+const PREFERENCES_FILE: &str = "/etc/apt/preferences.d/sluice-backports";
+const PREFERENCES: &str = "Package: qemu-* seabios libvirt*\nPin: release n=bookworm-backports\nPin-Priority: 600\n";
 /// A virtual environment in the target folder, and what is in it.
 const PYTHON: &str = "target/grpcio";
 const PYTHON_PACKAGE: &str = "grpcio";
@@ -131,20 +135,16 @@ fn install_packages(missing: &[Package]) -> Result<()> {
         println!("    {package:<27} {purpose}");
     }
     let needs_backports = missing.iter().any(|(package, _)| FROM_BACKPORTS.contains(package)) && is_bookworm();
-    if needs_backports && !has_backports() {
-        println!("    from {BACKPORTS} ({BACKPORTS_FILE}), whose packages fit those that may be here already");
-        fs::write(BACKPORTS_FILE, BACKPORTS_LINE).with_context(|| format!("cannot write {BACKPORTS_FILE}"))?;
+    if needs_backports {
+        println!("    some from {BACKPORTS} ({PREFERENCES_FILE}), whose packages fit those that may be here already");
+        fs::write(PREFERENCES_FILE, PREFERENCES).with_context(|| format!("cannot write {PREFERENCES_FILE}"))?;
+        if !has_backports() {
+            fs::write(BACKPORTS_FILE, BACKPORTS_LINE).with_context(|| format!("cannot write {BACKPORTS_FILE}"))?;
+        }
     }
     apt_get(&["update", "-q"])?;
-    let names: Vec<String> = missing
-        .iter()
-        .map(|(package, _)| match *package {
-            newer if needs_backports && FROM_BACKPORTS.contains(&newer) => format!("{newer}/{BACKPORTS}"),
-            other => other.to_owned(),
-        })
-        .collect();
     let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
-    arguments.extend(names.iter().map(String::as_str));
+    arguments.extend(missing.iter().map(|(package, _)| *package));
     apt_get(&arguments)
 }
 
