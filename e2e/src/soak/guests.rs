@@ -31,7 +31,7 @@ pub struct Record {
     pub boots: u64,
     /// Messages echoed.
     pub echoes: u64,
-    /// Datagrams that were not echoed while guests migrated, and while the switch was restarted.
+    /// Datagrams that were not echoed while guests migrated, and while or just after the switch was restarted.
     pub lost: (u64, u64),
 }
 
@@ -225,7 +225,7 @@ impl Work {
         std::mem::swap(&mut self.here, &mut self.there);
         let mut record = lock(&shared.record);
         record.migrations += 1;
-        record.lost.0 += lost;
+        if asked { record.lost.1 += lost } else { record.lost.0 += lost }
         Ok(())
     }
 
