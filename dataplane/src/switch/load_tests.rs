@@ -4,11 +4,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::publish::PortPublisher;
 use super::*;
 use crate::config::{Pin, WorkerMode};
 use crate::frame::{Burst, BurstStorage};
 use crate::mem::SourceSegment;
-use crate::port::{RxEntry, RxQueue, TxQueue};
+use crate::port::{Link, Publisher, RxEntry, RxQueue, TxQueue};
+use crate::status::PortState;
 use crate::switch::convert::Scratch;
 use crate::virtq::Fault;
 

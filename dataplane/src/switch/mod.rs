@@ -1,7 +1,7 @@
 //! The switch: networks, forwarding, and the tables of ports.
 //!
-//! This is where the control side and the workers meet. [`Switch`] holds the ports; whenever one changes it builds a
-//! new [`snapshot::Snapshot`], puts it into every worker's mailbox, and waits until all have taken it up.
+//! This is where the control side and the workers meet. [`Switch`] adds and removes ports, which `tables` holds; whenever
+//! one changes, `publish` shows the workers a new [`snapshot::Snapshot`].
 
 mod balance;
 pub mod convert;
@@ -15,35 +15,34 @@ mod load;
 mod load_tests;
 mod pairs;
 pub mod policer;
+mod publish;
 mod report;
 pub mod snapshot;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod totals;
 pub mod vlan;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::handover::StatsRecord;
 use crate::keeper::Keeper;
-use crate::limits::{MAX_NETWORKS, MAX_PORTS, MAX_WORKERS};
+use crate::limits::{MAX_PORTS, MAX_WORKERS};
+use crate::port::PortId;
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{Adopted, SocketPlace, VhostPort};
-use crate::port::{Link, PortId, Publisher};
-use crate::status::PortState;
+use crate::port::vhost::{SocketPlace, VhostPort};
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
 use policer::Policers;
-use snapshot::{Announcement, Plan, PortView, Served, Snapshot};
+use tables::{Driver, Entry, Slot, Tables};
 use vlan::VlanPolicy;
 
 pub use drops::DropReason;
@@ -116,57 +115,6 @@ struct Inner {
     rebalance: bool,
     journal: OnceLock<Arc<Journal>>,
     keeper: OnceLock<Arc<Keeper>>,
-}
-
-/// The ports, as the control side knows them.
-#[derive(Debug, Default)]
-struct Tables {
-    ports: BTreeMap<String, Entry>,
-    /// Names in the order they were added.
-    order: Vec<String>,
-    slots: Vec<Slot>,
-    networks: Vec<String>,
-    placement: load::Placement,
-    epoch: u64,
-    /// For the next snapshot.
-    announcement: Option<Announcement>,
-    /// Workers are shown nothing, since the ports belong to another process.
-    frozen: bool,
-    removed: totals::Removed,
-}
-
-/// A place for a port.
-#[derive(Debug, Clone, Default)]
-enum Slot {
-    #[default]
-    Free,
-    /// Given out, not yet shown to workers, or not shown any more.
-    Reserved,
-    Used(Arc<PortView>),
-}
-
-#[derive(Debug)]
-struct Entry {
-    config: PortConfig,
-    id: PortId,
-    stats: Arc<PortStats>,
-    policers: Policers,
-    /// Its connection was kept over a crash.
-    resumed: bool,
-    /// The thread that looks after the other side. `None` while the port is added or removed.
-    driver: Option<Driver>,
-}
-
-/// The kinds of port, running until dropped.
-#[derive(Debug)]
-enum Driver {
-    Vhost(VhostPort),
-    /// Taken over from another process, and not started yet.
-    Adopted(Box<Adopted>),
-    Tap(TapPort),
-    Afxdp(#[expect(dead_code, reason = "held for its drop")] AfxdpPort),
-    #[cfg(feature = "dpdk")]
-    Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -370,13 +318,6 @@ impl Inner {
         }
     }
 
-    /// The way to the workers of a port's driver, which is connecting.
-    fn publisher(self: &Arc<Self>, id: PortId, stats: &Arc<PortStats>) -> Arc<PortPublisher> {
-        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(self), id, stats: stats.clone() });
-        publisher.publish(Link::down(PortState::Connecting, None));
-        publisher
-    }
-
     fn start_driver(
         self: Arc<Self>,
         id: PortId,
@@ -428,34 +369,6 @@ impl Inner {
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
-    /// Shows the tables to the workers and waits until all use them. Returns whether they do.
-    fn publish(&self, tables: &mut Tables) -> bool {
-        tables.epoch += 1;
-        let announcement = if tables.frozen { None } else { tables.announcement.take() };
-        let snapshot = match self.snapshot(tables) {
-            Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
-            Err(e) => {
-                tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
-                return false;
-            }
-        };
-        for worker in &self.workers {
-            worker.mailbox.put(snapshot.clone());
-            worker.wake.signal();
-        }
-        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.reached(snapshot.epoch);
-        let patience = Instant::now();
-        while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
-            // A worker is never away for longer than a few bursts.
-            if patience.elapsed() < Duration::from_micros(50) {
-                std::hint::spin_loop();
-            } else {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        }
-        true
-    }
-
     /// Where a port's socket is, and what of that is to be trusted.
     fn place(&self, path: &Path) -> std::io::Result<SocketPlace> {
         match &self.socket_root {
@@ -467,143 +380,5 @@ impl Inner {
     /// Forgets the stations learned behind a port.
     fn forget_stations(&self, id: PortId) {
         self.fdb.retain_of(id, |entry| !entry.is_static);
-    }
-
-    fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
-        let slots = if tables.frozen { &[][..] } else { &tables.slots };
-        let ports: Vec<_> = slots.iter().map(Slot::view).collect();
-        let mut networks = vec![Vec::new(); tables.networks.len()];
-        for port in ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
-            if let Some(members) = networks.get_mut(usize::from(port.network)) {
-                members.push(port.id);
-            }
-        }
-        let plans = self.plans(tables)?;
-        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
-    }
-
-    /// Spreads the receive queues over the workers.
-    fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
-        let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
-        let count = queues.len();
-        for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
-            let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
-            for rx in &port.link.rx {
-                let worker = tables.placement.server(name, port.id, rx.pair, count);
-                if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
-                    plan.push(Served::new(&port, rx));
-                }
-            }
-        }
-        let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
-            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()))?;
-            Ok(Plan { queues, epoll })
-        };
-        self.workers.iter().zip(queues).map(with_epoll).collect()
-    }
-}
-
-impl Slot {
-    fn view(&self) -> Option<Arc<PortView>> {
-        match self {
-            Self::Used(view) => Some(view.clone()),
-            _ => None,
-        }
-    }
-}
-
-impl Tables {
-    /// The place of a network, made if need be. Networks stay, since entries of the FDB may name them.
-    fn network(&mut self, name: &str) -> Result<u16, PortError> {
-        if let Some(place) = self.networks.iter().position(|known| known == name) {
-            return Ok(place as u16);
-        }
-        let used = |place: &usize| self.ports.values().any(|entry| entry.config.network == self.networks[*place]);
-        if self.networks.len() >= MAX_NETWORKS {
-            // One that no port uses any more has no entries either: they went with their ports.
-            let unused = (0..self.networks.len()).find(|place| !used(place));
-            let place = unused.ok_or(PortError::Limit { what: "networks", limit: MAX_NETWORKS })?;
-            self.networks[place] = name.into();
-            return Ok(place as u16);
-        }
-        self.networks.push(name.into());
-        Ok((self.networks.len() - 1) as u16)
-    }
-}
-
-/// A port's way to the workers.
-#[derive(Debug)]
-struct PortPublisher {
-    inner: Weak<Inner>,
-    id: PortId,
-    stats: Arc<PortStats>,
-}
-
-impl Publisher for PortPublisher {
-    fn publish(&self, mut link: Link) {
-        let Some(inner) = self.inner.upgrade() else { return };
-        let mut tables = lock(&inner.tables);
-        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
-        let of_port = |entry: &&Entry| entry.id == self.id;
-        let Some((config, policers)) =
-            tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
-        else {
-            return;
-        };
-        let Ok(network) = tables.network(&config.network) else { return };
-        let view = PortView {
-            id: self.id,
-            network,
-            vlan: VlanPolicy::from(&config.vlan),
-            mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
-            mac: config.mac.map(|mac| mac.to_u64()),
-            only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),
-            policers,
-            stats: self.stats.clone(),
-            link: Arc::new(link),
-        };
-        let is_down = |view: &PortView| view.link.state != PortState::Up && view.link.hold.is_none();
-        let down = is_down(&view);
-        let slot = &mut tables.slots[usize::from(self.id.0)];
-        let was_down = slot.view().is_none_or(|before| is_down(&before));
-        *slot = Slot::Used(Arc::new(view));
-        inner.publish(&mut tables);
-        // No worker learns behind the port any more; what is known would only swallow frames.
-        if down && !was_down {
-            inner.forget_stations(self.id);
-        }
-    }
-
-    fn forget_stations(&self) {
-        let Some(inner) = self.inner.upgrade() else { return };
-        let holds = |view: Arc<PortView>| view.link.hold.is_some();
-        // Frames for them are held until they are heard elsewhere.
-        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
-            inner.forget_stations(self.id);
-        }
-    }
-
-    fn announce(&self, mac: [u8; 6]) {
-        if let Some(inner) = self.inner.upgrade() {
-            let mut tables = lock(&inner.tables);
-            tables.announcement = Some(Announcement { port: self.id, mac });
-            inner.publish(&mut tables);
-        }
-    }
-
-    fn stats(&self) -> &Arc<PortStats> {
-        &self.stats
-    }
-
-    fn keeper(&self) -> Option<Arc<Keeper>> {
-        self.inner.upgrade()?.keeper.get().cloned()
-    }
-
-    fn journal(&self) -> Option<(Arc<Journal>, String)> {
-        let inner = self.inner.upgrade()?;
-        let journal = inner.journal.get()?.clone();
-        let tables = lock(&inner.tables);
-        let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
-        Some((journal, entry.config.name.clone()))
     }
 }

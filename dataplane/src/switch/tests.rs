@@ -1,16 +1,20 @@
 //! Frames from ring to ring, through everything but the threads: what comes out where, and what is dropped why.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::publish::PortPublisher;
+use super::snapshot::{Announcement, PortView, Snapshot};
 use super::*;
 use crate::config::{FdbConfig, VlanMode};
 use crate::frame::BurstStorage;
 use crate::limits::MAX_HELD_FRAMES;
 use crate::port::vhost::hold::Hold;
 use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
-use crate::port::{RxEntry, RxQueue};
+use crate::port::{Link, Publisher, RxEntry, RxQueue};
+use crate::status::PortState;
 use crate::switch::forward::Forwarder;
 use crate::testing::*;
 use crate::virtq::Vring;

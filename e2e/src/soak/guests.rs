@@ -225,7 +225,11 @@ impl Work {
         std::mem::swap(&mut self.here, &mut self.there);
         let mut record = lock(&shared.record);
         record.migrations += 1;
-        if asked { record.lost.1 += lost } else { record.lost.0 += lost }
+        if asked {
+            record.lost.1 += lost
+        } else {
+            record.lost.0 += lost
+        }
         Ok(())
     }
 

@@ -1,0 +1,165 @@
+//! How a change reaches the workers: a new [`Snapshot`] in every mailbox, and nobody goes on before all have taken it up.
+
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::snapshot::{Announcement, Plan, PortView, Served, Snapshot};
+use super::tables::{Entry, Slot, Tables};
+use super::vlan::VlanPolicy;
+use super::{Inner, departed, lock};
+use crate::keeper::Keeper;
+use crate::port::stats::PortStats;
+use crate::port::{Link, PortId, Publisher};
+use crate::status::PortState;
+use crate::virtq::journal::Journal;
+use crate::worker::{self, WorkerShared};
+
+impl Inner {
+    /// Shows the tables to the workers and waits until all use them. Returns whether they do.
+    pub(super) fn publish(&self, tables: &mut Tables) -> bool {
+        tables.epoch += 1;
+        let announcement = if tables.frozen { None } else { tables.announcement.take() };
+        let snapshot = match self.snapshot(tables) {
+            Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
+            Err(e) => {
+                tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
+                return false;
+            }
+        };
+        for worker in &self.workers {
+            worker.mailbox.put(snapshot.clone());
+            worker.wake.signal();
+        }
+        let acknowledged = |worker: &Arc<WorkerShared>| worker.acknowledged.reached(snapshot.epoch);
+        let patience = Instant::now();
+        while !self.stopping.load(Ordering::Acquire) && !self.workers.iter().all(acknowledged) {
+            // A worker is never away for longer than a few bursts.
+            if patience.elapsed() < Duration::from_micros(50) {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        true
+    }
+
+    pub(super) fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
+        let slots = if tables.frozen { &[][..] } else { &tables.slots };
+        let ports: Vec<_> = slots.iter().map(Slot::view).collect();
+        let mut networks = vec![Vec::new(); tables.networks.len()];
+        for port in ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
+            if let Some(members) = networks.get_mut(usize::from(port.network)) {
+                members.push(port.id);
+            }
+        }
+        let plans = self.plans(tables)?;
+        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
+    }
+
+    /// Spreads the receive queues over the workers.
+    fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
+        let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
+        let count = queues.len();
+        for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
+            let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
+            for rx in &port.link.rx {
+                let worker = tables.placement.server(name, port.id, rx.pair, count);
+                if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
+                    plan.push(Served::new(&port, rx));
+                }
+            }
+        }
+        let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
+            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()))?;
+            Ok(Plan { queues, epoll })
+        };
+        self.workers.iter().zip(queues).map(with_epoll).collect()
+    }
+
+    /// The way to the workers of a port's driver, which is connecting.
+    pub(super) fn publisher(self: &Arc<Self>, id: PortId, stats: &Arc<PortStats>) -> Arc<PortPublisher> {
+        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(self), id, stats: stats.clone() });
+        publisher.publish(Link::down(PortState::Connecting, None));
+        publisher
+    }
+}
+
+/// A port's way to the workers.
+#[derive(Debug)]
+pub(super) struct PortPublisher {
+    pub(super) inner: Weak<Inner>,
+    pub(super) id: PortId,
+    pub(super) stats: Arc<PortStats>,
+}
+
+impl Publisher for PortPublisher {
+    fn publish(&self, mut link: Link) {
+        let Some(inner) = self.inner.upgrade() else { return };
+        let mut tables = lock(&inner.tables);
+        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
+        let of_port = |entry: &&Entry| entry.id == self.id;
+        let Some((config, policers)) =
+            tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
+        else {
+            return;
+        };
+        let Ok(network) = tables.network(&config.network) else { return };
+        let view = PortView {
+            id: self.id,
+            network,
+            vlan: VlanPolicy::from(&config.vlan),
+            mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
+            mac: config.mac.map(|mac| mac.to_u64()),
+            only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),
+            policers,
+            stats: self.stats.clone(),
+            link: Arc::new(link),
+        };
+        let is_down = |view: &PortView| view.link.state != PortState::Up && view.link.hold.is_none();
+        let down = is_down(&view);
+        let slot = &mut tables.slots[usize::from(self.id.0)];
+        let was_down = slot.view().is_none_or(|before| is_down(&before));
+        *slot = Slot::Used(Arc::new(view));
+        inner.publish(&mut tables);
+        // No worker learns behind the port any more; what is known would only swallow frames.
+        if down && !was_down {
+            inner.forget_stations(self.id);
+        }
+    }
+
+    fn forget_stations(&self) {
+        let Some(inner) = self.inner.upgrade() else { return };
+        let holds = |view: Arc<PortView>| view.link.hold.is_some();
+        // Frames for them are held until they are heard elsewhere.
+        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
+            inner.forget_stations(self.id);
+        }
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        if let Some(inner) = self.inner.upgrade() {
+            let mut tables = lock(&inner.tables);
+            tables.announcement = Some(Announcement { port: self.id, mac });
+            inner.publish(&mut tables);
+        }
+    }
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
+
+    fn keeper(&self) -> Option<Arc<Keeper>> {
+        self.inner.upgrade()?.keeper.get().cloned()
+    }
+
+    fn journal(&self) -> Option<(Arc<Journal>, String)> {
+        let inner = self.inner.upgrade()?;
+        let journal = inner.journal.get()?.clone();
+        let tables = lock(&inner.tables);
+        let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
+        Some((journal, entry.config.name.clone()))
+    }
+}
