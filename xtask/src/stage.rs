@@ -3,24 +3,26 @@
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Process group of the command that runs now; 0 for none.
 static GROUP: AtomicI32 = AtomicI32::new(0);
+/// The same of the one that runs beside it.
+static BESIDE: AtomicI32 = AtomicI32::new(0);
 
-/// Ends the running command with all that it has started, then us. Only async-signal-safe calls.
+/// Ends the running commands with all that they have started, then us. Only async-signal-safe calls.
 extern "C" fn end_with_command(signal: libc::c_int) {
-    let group = GROUP.load(Ordering::SeqCst);
-    // SAFETY: kill and _exit may be called in a signal handler and take no pointers.
-    unsafe {
+    for group in [&GROUP, &BESIDE].map(|group| group.load(Ordering::SeqCst)) {
         if group > 0 {
-            libc::kill(-group, libc::SIGTERM);
+            // SAFETY: kill may be called in a signal handler and takes no pointers.
+            unsafe { libc::kill(-group, libc::SIGTERM) };
         }
-        libc::_exit(128 + signal);
     }
+    // SAFETY: as above, for _exit.
+    unsafe { libc::_exit(128 + signal) };
 }
 
 fn watch_signals() {
@@ -80,6 +82,30 @@ pub(crate) fn run(mut command: Command, deadline: Option<Instant>, mut line: imp
     drop(done);
     let late = watchdog.join().unwrap_or(false);
     Ok(Outcome { status, late })
+}
+
+/// A command that does its work silently beside others, and is ended when this is dropped.
+pub(crate) struct Beside(Child);
+
+impl Beside {
+    pub(crate) fn start(mut command: Command) -> Result<Self> {
+        watch_signals();
+        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = quiet.process_group(0).spawn().context("cannot start a command beside others")?;
+        BESIDE.store(child.id() as i32, Ordering::SeqCst);
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        BESIDE.store(0, Ordering::SeqCst);
+        if let Ok(None) = self.0.try_wait() {
+            // SAFETY: no pointers; the group is that of our child, which is not reaped yet.
+            unsafe { libc::kill(-(self.0.id() as i32), libc::SIGTERM) };
+        }
+        let _ = self.0.wait();
+    }
 }
 
 /// The cargo that runs us.

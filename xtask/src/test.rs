@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::sanitizer;
 use crate::setup;
-use crate::stage::{self, cargo};
+use crate::stage::{self, Beside, cargo};
 
 /// All of it together ends by then.
 const LIMIT: Duration = Duration::from_secs(29 * 60);
@@ -109,10 +109,12 @@ fn stages(options: &Options) -> Vec<Stage> {
         setup.arg("setup");
         stages.push(Stage { name: "setup", command: setup });
     }
+    if !options.fast {
+        stages.push(Stage { name: "build", command: release_build() });
+    }
     let unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
     stages.push(Stage { name: "unit", command: unit });
     if !options.fast {
-        stages.push(Stage { name: "build", command: cargo(&["build", "--release", "-p", "sluice", "--bins"]) });
         let mut parts = cargo(&["build", "--quiet", "--bins"]);
         parts.args(PARTS.iter().flat_map(|part| ["-p", part]));
         stages.push(Stage { name: "parts", command: parts });
@@ -127,6 +129,11 @@ fn stages(options: &Options) -> Vec<Stage> {
         }
     }
     stages
+}
+
+/// What people run. Much of it is done on one CPU.
+fn release_build() -> Command {
+    cargo(&["build", "--release", "-p", "sluice", "--bins"])
 }
 
 /// Looks known vulnerabilities of dependencies up, where their database can be had.
@@ -179,11 +186,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     let limit = if options.asan || options.tsan { SANITIZED_LIMIT } else { LIMIT };
     let count = stages.len();
+    // Beside the stages before its own, which then finds all done, or waits for the rest of it.
+    let builds = stages.iter().skip(1).any(|stage| stage.name == "build");
+    let beside = builds.then(|| Beside::start(release_build())).transpose()?;
     for (number, stage) in (1..).zip(stages) {
         if !run_stage(stage, &format!("[{number}/{count}]"), start + limit, &mut tally)? {
             break;
         }
     }
+    drop(beside);
     if !tally.failed_stages.is_empty() {
         println!("failed: {}", tally.failed_stages.join(", "));
     }
