@@ -168,7 +168,7 @@ impl TxQueue for Transmitter {
         let wire = Accepts::default();
         for &place in frames {
             let frame = burst.frame(place);
-            let mut outcome = Ok(());
+            let (mut outcome, mut segments) = (Ok(()), 0);
             if frame.packet_len() > self.device.mtu() {
                 outcome = Err(DropReason::MtuEgress);
             } else if wire.takes(frame.offload()) {
@@ -176,9 +176,14 @@ impl TxQueue for Transmitter {
             } else if !rebuilt.convert(burst, frame, wire, |_, head, payload| {
                 copies.extra += 1;
                 outcome = self.put(&mut out, outcomes, place, head, &[SourceSegment::from_slice(payload)]);
+                segments += u64::from(outcome.is_ok());
                 outcome.is_ok()
             }) {
                 outcome = Err(DropReason::CannotConvert);
+            }
+            // What became of the frame itself is one of them, or that it was dropped.
+            if segments > 1 || outcome.is_err() {
+                self.stats.make_frames(segments.saturating_sub(u64::from(outcome.is_ok())));
             }
             if let Err(reason) = outcome {
                 outcomes.count_dropped(&self.stats, &[place], reason);

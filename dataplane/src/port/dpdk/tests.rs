@@ -110,6 +110,7 @@ fn what_is_sent_comes_back() {
         data.extend_from_slice(tcp.payload());
     }
     assert_eq!((segments.len(), data), (15, bytes[54..].to_vec()));
+    assert_eq!(device.stats.made(), 14);
 
     // What cannot be is counted and noted; the device goes on.
     assert_eq!(device.send(&[plain(1515)]), Some(DropReason::MtuEgress));
