@@ -9,13 +9,9 @@ use std::ptr::NonNull;
 
 use crate::mem::prefetch::{prefetch_read, prefetch_write};
 
-/// A validated range of memory that stays mapped for `'m`.
+/// A validated range of memory that stays mapped for `'m`, to write to as well as to read from.
 #[derive(Debug, Clone, Copy)]
-pub struct Segment<'m> {
-    ptr: NonNull<u8>,
-    len: u32,
-    memory: PhantomData<&'m [u8]>,
-}
+pub struct Segment<'m>(SourceSegment<'m>);
 
 impl<'m> Segment<'m> {
     /// A piece of guest memory.
@@ -24,53 +20,51 @@ impl<'m> Segment<'m> {
     /// `len` bytes from `ptr` must be mapped, readable and writable for `'m`, and no Rust reference may cover them.
     #[inline]
     pub unsafe fn new(ptr: *mut u8, len: u32) -> Option<Self> {
-        Some(Self { ptr: NonNull::new(ptr)?, len, memory: PhantomData })
+        Some(Self(SourceSegment { ptr: NonNull::new(ptr)?, len, memory: PhantomData }))
     }
 
     /// As an address and a length, to be kept.
     #[inline]
     pub fn into_parts(self) -> (*mut u8, u32) {
-        (self.ptr.as_ptr(), self.len)
+        (self.start(), self.0.len)
     }
 
     /// Asks for the first two cache lines, to read them soon.
     #[inline]
     pub fn prefetch_read(self) {
-        prefetch_read(self.ptr.as_ptr());
-        prefetch_read(self.ptr.as_ptr().wrapping_add(64));
+        prefetch_read(self.start());
+        prefetch_read(self.start().wrapping_add(64));
     }
 
     /// Asks for the first two cache lines, to write them soon.
     #[inline]
     pub fn prefetch_write(self) {
-        prefetch_write(self.ptr.as_ptr());
-        prefetch_write(self.ptr.as_ptr().wrapping_add(64));
+        prefetch_write(self.start());
+        prefetch_write(self.start().wrapping_add(64));
     }
 
     /// Where it is.
     #[inline]
-    pub(super) fn start(self) -> *const u8 {
-        self.ptr.as_ptr()
+    pub(super) fn start(self) -> *mut u8 {
+        self.0.ptr.as_ptr()
     }
 
     /// Length in bytes.
     #[inline]
     pub fn len(self) -> usize {
-        self.len as usize
+        self.0.len()
     }
 
     /// Whether there is nothing in it.
     #[inline]
     pub fn is_empty(self) -> bool {
-        self.len == 0
+        self.0.is_empty()
     }
 
     /// What is left after the first `count` bytes, at most all.
     #[inline]
     pub fn skip(self, count: usize) -> Self {
-        let count = count.min(self.len());
-        // SAFETY: `count` is within the range or one past its end.
-        Self { ptr: unsafe { self.ptr.add(count) }, len: self.len - count as u32, memory: PhantomData }
+        Self(self.0.skip(count))
     }
 
     /// Copies bytes from private memory to the beginning; as many as there is room for. Returns how many.
@@ -79,7 +73,7 @@ impl<'m> Segment<'m> {
         let count = from.len().min(self.len());
         // SAFETY: the range is writable by the contract of `new` and at least `count` long, so is `from`; they do not
         // overlap since no reference covers the range.
-        unsafe { copy(from.as_ptr(), self.ptr.as_ptr(), count) };
+        unsafe { copy(from.as_ptr(), self.start(), count) };
         count
     }
 
@@ -89,14 +83,14 @@ impl<'m> Segment<'m> {
         let count = from.len().min(self.len());
         // SAFETY: both ranges are mapped and at least `count` long. They are distinct mappings, since a frame never goes
         // back to the port it came from.
-        unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.ptr.as_ptr(), count) };
+        unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.start(), count) };
         count
     }
 
     /// The same range, to read from.
     #[inline]
     pub fn source(self) -> SourceSegment<'m> {
-        SourceSegment { ptr: self.ptr, len: self.len, memory: PhantomData }
+        self.0
     }
 }
 
