@@ -11,6 +11,7 @@ pub mod dpdk;
 pub mod stats;
 pub mod tap;
 pub mod vhost;
+mod wire_frame;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

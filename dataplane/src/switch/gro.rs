@@ -31,7 +31,7 @@ const _: () = assert!(BURST <= BURST_BITS as usize, "one bit for each frame of a
 
 /// Bytes of all headers of a frame that starts with `bytes`, if it is TCP in an unfragmented IP packet without options
 /// or extension headers, and `bytes` show all of it.
-pub(in crate::port) fn header_len(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn header_len(bytes: &[u8]) -> Option<usize> {
     Headers::find(bytes).map(|headers| headers.len)
 }
 

@@ -9,6 +9,7 @@ mod departed;
 mod drops;
 pub mod fdb;
 pub mod forward;
+pub mod gro;
 mod handover;
 mod load;
 #[cfg(test)]

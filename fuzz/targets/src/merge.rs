@@ -5,8 +5,8 @@ use arbitrary::{Arbitrary, Unstructured};
 use sluice::frame::{Burst, BurstStorage};
 use sluice::limits::BURST;
 use sluice::mem::SourceSegment;
-use sluice::port::afxdp::gro::coalesce;
 use sluice::switch::convert::{Accepts, Rebuilt};
+use sluice::switch::gro::coalesce;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 

@@ -2,8 +2,8 @@
 //!
 //! Raw system calls, no library: a socket with four rings for each queue (`ring`, `socket`), over a pool of frames
 //! (`umem`) that belongs to that queue alone, so that receiving and sending, and two queues, share nothing. `rx` and
-//! `tx` are the two queue traits over them, `gro` merges what was received, `program` is the XDP program that
-//! feeds the sockets, `netlink` and `device` know the interface.
+//! `tx` are the two queue traits over them, `program` is the XDP program that feeds the sockets, `netlink` and `device`
+//! know the interface.
 //!
 //! A thread for each port watches the interface. It may vanish and return, lose its carrier or change its MTU at any
 //! time; workers only ever see the port's link go down and come up.
@@ -13,7 +13,6 @@
 
 mod bell;
 mod device;
-pub mod gro;
 mod mapping;
 mod napi;
 mod netlink;

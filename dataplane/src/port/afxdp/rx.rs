@@ -5,18 +5,14 @@ use std::sync::Arc;
 
 use super::Queue;
 use super::bell::Bell;
-use super::gro::header_len;
 use super::ring::{Consumer, Producer};
 use super::socket::RING;
 use super::umem::{Audit, CHUNK, Ledger, OwnedFrame};
 use crate::frame::{Burst, BurstStorage};
-use crate::limits::{BURST, SNAPSHOT};
-use crate::mem::SourceSegment;
-use crate::port::RxQueue;
-use crate::switch::DropReason;
+use crate::limits::BURST;
+use crate::port::{RxQueue, wire_frame};
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
-use crate::wire::VirtioNetHdr;
 
 /// Frames of the pool that are looked at for one burst: as many as it takes for jumbo frames, with room for the longest
 /// frame that the kernel can make.
@@ -24,9 +20,6 @@ const TAKE: usize = 128;
 
 /// Looks at an empty ring for one call that polls the driver.
 const EMPTY_POLLS: u32 = 32;
-
-/// What a virtio-net header would say of a frame from a wire.
-const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 
 /// A queue to receive from.
 #[derive(Debug)]
@@ -83,28 +76,12 @@ impl Receiver {
     fn build<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> u64 {
         let mut bytes = 0;
         for pieces in pieces.split_inclusive(|piece| !piece.continues) {
-            match self.build_one(pieces, burst) {
-                Ok(()) => bytes += pieces.iter().map(|piece| piece.len as u64).sum::<u64>(),
+            match wire_frame::push(burst, pieces.iter().map(|piece| self.bytes(piece))) {
+                Ok(len) => bytes += len as u64,
                 Err(reason) => self.both.stats.refuse(burst, reason),
             }
         }
         bytes
-    }
-
-    fn build_one<'m>(&'m self, pieces: &'m [Piece], burst: &mut Burst<'m>) -> Result<(), DropReason> {
-        let (first, rest) = pieces.split_first().ok_or(DropReason::Runt)?;
-        let first = self.bytes(first);
-        // Of a frame that can be merged with others, the head has the headers alone: then data is all in the pool.
-        let head = header_len(first.get(..SNAPSHOT).unwrap_or(first)).unwrap_or(SNAPSHOT).min(first.len());
-        let (head, tail) = first.split_at(head);
-        let mut frame = burst.start(VirtioNetHdr::LEN);
-        let mut fits = frame.push(SourceSegment::from_slice(&NOTHING_TO_DO))
-            && frame.push(SourceSegment::from_slice(head))
-            && frame.push_tail(SourceSegment::from_slice(tail));
-        for piece in rest {
-            fits &= frame.push_tail(SourceSegment::from_slice(self.bytes(piece)));
-        }
-        if fits { frame.finish().map(drop) } else { frame.refuse().map(drop) }
     }
 
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {

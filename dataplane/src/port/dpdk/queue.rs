@@ -7,20 +7,16 @@ use std::sync::Arc;
 
 use super::ffi::{Batch, Device};
 use crate::frame::{Burst, BurstStorage};
-use crate::limits::{BURST, SNAPSHOT};
+use crate::limits::BURST;
 use crate::mem::SourceSegment;
-use crate::port::afxdp::gro::header_len;
 use crate::port::stats::PortStats;
-use crate::port::{RxQueue, TxQueue};
+use crate::port::{RxQueue, TxQueue, wire_frame};
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
 use crate::wire::VirtioNetHdr;
 use crate::worker::meter::Stage;
-
-/// What a virtio-net header would say of a frame from a wire.
-const NOTHING_TO_DO: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 
 /// A queue to receive from.
 #[derive(Debug)]
@@ -50,7 +46,7 @@ impl RxQueue for Receiver {
             let mut burst = storage.begin();
             let mut bytes = 0;
             for index in 0..taken {
-                match build(&held, index, &mut burst) {
+                match wire_frame::push(&mut burst, held.pieces(index)) {
                     Ok(len) => bytes += len as u64,
                     Err(reason) => self.stats.refuse(&burst, reason),
                 }
@@ -75,23 +71,6 @@ impl RxQueue for Receiver {
     }
 
     fn drain_event(&self) {}
-}
-
-/// Makes a frame of a received one.
-fn build<'m>(held: &'m Batch, index: usize, burst: &mut Burst<'m>) -> Result<usize, DropReason> {
-    let mut pieces = held.pieces(index);
-    let first = pieces.next().ok_or(DropReason::Oversize)?;
-    // Of a frame that can be merged with others, the head has the headers alone.
-    let head = header_len(first.get(..SNAPSHOT).unwrap_or(first)).unwrap_or(SNAPSHOT).min(first.len());
-    let (head, tail) = first.split_at(head);
-    let mut frame = burst.start(VirtioNetHdr::LEN);
-    let mut fits = frame.push(SourceSegment::from_slice(&NOTHING_TO_DO))
-        && frame.push(SourceSegment::from_slice(head))
-        && frame.push_tail(SourceSegment::from_slice(tail));
-    for piece in pieces {
-        fits &= frame.push_tail(SourceSegment::from_slice(piece));
-    }
-    if fits { frame.finish() } else { frame.refuse() }
 }
 
 /// A queue to send to.
