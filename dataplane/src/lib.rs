@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod frame;
 pub mod handover;
+pub mod heap;
 pub mod keeper;
 pub mod limits;
 pub mod mem;

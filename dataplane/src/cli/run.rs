@@ -26,7 +26,6 @@ const CHANGE_THREADS: usize = 2;
 
 /// Runs the switch until a signal ends it.
 pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
-    one_heap();
     start_log(args.log == LogForm::Json || json, args.verbose)?;
     many_descriptors();
     let takes_over = args.takeover;
@@ -174,16 +173,6 @@ pub(super) fn many_descriptors() {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
-    }
-}
-
-/// One heap for all threads, instead of one for each port's thread that comes and goes: what a port leaves behind is used
-/// again by the next, and workers do not allocate anyway.
-fn one_heap() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: a setting of the allocator, made before there is another thread.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -32,6 +32,7 @@ fn describe(status: &proto::GetStatusResponse) -> String {
         ("ports", status.ports.to_string()),
         ("addresses", status.fdb_entries.to_string()),
         ("frames", frames(status.totals.as_ref())),
+        ("memory", format!("{:.1} MiB of its own", status.memory_bytes as f64 / f64::from(1 << 20))),
     ]);
     let row = |worker: &proto::WorkerStatus| {
         vec![

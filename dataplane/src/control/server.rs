@@ -253,6 +253,7 @@ impl Control for Service {
             control: about.control.display().to_string(),
             state_dir: about.state_dir.display().to_string(),
             totals: Some(convert::totals(controller.switch().totals())),
+            memory_bytes: crate::heap::in_use(),
         }))
     }
 

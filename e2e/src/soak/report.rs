@@ -101,7 +101,9 @@ impl Report {
 
     /// For programs.
     pub fn json(&self) -> Value {
-        let lives = self.lives.iter().map(|life| json!({"pid": life.pid, "memory_kib": life.memory, "fds": life.fds}));
+        let lives = self.lives.iter().map(|life| {
+            json!({"pid": life.pid, "memory_kib": life.memory, "allocated_kib": life.allocated, "fds": life.fds})
+        });
         let guests = self.guests.as_ref().map(|guests| {
             json!({"migrations": guests.migrations, "boots": guests.boots, "echoes": guests.echoes,
                 "lost_migrating": guests.lost.0, "lost_restarting": guests.lost.1})
@@ -116,10 +118,9 @@ impl Report {
         })
     }
 
-    /// The process in which there was most time for a leak: audits, and memory after the warm-up and at the end.
-    fn longest(&self) -> Option<(usize, u64, u64)> {
-        let lives = self.lives.iter().filter_map(|life| Some((life.memory.len(), life.growth()?)));
-        lives.max_by_key(|(audits, _)| *audits).map(|(audits, (first, last))| (audits, first, last))
+    /// The process in which there was most time for a leak.
+    fn longest(&self) -> Option<&Life> {
+        self.lives.iter().max_by_key(|life| life.memory.len())
     }
 }
 
@@ -141,8 +142,12 @@ impl fmt::Display for Report {
             )?;
         }
         writeln!(f, "  processes    {}, descriptors {:?}", self.lives.len(), self.lives.last().map(|l| &l.fds))?;
-        if let Some((audits, first, last)) = self.longest() {
-            writeln!(f, "  memory       {first} KiB to {last} KiB in {audits} audits of one process")?;
+        if let Some(life) = self.longest() {
+            for (what, audits) in [("allocated", &life.allocated), ("memory", &life.memory)] {
+                if let Some((first, last)) = life.growth(audits) {
+                    writeln!(f, "  {what:<12} {first} KiB to {last} KiB in {} audits of one process", audits.len())?;
+                }
+            }
         }
         if let Some((median, longest)) = self.still.get(self.still.len() / 2).zip(self.still.last()) {
             writeln!(f, "  takeovers    stood still for {median:?}, {longest:?} at most")?;
