@@ -27,6 +27,7 @@ const CHANGE_THREADS: usize = 2;
 /// Runs the switch until a signal ends it.
 pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
     one_heap();
+    forget_children();
     start_log(args.log == LogForm::Json || json, args.verbose)?;
     many_descriptors();
     let takes_over = args.takeover;
@@ -184,6 +185,14 @@ fn one_heap() {
     // SAFETY: a setting of the allocator, made before there is another thread.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Nobody waits for the keeper, our only child: should it end first, the kernel is to forget it.
+fn forget_children() {
+    // SAFETY: a setting of the process, which runs no code.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
     }
 }
 
