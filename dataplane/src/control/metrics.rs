@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::Controller;
-use crate::status::{CyclesStatus, PortState, PortStatus, QueueStatus, WorkerCycles, WorkerStatus};
+use crate::status::{CyclesStatus, PortState, PortStatus, QueueStatus, TotalsStatus, WorkerCycles, WorkerStatus};
 use crate::switch::DropReason;
 
 /// The format's content type.
@@ -70,6 +70,7 @@ pub(super) fn render(controller: &Controller) -> Result<String, fmt::Error> {
         workers: switch.workers(),
         cycles: switch.cycles(),
         fdb_entries: switch.fdb().len() as u64,
+        totals: switch.totals(),
         uptime: controller.uptime().as_secs_f64(),
     }));
     let mut text = String::new();
@@ -84,6 +85,7 @@ struct Snapshot {
     workers: Vec<WorkerStatus>,
     cycles: CyclesStatus,
     fdb_entries: u64,
+    totals: TotalsStatus,
     uptime: f64,
 }
 
@@ -104,7 +106,13 @@ impl Snapshot {
         let unlabelled = [("", ""); 0];
         gauges(out, "sluice_up_seconds", "Time since the switch started", [(unlabelled, self.uptime)])?;
         let entries = [(unlabelled, self.fdb_entries)];
-        gauges(out, "sluice_fdb_entries", "Addresses in the forwarding table", entries)
+        gauges(out, "sluice_fdb_entries", "Addresses in the forwarding table", entries)?;
+        let held = [(unlabelled, self.totals.held_frames)];
+        gauges(out, "sluice_held_frames", "Frames kept for guests that migrate", held)?;
+        let help = "Frames that came into being in the switch: copies for further receivers, segments, announcements";
+        counters(out, "sluice_made_frames", help, [(unlabelled, self.totals.made_frames)])?;
+        let merged = [(unlabelled, self.totals.merged_frames)];
+        counters(out, "sluice_merged_frames", "Frames put into others", merged)
     }
 
     fn encode_ports(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
