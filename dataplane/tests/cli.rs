@@ -669,6 +669,8 @@ fn metrics_over_http() {
         "sluice_port_state{port=\"vm1\",network=\"default\",state=\"connecting\"} 1",
         "sluice_port_state{port=\"vm1\",network=\"default\",state=\"up\"} 0",
         "sluice_fdb_entries{} 0",
+        "sluice_held_frames{} 0",
+        "sluice_made_frames_total{} 0",
         "# TYPE sluice_worker_busy_seconds counter",
         "sluice_worker_burst_frames_bucket{le=\"32.0\",worker=\"0\"} 0",
         "sluice_worker_burst_frames_bucket{le=\"+Inf\",worker=\"0\"} 0",

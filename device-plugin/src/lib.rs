@@ -19,11 +19,9 @@ pub mod device_info;
 pub mod folder;
 pub mod kubelet;
 pub mod metrics;
-pub mod privileges;
 pub mod reconcile;
 pub mod run;
 pub mod service;
 pub mod sockets;
 
-mod http;
 mod preference;

@@ -5,13 +5,17 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use rustix::thread::CapabilitySet;
+use sluice_daemon::capabilities;
 use sluice_device_plugin::config::Config;
-use sluice_device_plugin::privileges;
 use sluice_device_plugin::run::run;
 use tracing_subscriber::EnvFilter;
 
 /// Threads for calls that wait for files; they come one after the other anyway.
 const FILE_THREADS: usize = 4;
+
+/// What it takes to own and empty other users' folders.
+const NEEDED: CapabilitySet = CapabilitySet::CHOWN.union(CapabilitySet::FOWNER).union(CapabilitySet::DAC_OVERRIDE);
 
 fn main() -> ExitCode {
     match start(Config::parse()) {
@@ -26,7 +30,9 @@ fn main() -> ExitCode {
 fn start(config: Config) -> Result<()> {
     config.check()?;
     start_log(&config)?;
-    let missing = privileges::drop_unneeded().context("cannot give up privileges")?;
+    let kept =
+        capabilities::gain_no_more().and_then(|()| capabilities::keep(NEEDED)).context("cannot give up privileges")?;
+    let missing = NEEDED - kept;
     if !missing.is_empty() {
         tracing::warn!("without capabilities {missing:?}, folders of other users cannot be made or emptied");
     }

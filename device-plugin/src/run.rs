@@ -1,9 +1,11 @@
 //! The running plugin: puts the parts together.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use sluice_daemon::pages::{self, Pages};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -13,12 +15,28 @@ use crate::cdi;
 use crate::config::Config;
 use crate::dataplane::Dataplane;
 use crate::folder::Root;
-use crate::http::{self, Pages};
 use crate::kubelet::{Link, Registrar, remove_stale_sockets};
 use crate::metrics::Metrics;
 use crate::reconcile::Reconciler;
 use crate::service::Resource;
 use crate::sockets::Sockets;
+
+/// What is told over HTTP.
+struct Told {
+    metrics: Arc<Metrics>,
+    links: Vec<Arc<Link>>,
+}
+
+impl Pages for Told {
+    fn metrics(&self) -> Result<String, fmt::Error> {
+        self.metrics.render()
+    }
+
+    fn ready(&self) -> Result<(), &'static str> {
+        let up = self.links.iter().all(|link| link.state().is_up());
+        if up { Ok(()) } else { Err("the kubelet does not watch all resources") }
+    }
+}
 
 /// Runs the plugin until SIGTERM or SIGINT. Our sockets in the kubelet's folder go then; the folders of VMs, and all in
 /// them, stay.
@@ -46,8 +64,8 @@ pub async fn run(config: Config) -> Result<()> {
         let failed = || format!("cannot listen on {address}; choose another with --metrics");
         let listener = TcpListener::bind(address).await.with_context(failed)?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "metrics");
-        let pages = Arc::new(Pages { metrics: metrics.clone(), links: links.clone() });
-        others.spawn(http::serve(listener, pages));
+        let told = Arc::new(Told { metrics: metrics.clone(), links: links.clone() });
+        others.spawn(pages::serve(listener, told));
     }
     for (resource, link) in resources.iter().zip(&links) {
         let dir = config.kubelet_dir.clone();

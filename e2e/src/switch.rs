@@ -258,6 +258,8 @@ pub struct Usage {
     pub cpu: Duration,
     /// Resident memory in KiB, without what it shares with guests.
     pub resident_kib: u64,
+    /// Memory in KiB that is the process's alone and no file's: not its program, not what guests share with it.
+    pub private_kib: u64,
     /// Number of threads.
     pub threads: usize,
     /// Number of open file descriptors.
@@ -280,6 +282,7 @@ impl Usage {
         Ok(Self {
             cpu: Duration::from_nanos(nanoseconds),
             resident_kib: resident_kib(&proc.join("smaps"))?,
+            private_kib: private_kib(&proc.join("status"))?,
             threads,
             fds: fs::read_dir(proc.join("fd"))?.count(),
         })
@@ -299,4 +302,11 @@ fn resident_kib(smaps: &Path) -> Result<u64> {
         }
     }
     Ok(sum)
+}
+
+fn private_kib(status: &Path) -> Result<u64> {
+    let text = fs::read_to_string(status).with_context(|| format!("cannot read {}", status.display()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number.context("no RssAnon in the status of a process")?.parse().context("RssAnon is no number")
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::parse_minutes;
 use crate::stage::{self, cargo, must};
 
 pub(crate) const TRIPLE: &str = "x86_64-unknown-linux-gnu";
@@ -24,9 +25,9 @@ const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer
 pub(crate) struct Options {
     /// One target only, or `frontend` for the hostile frontend against a live switch.
     target: Option<String>,
-    /// Minutes for each of them.
-    #[arg(long, default_value_t = 1)]
-    minutes: u64,
+    /// Minutes for each of them; fractions are welcome.
+    #[arg(long, default_value_t = 1.0, value_parser = parse_minutes)]
+    minutes: f64,
     /// Afterwards, bring what reaches new code into the corpus that is committed.
     #[arg(long)]
     keep: bool,
@@ -55,10 +56,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         println!("==> building the fuzzers, with the address sanitizer");
         must("building the fuzzers", build())?;
     }
+    // Never 0, which libFuzzer takes for no end.
+    let seconds = (options.minutes * 60.0).ceil() as u64;
     let mut failed = Vec::new();
     for name in &names {
         println!("==> {name}, {} min", options.minutes);
-        let command = if name == FRONTEND { frontend(options.minutes)? } else { fuzzer(name, options.minutes)? };
+        let command = if name == FRONTEND { frontend(seconds)? } else { fuzzer(name, seconds)? };
         if !stage::run(command, None, |_| ())?.status.success() {
             failed.push(name.as_str());
         } else if options.keep && name != FRONTEND {
@@ -94,12 +97,12 @@ fn corpora(name: &str) -> Result<[PathBuf; 2]> {
     Ok(folders)
 }
 
-fn fuzzer(name: &str, minutes: u64) -> Result<Command> {
+fn fuzzer(name: &str, seconds: u64) -> Result<Command> {
     let artifacts = folder().join("artifacts").join(name);
     fs::create_dir_all(&artifacts).with_context(|| format!("cannot create {}", artifacts.display()))?;
     let mut command = binary(name);
     command.args(corpora(name)?).arg(format!("-artifact_prefix={}/", artifacts.display()));
-    command.arg(format!("-max_total_time={}", minutes * 60));
+    command.arg(format!("-max_total_time={seconds}"));
     command.args(["-timeout=10", "-rss_limit_mb=2048", "-max_len=4096", "-print_final_stats=1", "-verbosity=0"]);
     Ok(command)
 }
@@ -112,12 +115,12 @@ fn merge(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn frontend(minutes: u64) -> Result<Command> {
+fn frontend(seconds: u64) -> Result<Command> {
     must("building the switch", cargo(&["build", "--release", "-p", "sluice", "--bins"]))?;
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     println!("seeds from {seed} on");
     let mut command = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "random", "--nocapture"]);
     command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
-    command.env("SLUICE_FUZZ_SECONDS", (minutes * 60).to_string()).env("SLUICE_FUZZ_SEED", seed.to_string());
+    command.env("SLUICE_FUZZ_SECONDS", seconds.to_string()).env("SLUICE_FUZZ_SEED", seed.to_string());
     Ok(command)
 }

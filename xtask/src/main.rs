@@ -43,6 +43,14 @@ enum Task {
     Bench(bench::Options),
 }
 
+/// How long a task that could go on for ever is to take.
+fn parse_minutes(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(minutes) if minutes > 0.0 && minutes <= 7.0 * 24.0 * 60.0 => Ok(minutes),
+        _ => Err("give minutes above 0, a week at most".into()),
+    }
+}
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Setup { check: true } => setup::check(),
@@ -59,6 +67,23 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_go_on_for_ever_ends() {
+        for task in ["fuzz", "soak"] {
+            let parse = |minutes| Arguments::try_parse_from(["xtask", task, "--minutes", minutes]);
+            for wrong in ["0", "0.0", "nan", "inf", "10081", "soon", ""] {
+                let error = parse(wrong).err().map(|error| error.to_string()).unwrap_or_default();
+                assert!(error.contains("give minutes above 0, a week at most"), "{task} {wrong}: {error}");
+            }
+            assert!(parse("0.1").is_ok() && parse("10080").is_ok(), "{task}");
         }
     }
 }

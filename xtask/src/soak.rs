@@ -5,8 +5,8 @@ use clap::Args;
 use e2e::soak;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::setup;
 use crate::stage::{cargo, must};
+use crate::{parse_minutes, setup};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -25,13 +25,6 @@ pub(crate) struct Options {
     /// Never restart the switch, so that one process has all the time for a leak to show.
     #[arg(long)]
     no_restarts: bool,
-}
-
-fn parse_minutes(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(minutes) if minutes > 0.0 && minutes <= 7.0 * 24.0 * 60.0 => Ok(minutes),
-        _ => Err("give minutes, a week at most".into()),
-    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {

@@ -26,6 +26,7 @@ const CHANGE_THREADS: usize = 2;
 
 /// Runs the switch until a signal ends it.
 pub(crate) fn run(args: RunArgs, json: bool) -> Result<(), Failure> {
+    forget_children();
     start_log(args.log == LogForm::Json || json, args.verbose)?;
     many_descriptors();
     let takes_over = args.takeover;
@@ -173,6 +174,14 @@ pub(super) fn many_descriptors() {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
+    }
+}
+
+/// Nobody waits for the keeper, our only child: should it end first, the kernel is to forget it.
+fn forget_children() {
+    // SAFETY: a setting of the process, which runs no code.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
     }
 }
 

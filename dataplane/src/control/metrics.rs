@@ -11,13 +11,11 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
+use sluice_daemon::pages::Pages;
 
 use super::Controller;
-use crate::status::{CyclesStatus, PortState, PortStatus, QueueStatus, WorkerCycles, WorkerStatus};
+use crate::status::{CyclesStatus, PortState, PortStatus, QueueStatus, TotalsStatus, WorkerCycles, WorkerStatus};
 use crate::switch::DropReason;
-
-/// The format's content type.
-pub(super) const CONTENT_TYPE_OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Name, help and value of a metric of each `T`. The format adds `_total` to the names of counters.
 type Metric<T, V> = (&'static str, &'static str, fn(&T) -> V);
@@ -61,20 +59,26 @@ const STATES: &[(PortState, &str)] = &[
     (PortState::Failed, "failed"),
 ];
 
-/// All metrics as text.
-pub(super) fn render(controller: &Controller) -> Result<String, fmt::Error> {
-    let switch = controller.switch();
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(Snapshot {
-        ports: switch.ports(),
-        workers: switch.workers(),
-        cycles: switch.cycles(),
-        fdb_entries: switch.fdb().len() as u64,
-        uptime: controller.uptime().as_secs_f64(),
-    }));
-    let mut text = String::new();
-    encode(&mut text, &registry)?;
-    Ok(text)
+impl Pages for Controller {
+    fn metrics(&self) -> Result<String, fmt::Error> {
+        let switch = self.switch();
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Snapshot {
+            ports: switch.ports(),
+            workers: switch.workers(),
+            cycles: switch.cycles(),
+            fdb_entries: switch.fdb().len() as u64,
+            totals: switch.totals(),
+            uptime: self.uptime().as_secs_f64(),
+        }));
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn ready(&self) -> Result<(), &'static str> {
+        if self.is_ready() { Ok(()) } else { Err("not ready") }
+    }
 }
 
 /// What is told in one answer.
@@ -84,6 +88,7 @@ struct Snapshot {
     workers: Vec<WorkerStatus>,
     cycles: CyclesStatus,
     fdb_entries: u64,
+    totals: TotalsStatus,
     uptime: f64,
 }
 
@@ -104,7 +109,13 @@ impl Snapshot {
         let unlabelled = [("", ""); 0];
         gauges(out, "sluice_up_seconds", "Time since the switch started", [(unlabelled, self.uptime)])?;
         let entries = [(unlabelled, self.fdb_entries)];
-        gauges(out, "sluice_fdb_entries", "Addresses in the forwarding table", entries)
+        gauges(out, "sluice_fdb_entries", "Addresses in the forwarding table", entries)?;
+        let held = [(unlabelled, self.totals.held_frames)];
+        gauges(out, "sluice_held_frames", "Frames kept for guests that migrate", held)?;
+        let help = "Frames that came into being in the switch: copies for further receivers, segments, announcements";
+        counters(out, "sluice_made_frames", help, [(unlabelled, self.totals.made_frames)])?;
+        let merged = [(unlabelled, self.totals.merged_frames)];
+        counters(out, "sluice_merged_frames", "Frames put into others", merged)
     }
 
     fn encode_ports(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {

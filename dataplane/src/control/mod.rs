@@ -14,7 +14,6 @@ use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
 
 mod convert;
-mod http;
 mod metrics;
 mod server;
 mod socket;

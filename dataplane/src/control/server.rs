@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use sluice_daemon::pages;
 use sluice_proto::sluice::v1 as proto;
 use sluice_proto::sluice::v1::control_server::{Control, ControlServer};
 use tokio::io::Interest;
@@ -20,7 +21,7 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::socket::PeerRule;
-use super::{ControlError, ControlSocket, Controller, convert, http};
+use super::{ControlError, ControlSocket, Controller, convert};
 use crate::config;
 use crate::handover::{GiveError, Listeners, is_greeting};
 use crate::switch::PortError;
@@ -82,7 +83,7 @@ async fn serve_until(
 ) -> io::Result<()> {
     let metrics_fd = metrics.as_ref().map(|metrics| metrics.as_fd().try_clone_to_owned()).transpose()?;
     if let Some(listener) = metrics {
-        tokio::spawn(http::serve(tokio::net::TcpListener::from_std(listener)?, controller.clone()));
+        tokio::spawn(pages::serve(tokio::net::TcpListener::from_std(listener)?, controller.clone()));
     }
     // The rest of `socket` stays until the end, and its file with it.
     let ControlSocket { listener, rule, .. } = socket;

@@ -11,13 +11,15 @@
 //! does not know is left out, unless the operator is strict.
 
 mod files;
-mod privileges;
 mod syscalls;
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+use rustix::thread::CapabilitySet;
+use sluice_daemon::capabilities;
 
 pub use syscalls::confine_worker;
 
@@ -129,6 +131,26 @@ impl Sandbox {
     }
 }
 
+/// What each kind of port needs. Whoever runs without it from the start does without.
+fn needed(kind: &str) -> CapabilitySet {
+    match kind {
+        // To connect to sockets of QEMU's user.
+        "vhost-user" => CapabilitySet::DAC_OVERRIDE,
+        // To make the interface.
+        "tap" => CapabilitySet::NET_ADMIN,
+        // To load and attach the program, open the sockets, and lock their memory.
+        "afxdp" => CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW | CapabilitySet::BPF | CapabilitySet::IPC_LOCK,
+        _ => CapabilitySet::empty(),
+    }
+}
+
+/// Keeps what those kinds of port need, as far as it is there, and tells what that is.
+fn keep_capabilities(kinds: &[String]) -> io::Result<String> {
+    let kept = capabilities::keep(kinds.iter().fold(CapabilitySet::empty(), |all, kind| all | needed(kind)))?;
+    let names: Vec<_> = kept.iter_names().map(|(name, _)| name).collect();
+    Ok(if names.is_empty() { "none".to_owned() } else { names.join(" ") })
+}
+
 /// Gives up all that is not needed, for good. To be called before there are other threads.
 ///
 /// # Errors
@@ -139,13 +161,13 @@ pub fn apply(needs: &Needs) -> Result<Sandbox, SandboxError> {
         return Ok(sandbox);
     }
     let strict = needs.mode == SandboxMode::Strict;
-    sandbox.add(strict, "no new privileges", privileges::no_new().map(Some))?;
+    sandbox.add(strict, "no new privileges", capabilities::gain_no_more().map(|()| Some(String::new())))?;
     if needs.kinds.iter().any(|kind| kind == UNCONFINED_KIND) {
         let reason = io::Error::other("there are dpdk ports, which may need anything");
         sandbox.add(strict, "capabilities, landlock, seccomp", Err(reason))?;
         return Ok(sandbox);
     }
-    sandbox.add(strict, "capabilities ", privileges::keep_for(&needs.kinds).map(Some))?;
+    sandbox.add(strict, "capabilities ", keep_capabilities(&needs.kinds).map(Some))?;
     sandbox.add(strict, "landlock", files::restrict(needs).map(Some))?;
     sandbox.workers = sandbox.add(strict, "seccomp", syscalls::confine_process().map(Some))?;
     Ok(sandbox)

@@ -9,9 +9,15 @@ pub mod stats;
 mod turns;
 pub mod watchdog;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::config::{SwitchConfig, WorkerMode};
 use crate::frame::BurstStorage;
@@ -71,33 +77,19 @@ impl WorkerShared {
 ///
 /// # Errors
 /// If the process has no descriptors left.
-pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<i32>>) -> std::io::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-    let epoll = unsafe {
-        let fd = libc::epoll_create1(libc::EPOLL_CLOEXEC);
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        OwnedFd::from_raw_fd(fd)
-    };
-    let add = |fd: i32, data: u64, events: i32| {
-        let mut event = libc::epoll_event { events: events as u32, u64: data };
-        // SAFETY: `event` is a local that the kernel copies.
-        match unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    };
-    add(shared.wake.as_raw_fd(), WAKE, libc::EPOLLIN)?;
-    // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
-    // it is read (`EFD_SEMAPHORE`), and a worker would never sleep again. Queues are empty when it goes to sleep.
-    let events = libc::EPOLLIN | libc::EPOLLET;
+pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<RawFd>>) -> std::io::Result<OwnedFd> {
+    let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, &shared.wake, EventData::new_u64(WAKE), EventFlags::IN)?;
     for (place, fd) in fds.enumerate() {
-        if let Some(fd) = fd {
+        let Some(fd) = fd else { continue };
+        // SAFETY: it is its queue's, which is there for longer than this call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
+        // it is read (`EFD_SEMAPHORE`), and a worker would never sleep again. Queues are empty when it goes to sleep.
+        match epoll::add(&epoll, fd, EventData::new_u64(place as u64), EventFlags::IN | EventFlags::ET) {
             // Two queues may share a descriptor; the first one then stands for both.
-            add(fd, place as u64, events)
-                .or_else(|e| if e.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(e) })?;
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(epoll)
@@ -143,16 +135,12 @@ pub fn start(
 }
 
 fn pin(cpu: usize) -> std::io::Result<()> {
-    if cpu >= libc::CPU_SETSIZE as usize {
-        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(Errno::INVAL.into());
     }
-    // SAFETY: an all-zero set is valid, the CPU is within it, and it is a local that the kernel copies.
-    let done = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
-    };
-    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
 }
 
 struct Worker<'s> {
@@ -310,16 +298,14 @@ fn arm(plan: &Plan) -> bool {
 
 /// Sleeps until something of the plan, or the control side, wants attention.
 fn sleep(plan: &Plan, wake: &EventFd, turns: &mut Turns) {
-    let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
     // A queue without a notification descriptor can only be polled.
     let blind =
         plan.queues.iter().any(|served| served.queue.event_fd().is_none() && served.port.stats.fault().is_none());
-    let timeout = if blind { 1 } else { -1 };
-    // SAFETY: the kernel writes at most `EVENTS` events into the local array.
-    let count =
-        unsafe { libc::epoll_wait(plan.epoll.as_raw_fd(), events.as_mut_ptr(), EVENTS as libc::c_int, timeout) };
-    for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
-        let data = event.u64;
+    let timeout = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    let mut events = [const { MaybeUninit::uninit() }; EVENTS];
+    let Ok((events, _)) = epoll::wait(&plan.epoll, &mut events, blind.then_some(&timeout)) else { return };
+    for event in events {
+        let data = event.data.u64();
         if data == WAKE {
             wake.drain();
         } else if let Some((place, served)) =

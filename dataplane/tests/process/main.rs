@@ -4,6 +4,7 @@
 
 mod daemon;
 mod faults;
+mod keeper;
 mod memory;
 mod restrictions;
 #[allow(dead_code, reason = "shared with other tests")]

@@ -2,14 +2,9 @@
 
 use std::process::{Command, Stdio};
 
-use crate::daemon::Daemon;
+use e2e::switch::Usage;
 
-/// Memory that is the process's alone, in KiB.
-fn private_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-    line.split_whitespace().next().unwrap().parse().unwrap()
-}
+use crate::daemon::Daemon;
 
 /// The buffers of captures, 10 MiB for each, go back to the system when they end.
 #[test]
@@ -17,7 +12,8 @@ fn captures_leave_no_memory_behind() {
     let mut daemon = Daemon::start(&[]);
     let (mut a, mut b) = (daemon.boot("a", 1), daemon.boot("b", 2));
     daemon.pass(&mut a, &mut b, "hello");
-    let before = private_kib(daemon.pid());
+    let private = |daemon: &Daemon| Usage::of(daemon.pid()).unwrap().private_kib;
+    let before = private(&daemon);
     for round in 0..6 {
         let captures = ["a", "b"].map(|name| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
@@ -35,5 +31,5 @@ fn captures_leave_no_memory_behind() {
         }
     }
     // A moment after its client, a capture ends. Ports have a thread each, which needs some.
-    daemon.eventually("memory given back", |daemon| private_kib(daemon.pid()) < before + 4096);
+    daemon.eventually("memory given back", |daemon| private(daemon) < before + 4096);
 }

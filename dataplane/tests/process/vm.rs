@@ -4,14 +4,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use e2e::hostile::message::{SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, words};
 use vhost::VhostBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::support::{Guest, Peer, Qemu, RING_SIZE, UVA, ring_place};
 
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ENABLE: u32 = 18;
 const MEMORY: u64 = 1 << 20;
 /// The guest's rings: it receives from the first, and sends with the second.
 const RX: usize = 0;
@@ -114,7 +112,7 @@ impl Vm {
 impl Session {
     fn start(&self) {
         for ring in [RX, TX] {
-            self.peer.raw(SET_VRING_ENABLE, 0x1, &[ring as u32, 1].map(u32::to_ne_bytes).concat(), &[]);
+            self.peer.raw(SET_VRING_ENABLE, 0x1, &words(&[ring as u32, 1]), &[]);
             self.peer.frontend.set_vring_num(ring, RING_SIZE).unwrap();
             self.peer.frontend.set_vring_base(ring, 0).unwrap();
             self.peer.frontend.set_vring_addr(ring, &ring_place(ring)).unwrap();

@@ -1,8 +1,9 @@
 //! Frontends that do everything wrong. Whatever they send, the port says why it hung up, and serves the next one.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 
+use e2e::hostile::message::*;
 use sluice::config::SocketMode::Client;
 use sluice::status::PortState;
 use vhost::VhostBackend;
@@ -12,94 +13,23 @@ use crate::support::*;
 
 const MIB: u64 = 1 << 20;
 
-const SET_FEATURES: u32 = 2;
-const SET_MEM_TABLE: u32 = 5;
-const SET_LOG_BASE: u32 = 6;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ERR: u32 = 14;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const SET_MTU: u32 = 20;
-const SET_VRING_ENDIAN: u32 = 23;
-const GET_CONFIG: u32 = 24;
-const CREATE_CRYPTO_SESSION: u32 = 26;
-const GET_INFLIGHT_FD: u32 = 31;
-const SET_INFLIGHT_FD: u32 = 32;
-const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
-const SET_STATUS: u32 = 39;
-const GET_STATUS: u32 = 40;
-
-/// One message.
-#[derive(Clone)]
-struct Message {
-    request: u32,
-    flags: u32,
-    payload: Vec<u8>,
-    fds: Vec<RawFd>,
-}
-
-impl Message {
-    fn new(request: u32, payload: Vec<u8>) -> Self {
-        Self { request, flags: 0x1, payload, fds: Vec::new() }
-    }
-
-    fn with(mut self, fds: &[RawFd]) -> Self {
-        self.fds = fds.to_vec();
-        self
-    }
-
-    fn flags(mut self, flags: u32) -> Self {
-        self.flags = flags;
-        self
-    }
-
-    fn send(&self, peer: &Peer) {
-        peer.raw(self.request, self.flags, &self.payload, &self.fds);
-    }
-}
-
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-fn number(value: u64) -> Vec<u8> {
-    value.to_ne_bytes().to_vec()
-}
-
-fn numbers(values: &[u64]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
-}
-
-/// Regions as (guest address, length, frontend address, offset).
-fn table(regions: &[[u64; 4]]) -> Vec<u8> {
-    let mut payload = words(&[regions.len() as u32, 0]);
-    regions.iter().for_each(|region| payload.extend(numbers(region)));
-    payload
-}
-
 /// What a well-behaved frontend sends from its first message to running rings.
 fn handshake(guest: &Guest, event: &EventFd) -> Vec<Message> {
     let memory = guest.file.as_raw_fd();
     let event = event.as_raw_fd();
     let mut messages = vec![
-        Message::new(1, vec![]),
-        Message::new(15, vec![]),
-        Message::new(SET_PROTOCOL_FEATURES, number(expected_protocol().bits())),
-        Message::new(3, vec![]),
-        Message::new(36, vec![]),
-        Message::new(SET_VRING_CALL, number(0)).with(&[event]),
-        Message::new(SET_VRING_ENABLE, words(&[0, 1])),
-        Message::new(SET_VRING_ENABLE, words(&[1, 1])),
-        Message::new(SET_FEATURES, number(DRIVER)),
+        Message::new(GET_FEATURES, vec![]),
+        Message::new(GET_PROTOCOL_FEATURES, vec![]),
+        Message::number(SET_PROTOCOL_FEATURES, expected_protocol().bits()),
+        Message::new(SET_OWNER, vec![]),
+        Message::new(GET_MAX_MEM_SLOTS, vec![]),
+        Message::number(SET_VRING_CALL, 0).with(&[event]),
+        Message::ring(SET_VRING_ENABLE, 0, 1),
+        Message::ring(SET_VRING_ENABLE, 1, 1),
+        Message::number(SET_FEATURES, DRIVER),
         Message::new(GET_STATUS, vec![]),
-        Message::new(SET_STATUS, number(0xb)),
-        Message::new(SET_MEM_TABLE, table(&[[0, MIB, UVA, 0]])).with(&[memory]),
+        Message::number(SET_STATUS, 0xb),
+        memory_table(&[[0, MIB, UVA, 0]]).with(&[memory]),
     ];
     for ring in [0, 1] {
         let place = ring_place(ring as usize);
@@ -107,11 +37,11 @@ fn handshake(guest: &Guest, event: &EventFd) -> Vec<Message> {
         let mut address = words(&[ring, 0]);
         address.extend(numbers(&[desc, used, avail, 0]));
         messages.extend([
-            Message::new(SET_VRING_NUM, words(&[ring, u32::from(RING_SIZE)])),
-            Message::new(SET_VRING_BASE, words(&[ring, 0])),
+            Message::ring(SET_VRING_NUM, ring, u32::from(RING_SIZE)),
+            Message::ring(SET_VRING_BASE, ring, 0),
             Message::new(SET_VRING_ADDR, address),
-            Message::new(SET_VRING_KICK, number(u64::from(ring))).with(&[event]),
-            Message::new(SET_VRING_CALL, number(u64::from(ring))).with(&[event]),
+            Message::number(SET_VRING_KICK, u64::from(ring)).with(&[event]),
+            Message::number(SET_VRING_CALL, u64::from(ring)).with(&[event]),
         ]);
     }
     messages
@@ -127,17 +57,16 @@ fn hang_up_after_every_message_and_within_each() {
     let messages = handshake(&guest, &event);
     for count in 0..=messages.len() {
         let peer = qemu.accept();
-        messages[..count].iter().for_each(|message| message.send(&peer));
+        messages[..count].iter().for_each(|message| peer.channel.send(message));
     }
     for (place, message) in messages.iter().enumerate() {
-        let mut bytes = words(&[message.request, message.flags, message.payload.len() as u32]);
-        bytes.extend(&message.payload);
+        let bytes = message.bytes();
         let peer = qemu.accept();
-        messages[..place].iter().for_each(|message| message.send(&peer));
+        messages[..place].iter().for_each(|message| peer.channel.send(message));
         peer.bytes(&bytes[..bytes.len() - 3], &message.fds);
     }
     let peer = qemu.accept();
-    messages.iter().for_each(|message| message.send(&peer));
+    messages.iter().for_each(|message| peer.channel.send(message));
     bench.recorder.wait("rings at last", |link| (link.state, link.rx, link.tx) == (PortState::Up, 1, 1));
 }
 
@@ -146,7 +75,7 @@ fn refused(bench: &Bench, qemu: &Qemu, guest: &Guest, message: &Message, reason:
     let mark = bench.recorder.mark();
     let mut peer = qemu.accept();
     peer.bring_up(guest);
-    message.send(&peer);
+    peer.channel.send(message);
     let failed = bench.recorder.wait_since(mark, reason, |link| link.state == PortState::Failed);
     assert!(failed.reason.contains(reason), "request {}: {:?} instead of {reason:?}", message.request, failed.reason);
     assert_eq!((failed.rx, failed.tx, failed.memory), (0, 0, 0));
@@ -173,18 +102,18 @@ fn rings_that_are_none() {
         let mut address = words(&[index, 0]);
         address.extend(numbers(&[UVA, UVA + 0x2000, UVA + 0x1000, 0]));
         cases.extend([
-            (Message::new(SET_VRING_NUM, words(&[index, 64])), "is beyond the 512 rings"),
+            (Message::ring(SET_VRING_NUM, index, 64), "is beyond the 512 rings"),
             (Message::new(SET_VRING_ADDR, address), "is beyond the 512 rings"),
-            (Message::new(SET_VRING_BASE, words(&[index, 0])), "is beyond the 512 rings"),
-            (Message::new(GET_VRING_BASE, words(&[index, 0])), "is beyond the 512 rings"),
-            (Message::new(SET_VRING_ENABLE, words(&[index, 1])), "is beyond the 512 rings"),
+            (Message::ring(SET_VRING_BASE, index, 0), "is beyond the 512 rings"),
+            (Message::ring(GET_VRING_BASE, index, 0), "is beyond the 512 rings"),
+            (Message::ring(SET_VRING_ENABLE, index, 1), "is beyond the 512 rings"),
         ]);
     }
     for size in [0, 3, 32_769, 65_535, 65_536, u32::MAX] {
-        cases.push((Message::new(SET_VRING_NUM, words(&[0, size])), "is not a power of two"));
+        cases.push((Message::ring(SET_VRING_NUM, 0, size), "is not a power of two"));
     }
-    cases.push((Message::new(SET_VRING_BASE, words(&[0, 0x1_0000])), "does not fit a split ring"));
-    cases.push((Message::new(SET_VRING_ENABLE, words(&[0, 2])), "can be enabled or disabled, not 2"));
+    cases.push((Message::ring(SET_VRING_BASE, 0, 0x1_0000), "does not fit a split ring"));
+    cases.push((Message::ring(SET_VRING_ENABLE, 0, 2), "can be enabled or disabled, not 2"));
     all_refused("norings", &guest, &cases);
 }
 
@@ -197,22 +126,22 @@ fn descriptors_of_the_wrong_kind() {
     let directory = std::fs::File::open("/").unwrap();
     let (memory, event, null, directory) =
         (guest.file.as_raw_fd(), event.as_raw_fd(), null.as_raw_fd(), directory.as_raw_fd());
-    let region = table(&[[0, MIB, UVA, 0]]);
+    let table = memory_table(&[[0, MIB, UVA, 0]]);
     let mut cases = Vec::new();
     for request in [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR] {
         for fd in [memory, null] {
-            cases.push((Message::new(request, number(0)).with(&[fd]), "is not an eventfd"));
+            cases.push((Message::number(request, 0).with(&[fd]), "is not an eventfd"));
         }
-        cases.push((Message::new(request, number(0)), "descriptors are not those"));
-        cases.push((Message::new(request, number(0x100)).with(&[event]), "descriptors are not those"));
-        cases.push((Message::new(request, number(0)).with(&[event, event]), "descriptors are not those"));
+        cases.push((Message::number(request, 0), "descriptors are not those"));
+        cases.push((Message::number(request, 0x100).with(&[event]), "descriptors are not those"));
+        cases.push((Message::number(request, 0).with(&[event, event]), "descriptors are not those"));
     }
     for (fd, reason) in [(event, "not a memory file"), (null, "is a device"), (directory, "is a directory")] {
-        cases.push((Message::new(SET_MEM_TABLE, region.clone()).with(&[fd]), reason));
+        cases.push((table.clone().with(&[fd]), reason));
     }
-    cases.push((Message::new(SET_MEM_TABLE, region.clone()), "descriptors are not those"));
-    cases.push((Message::new(SET_MEM_TABLE, region).with(&[memory, memory]), "descriptors are not those"));
-    cases.push((Message::new(SET_FEATURES, number(DRIVER)).with(&[memory]), "descriptors are not those"));
+    cases.push((table.clone(), "descriptors are not those"));
+    cases.push((table.with(&[memory, memory]), "descriptors are not those"));
+    cases.push((Message::number(SET_FEATURES, DRIVER).with(&[memory]), "descriptors are not those"));
     all_refused("wrongfd", &guest, &cases);
 }
 
@@ -223,24 +152,23 @@ fn memory_that_is_none() {
     let memory = guest.file.as_raw_fd();
     let huge = memfd(1 << 46);
     let mut cases = Vec::new();
-    let two = |a: [u64; 4], b: [u64; 4]| Message::new(SET_MEM_TABLE, table(&[a, b])).with(&[memory, memory]);
+    let two = |a: [u64; 4], b: [u64; 4]| memory_table(&[a, b]).with(&[memory, memory]);
     cases.push((two([0, 0x2000, UVA, 0], [0x1000, 0x1000, 2 * UVA, 0]), "overlap"));
     cases.push((two([0, 0x2000, UVA, 0], [0x9000, 0x1000, UVA + 0x1fff, 0]), "overlap"));
     for region in [[u64::MAX, 2, UVA, 0], [0, 2, u64::MAX, 0], [0, 0x1000, UVA, u64::MAX], [0, 0, UVA, 0]] {
-        cases.push((Message::new(SET_MEM_TABLE, table(&[region])).with(&[memory]), "fields"));
+        cases.push((memory_table(&[region]).with(&[memory]), "fields"));
     }
     for region in [[0, MIB + 1, UVA, 0], [0, MIB, UVA, 1]] {
-        cases.push((Message::new(SET_MEM_TABLE, table(&[region])).with(&[memory]), "beyond the end of its file"));
+        cases.push((memory_table(&[region]).with(&[memory]), "beyond the end of its file"));
     }
-    cases.push((Message::new(SET_MEM_TABLE, table(&[[0, 1 << 46, UVA, 0]])).with(&[huge.as_raw_fd()]), "16 TiB"));
-    cases.push((Message::new(SET_MEM_TABLE, table(&[])), "fields"));
-    cases.push((Message::new(SET_MEM_TABLE, words(&[200, 0])).with(&[memory]), "fields"));
+    cases.push((memory_table(&[[0, 1 << 46, UVA, 0]]).with(&[huge.as_raw_fd()]), "16 TiB"));
+    cases.push((memory_table(&[]), "fields"));
+    cases.push((Message::ring(SET_MEM_TABLE, 200, 0).with(&[memory]), "fields"));
     cases.push((Message::new(SET_MEM_TABLE, words(&[1])).with(&[memory]), "cut short"));
-    let added = |region: [u64; 4]| numbers(&[0, region[0], region[1], region[2], region[3]]);
-    cases.push((Message::new(ADD_MEM_REG, added([0, 0x1000, UVA + MIB, 0])).with(&[memory]), "overlap"));
-    cases.push((Message::new(ADD_MEM_REG, added([MIB, 0x1000, UVA + MIB, 0])), "invalid parameters"));
-    cases.push((Message::new(ADD_MEM_REG, added([MIB, 2 * MIB, UVA + MIB, 0])).with(&[memory]), "beyond the end"));
-    cases.push((Message::new(REM_MEM_REG, added([0, 0x1000, UVA, 0])), "no memory region at 0x0"));
+    cases.push((memory_region(ADD_MEM_REG, [0, 0x1000, UVA + MIB, 0]).with(&[memory]), "overlap"));
+    cases.push((memory_region(ADD_MEM_REG, [MIB, 0x1000, UVA + MIB, 0]), "invalid parameters"));
+    cases.push((memory_region(ADD_MEM_REG, [MIB, 2 * MIB, UVA + MIB, 0]).with(&[memory]), "beyond the end"));
+    cases.push((memory_region(REM_MEM_REG, [0, 0x1000, UVA, 0]), "no memory region at 0x0"));
     all_refused("nomemory", &guest, &cases);
 }
 
@@ -260,14 +188,14 @@ fn messages_that_are_none() {
         (Message::new(SET_FEATURES, vec![0; 7]), "SET_FEATURES: cut short, or its size"),
         (Message::new(SET_STATUS, vec![0; 4]), "SET_STATUS: 4 bytes instead of 8"),
         (Message::new(GET_STATUS, vec![0; 8]), "GET_STATUS: 8 bytes instead of 0"),
-        (Message::new(SET_MTU, vec![0; 16]), "16 bytes instead of 8"),
-        (Message::new(SET_STATUS, number(256)), "more than eight bits"),
-        (Message::new(SET_MTU, number(67)), "an MTU of 67"),
-        (Message::new(SET_MTU, number(65_536)), "an MTU of 65536"),
-        (Message::new(SET_VRING_ENDIAN, words(&[0, 1])), "not supported"),
-        (Message::new(SET_FEATURES, number(DRIVER | 1 << 33)), "virtio features 0x200000000 were never offered"),
-        (Message::new(SET_FEATURES, number(u64::MAX)), "were never offered"),
-        (Message::new(SET_PROTOCOL_FEATURES, number(1 << 8)), "protocol features 0x100 were never offered"),
+        (Message::new(NET_SET_MTU, vec![0; 16]), "16 bytes instead of 8"),
+        (Message::number(SET_STATUS, 256), "more than eight bits"),
+        (Message::number(NET_SET_MTU, 67), "an MTU of 67"),
+        (Message::number(NET_SET_MTU, 65_536), "an MTU of 65536"),
+        (Message::ring(SET_VRING_ENDIAN, 0, 1), "not supported"),
+        (Message::number(SET_FEATURES, DRIVER | 1 << 33), "virtio features 0x200000000 were never offered"),
+        (Message::number(SET_FEATURES, u64::MAX), "were never offered"),
+        (Message::number(SET_PROTOCOL_FEATURES, 1 << 8), "protocol features 0x100 were never offered"),
         (Message::new(SET_LOG_BASE, numbers(&[u64::MAX, 1])).with(&[memory]), "fields"),
         (Message::new(SET_LOG_BASE, numbers(&[u64::MAX - 8, 8])).with(&[memory]), "dirty log"),
         (Message::new(SET_LOG_BASE, numbers(&[8, u64::MAX - 7])).with(&[memory]), "fields"),
@@ -289,11 +217,12 @@ fn refusals_are_acknowledged_when_asked() {
     let bench = Bench::new("nack", Client);
     let qemu = bench.listen();
     let guest = Guest::new(MIB);
-    for (request, payload) in [(SET_MTU, number(1)), (SET_VRING_ENABLE, words(&[9999, 1])), (SET_STATUS, number(999))] {
+    for message in
+        [Message::number(NET_SET_MTU, 1), Message::ring(SET_VRING_ENABLE, 9999, 1), Message::number(SET_STATUS, 999)]
+    {
         let mut peer = qemu.accept();
         peer.bring_up(&guest);
-        peer.raw(request, 0x9, &payload, &[]);
-        assert_eq!(peer.reply(request), 1);
+        assert_eq!(peer.channel.ask_number(&message.flags(NEED_REPLY)).unwrap(), 1);
         peer.wait_closed();
     }
     let mut peer = qemu.accept();
@@ -327,12 +256,12 @@ fn garbage_and_silence() {
     // Half a header, and then nothing.
     let mark = bench.recorder.mark();
     let mut peer = qemu.accept();
-    peer.write(&[1, 0, 0, 0, 1]);
+    assert!(peer.bytes(&[1, 0, 0, 0, 1], &[]));
     bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("half a header"));
     peer.wait_closed();
     let mark = bench.recorder.mark();
     let mut peer = qemu.accept();
-    peer.write(&words(&[SET_FEATURES, 1, 8]));
+    assert!(peer.bytes(&words(&[SET_FEATURES, 1, 8]), &[]));
     bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("half a message"));
     peer.wait_closed();
     let guest = Guest::new(MIB);
@@ -349,8 +278,8 @@ fn answers_that_are_not_read() {
     let qemu = bench.listen();
     let mark = bench.recorder.mark();
     let peer = qemu.accept();
-    peer.stream.set_write_timeout(Some(std::time::Duration::from_millis(100))).unwrap();
-    let question = words(&[1, 1, 0]);
+    peer.channel.set_patience(std::time::Duration::from_millis(100)).unwrap();
+    let question = Message::new(GET_FEATURES, vec![]).bytes();
     while peer.bytes(&question, &[]) {}
     bench.recorder.wait_since(mark, "impatience", |link| link.reason.contains("does not read our replies"));
 }
@@ -362,7 +291,7 @@ fn the_reason_outlives_the_reconnect() {
     let bench = Bench::new("reason", Client);
     let qemu = bench.listen();
     let guest = Guest::new(MIB);
-    qemu.accept().raw(SET_FEATURES, 0x1, &number(1 << 33), &[]);
+    qemu.accept().channel.send(&Message::number(SET_FEATURES, 1 << 33));
     let mut peer = qemu.accept();
     bench.recorder.wait("the reason", |link| {
         link.state == PortState::Down && link.reason.contains("before that: SET_FEATURES: virtio features")

@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use e2e::hostile::channel::Channel;
+use e2e::hostile::message::{GET_FEATURES, Message};
 use sluice::config::SocketMode::{Client, Server};
 use sluice::port::Publisher;
 use sluice::status::PortState;
@@ -440,18 +442,18 @@ fn stops_in_every_state() {
     // Within a header, and within a message.
     for part in [&[1u8, 0, 0][..], &[5, 0, 0, 0, 1, 0, 0, 0, 40, 0, 0, 0], &[39, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0]] {
         bench.start("s3", Client, None);
-        let mut peer = qemu.accept();
+        let peer = qemu.accept();
         peer.settle();
-        peer.write(part);
+        assert!(peer.bytes(part, &[]));
         thread::sleep(Duration::from_millis(20));
         bench.stop();
     }
     // Writing replies that nobody reads.
     bench.start("s4", Client, None);
-    let mut peer = qemu.accept();
-    peer.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
-    let ask: Vec<u8> = [1u32, 1, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
-    while std::io::Write::write_all(&mut peer.stream, &ask).is_ok() {}
+    let peer = qemu.accept();
+    peer.channel.set_patience(Duration::from_millis(200)).unwrap();
+    let ask = Message::new(GET_FEATURES, vec![]).bytes();
+    while peer.bytes(&ask, &[]) {}
     bench.stop();
     drop(qemu);
     // Listening, and serving a frontend that connected.
@@ -461,7 +463,7 @@ fn stops_in_every_state() {
     assert!(!bench.path.exists());
     bench.start("s6", Server, None);
     bench.recorder.wait("a listening port", |link| link.reason.contains("waiting for a frontend"));
-    let mut peer = Peer::new(UnixStream::connect(&bench.path).unwrap());
+    let mut peer = Peer::over(Channel::new(UnixStream::connect(&bench.path).unwrap()).unwrap());
     peer.negotiate();
     bench.stop();
     assert!(!bench.path.exists());
@@ -479,7 +481,7 @@ fn server_mode_serves_one_after_the_other() {
     bench.start("server", Server, None);
     bench.recorder.wait("a listening port", |link| link.reason.contains("waiting for a frontend"));
     for _ in 0..3 {
-        let mut peer = Peer::new(UnixStream::connect(&bench.path).unwrap());
+        let mut peer = Peer::over(Channel::new(UnixStream::connect(&bench.path).unwrap()).unwrap());
         peer.bring_up(&Guest::new(MIB));
         assert_eq!(bench.recorder.newest().state, PortState::Up);
         drop(peer);

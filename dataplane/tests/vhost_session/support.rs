@@ -1,15 +1,15 @@
 //! A publisher that records, a guest's memory, and a frontend that listens like QEMU does.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use e2e::hostile::channel::{Channel, Listener};
+use e2e::hostile::message::{Message, SET_LOG_BASE, SET_VRING_CALL, SET_VRING_KICK, numbers};
 use sluice::config::SocketMode;
 use sluice::port::stats::PortStats;
 use sluice::port::vhost::VhostPort;
@@ -28,9 +28,6 @@ pub(crate) const UVA: u64 = 0x7f00_0000_0000;
 
 /// Descriptors of each ring.
 pub(crate) const RING_SIZE: u16 = 64;
-
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
 
 /// Bytes between two rings.
 const RING_STRIDE: u64 = 0x4000;
@@ -189,34 +186,15 @@ impl Bench {
 }
 
 /// The frontend's listening socket.
-pub(crate) struct Qemu {
-    listener: UnixListener,
-    path: PathBuf,
-}
+pub(crate) struct Qemu(Listener);
 
 impl Qemu {
     pub(crate) fn listen(path: &Path) -> Self {
-        let listener = UnixListener::bind(path).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        Self { listener, path: path.to_owned() }
+        Self(Listener::bind(path).unwrap())
     }
 
     pub(crate) fn accept(&self) -> Peer {
-        let end = Instant::now() + DEADLINE;
-        loop {
-            if let Ok((stream, _)) = self.listener.accept() {
-                stream.set_nonblocking(false).unwrap();
-                return Peer::new(stream);
-            }
-            assert!(Instant::now() < end, "the port did not connect");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        Peer::over(self.0.accept().unwrap())
     }
 }
 
@@ -248,10 +226,7 @@ impl Guest {
 }
 
 pub(crate) fn memfd(len: u64) -> File {
-    // SAFETY: the name is a C string and the descriptor that comes back is ours.
-    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
-    file.set_len(len).unwrap();
-    file
+    e2e::hostile::memfd(len).unwrap()
 }
 
 pub(crate) fn ring_place(index: usize) -> VringConfigData {
@@ -273,14 +248,12 @@ pub(crate) const DRIVER: u64 = 1 << 32 | 1 << 30 | 1 << 28 | 1 << 29 | 1 << 15 |
 /// Our end of a connection.
 pub(crate) struct Peer {
     pub(crate) frontend: Frontend,
-    pub(crate) stream: UnixStream,
+    pub(crate) channel: Channel,
 }
 
 impl Peer {
-    pub(crate) fn new(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let frontend = Frontend::from_stream(stream.try_clone().unwrap(), 512);
-        Self { frontend, stream }
+    pub(crate) fn over(channel: Channel) -> Self {
+        Self { frontend: Frontend::from_stream(channel.stream.try_clone().unwrap(), 512), channel }
     }
 
     /// Negotiates the way QEMU does, and has every later message acknowledged.
@@ -326,54 +299,23 @@ impl Peer {
 
     /// Sends a message exactly as given. The other side may have gone already.
     pub(crate) fn raw(&self, request: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
-        let mut bytes = Vec::new();
-        for word in [request, flags, payload.len() as u32] {
-            bytes.extend(word.to_ne_bytes());
-        }
-        bytes.extend(payload);
-        self.bytes(&bytes, fds);
+        self.channel.send(&Message::new(request, payload.to_vec()).flags(flags).with(fds));
     }
 
-    /// Sends bytes along with descriptors. `false` if that was not possible.
+    /// Sends bytes. `false` if that was not possible.
     pub(crate) fn bytes(&self, bytes: &[u8], fds: &[RawFd]) -> bool {
-        let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        let mut control = [0u64; 64];
-        // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has
-        // room for 64 descriptors and their header.
-        unsafe {
-            let mut message: libc::msghdr = std::mem::zeroed();
-            message.msg_iov = &mut data;
-            message.msg_iovlen = 1;
-            if !fds.is_empty() {
-                let len = size_of_val(fds) as u32;
-                message.msg_control = control.as_mut_ptr().cast();
-                message.msg_controllen = libc::CMSG_SPACE(len) as usize;
-                let first = libc::CMSG_FIRSTHDR(&message);
-                (*first).cmsg_level = libc::SOL_SOCKET;
-                (*first).cmsg_type = libc::SCM_RIGHTS;
-                (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
-                std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
-            }
-            libc::sendmsg(self.stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL) > 0
-        }
+        self.channel.bytes(bytes, fds).is_ok_and(|count| count > 0)
     }
 
     /// Reads a reply to `request` that carries a number.
     pub(crate) fn reply(&mut self, request: u32) -> u64 {
-        let mut bytes = [0; 20];
-        self.stream.read_exact(&mut bytes).unwrap();
-        let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
-        assert_eq!((word(0), word(4), word(8)), (request, 0x5, 8));
-        u64::from_ne_bytes(bytes[12..].try_into().unwrap())
+        u64::from_ne_bytes(self.channel.answer(request).unwrap().try_into().unwrap())
     }
 
     /// Gives a dirty log of `size` bytes, and reads the reply.
     pub(crate) fn set_log(&mut self, log: &File, size: u64) {
-        let payload = [size.to_ne_bytes(), [0; 8]].concat();
-        self.raw(6, 0x1, &payload, &[log.as_raw_fd()]);
-        let mut reply = [0; 28];
-        self.stream.read_exact(&mut reply).unwrap();
-        assert_eq!(reply[..12], [6, 0, 0, 0, 5, 0, 0, 0, 16, 0, 0, 0]);
+        let message = Message::new(SET_LOG_BASE, numbers(&[size, 0])).with(&[log.as_raw_fd()]);
+        assert_eq!(self.channel.ask(&message).unwrap().len(), 16);
     }
 
     /// Waits until everything sent so far has been handled.
@@ -381,17 +323,9 @@ impl Peer {
         self.frontend.get_features().unwrap();
     }
 
-    /// Whether the other side has closed the connection.
+    /// Waits until the other side has closed the connection.
     pub(crate) fn wait_closed(&mut self) {
-        let mut rest = Vec::new();
-        match self.stream.read_to_end(&mut rest) {
-            Ok(_) => {}
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
-        }
-    }
-
-    pub(crate) fn write(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).unwrap();
+        self.channel.wait_closed().unwrap();
     }
 }
 

@@ -52,7 +52,8 @@ impl Drop for Listener {
 /// One connection with the switch.
 #[derive(Debug)]
 pub struct Channel {
-    stream: UnixStream,
+    /// The socket.
+    pub stream: UnixStream,
 }
 
 impl Channel {
@@ -70,15 +71,21 @@ impl Channel {
 
     /// Sends a message and gives the payload of the answer.
     pub fn ask(&mut self, message: &Message) -> Result<Vec<u8>> {
-        let ask = || format!("request {} was not answered", message.request);
-        self.bytes(&message.bytes(), &message.fds).with_context(ask)?;
+        let sent = self.bytes(&message.bytes(), &message.fds);
+        sent.with_context(|| format!("request {} cannot be sent", message.request))?;
+        self.answer(message.request)
+    }
+
+    /// Gives the payload of the answer to a request that was sent.
+    pub fn answer(&mut self, request: u32) -> Result<Vec<u8>> {
+        let unanswered = || format!("request {request} was not answered");
         let mut header = [0; 12];
-        self.stream.read_exact(&mut header).with_context(ask)?;
+        self.stream.read_exact(&mut header).with_context(unanswered)?;
         let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        let (request, flags, size) = (word(0), word(4), word(8));
-        ensure!((request, flags) == (message.request, 0x5) && size < 4096, "{request} {flags:#x} {size} is no answer");
+        let (about, flags, size) = (word(0), word(4), word(8));
+        ensure!((about, flags) == (request, 0x5) && size < 4096, "{about} {flags:#x} {size} is no answer to {request}");
         let mut payload = vec![0; size as usize];
-        self.stream.read_exact(&mut payload).with_context(ask)?;
+        self.stream.read_exact(&mut payload).with_context(unanswered)?;
         Ok(payload)
     }
 
@@ -91,28 +98,7 @@ impl Channel {
 
     /// Sends bytes along with descriptors; gives how many were sent.
     pub fn bytes(&self, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
-        let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        let fds = fds.get(..fds.len().min(MAX_FDS)).unwrap_or_default();
-        let mut control = [0u64; MAX_FDS / 2 + 4];
-        // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has
-        // room for that many descriptors and their header.
-        let sent = unsafe {
-            let mut message: libc::msghdr = std::mem::zeroed();
-            message.msg_iov = &mut data;
-            message.msg_iovlen = 1;
-            if !fds.is_empty() {
-                let len = size_of_val(fds) as u32;
-                message.msg_control = control.as_mut_ptr().cast();
-                message.msg_controllen = libc::CMSG_SPACE(len) as usize;
-                let first = libc::CMSG_FIRSTHDR(&message);
-                (*first).cmsg_level = libc::SOL_SOCKET;
-                (*first).cmsg_type = libc::SCM_RIGHTS;
-                (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
-                std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
-            }
-            libc::sendmsg(self.stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
-        };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        send(&self.stream, bytes, fds)
     }
 
     /// Whether the switch has closed the connection, or gone with it.
@@ -143,4 +129,30 @@ impl Channel {
     pub fn set_patience(&self, limit: Duration) -> Result<()> {
         self.stream.set_write_timeout(Some(limit)).context("cannot set a limit")
     }
+}
+
+/// Sends bytes along with descriptors; gives how many were sent.
+pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
+    let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let fds = fds.get(..fds.len().min(MAX_FDS)).unwrap_or_default();
+    let mut control = [0u64; MAX_FDS / 2 + 4];
+    // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has
+    // room for that many descriptors and their header.
+    let sent = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &mut data;
+        message.msg_iovlen = 1;
+        if !fds.is_empty() {
+            let len = size_of_val(fds) as u32;
+            message.msg_control = control.as_mut_ptr().cast();
+            message.msg_controllen = libc::CMSG_SPACE(len) as usize;
+            let first = libc::CMSG_FIRSTHDR(&message);
+            (*first).cmsg_level = libc::SOL_SOCKET;
+            (*first).cmsg_type = libc::SCM_RIGHTS;
+            (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
+            std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
+        }
+        libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }

@@ -1,8 +1,7 @@
 //! What the process costs, and what it has logged.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use std::collections::BTreeMap;
-use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::soak::audit::open_files;
@@ -92,16 +91,16 @@ impl Watch {
     /// What has grown.
     pub fn audit(&mut self, switch: &Switch) -> Result<()> {
         let pid = switch.pid();
-        let (memory, fds) = (private_kib(pid)?, Usage::of(pid)?.fds);
+        let usage = Usage::of(pid)?;
         let allocated =
             switch.json(&["status"])?["memory_bytes"].as_u64().context("no memory_bytes in the status")? >> 10;
         if self.lives.last().is_none_or(|life| life.pid != pid) {
             self.lives.push(Life::of(pid));
         }
         let Some(life) = self.lives.last_mut() else { return Ok(()) };
-        life.memory.push(memory);
+        life.memory.push(usage.private_kib);
         life.allocated.push(allocated);
-        life.fds.push(fds);
+        life.fds.push(usage.fds);
         if life.since.elapsed() < WARM_UP {
             life.early = life.memory.len();
         }
@@ -141,14 +140,6 @@ fn shape(line: &str) -> String {
         }
     }
     shape.trim().to_owned()
-}
-
-/// Memory that is the process's alone and no file's, in KiB: not its program, not what guests share with it.
-fn private_kib(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("no process {pid}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-    let number = line.and_then(|line| line.split_whitespace().next());
-    number.context("no RssAnon in the status of a process")?.parse().context("RssAnon is no number")
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use sluice::mem::{GuestMemory, Log, Region};
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -23,13 +23,7 @@ pub(crate) struct Guest {
 
 /// A memory file of `len` bytes.
 pub(crate) fn memfd(len: u64) -> File {
-    // SAFETY: the name is a C string and the descriptor that comes back is ours.
-    let fd = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0, "no memory file");
-    // SAFETY: as above.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(len).unwrap_or_else(|error| panic!("cannot size a memory file: {error}"));
-    file
+    e2e::hostile::memfd(len).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 impl Guest {

@@ -1,12 +1,15 @@
 //! A frontend's whole conversation: messages, true and false, with descriptors of all kinds, and then silence.
 
 use arbitrary::{Arbitrary, Unstructured};
+use e2e::hostile::channel::send;
+use e2e::hostile::eventfd;
+use e2e::hostile::message::words;
 use sluice::port::stats::PortStats;
 use sluice::port::vhost::connection::serve_once;
 use sluice::port::{Link, Publisher};
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
@@ -88,8 +91,7 @@ struct Files {
 impl Files {
     fn new() -> Self {
         let open = |path| File::open(path).unwrap_or_else(|error| panic!("{path}: {error}"));
-        // SAFETY: the call takes no pointers, and the descriptor that comes back is ours.
-        let event = unsafe { File::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)) };
+        let event = eventfd().unwrap_or_else(|error| panic!("{error:#}"));
         let (socket, _) = UnixStream::pair().unwrap_or_else(|error| panic!("no sockets: {error}"));
         Self { memory: memfd(MEMORY), event, null: open("/dev/null"), folder: open("/"), socket }
     }
@@ -144,12 +146,16 @@ pub(crate) fn run(data: &[u8]) {
 
 fn converse(input: &Input, files: &Files) {
     let Ok((ours, theirs)) = UnixStream::pair() else { return };
+    // Whatever does not fit is not sent.
+    if ours.set_nonblocking(true).is_err() {
+        return;
+    }
     for message in input.messages.iter().take(MESSAGES) {
         let (bytes, fds) = message.encode();
         let fds: Vec<RawFd> = fds.into_iter().take(64).map(|kind| files.fd(kind)).collect();
-        send(&ours, &bytes, &fds);
+        let _ = send(&ours, &bytes, &fds);
     }
-    send(&ours, input.rest.get(..input.rest.len().min(8192)).unwrap_or_default(), &[]);
+    let _ = send(&ours, input.rest.get(..input.rest.len().min(8192)).unwrap_or_default(), &[]);
     if ours.shutdown(std::net::Shutdown::Write).is_err() {
         return;
     }
@@ -162,10 +168,6 @@ fn converse(input: &Input, files: &Files) {
 
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
-}
-
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 fn numbers<'n>(numbers: impl IntoIterator<Item = &'n Number>) -> Vec<u8> {
@@ -223,30 +225,5 @@ impl Message {
                 (bytes, fds.clone())
             }
         }
-    }
-}
-
-/// Sends bytes along with descriptors.
-fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) {
-    if bytes.is_empty() {
-        return;
-    }
-    let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    let mut control = [0u64; 40];
-    // SAFETY: an all-zero header is valid, the pointers are to locals that outlive the call, and `control` has room for
-    // 64 descriptors and their header.
-    unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        (message.msg_iov, message.msg_iovlen) = (&mut data, 1);
-        if !fds.is_empty() {
-            let len = size_of_val(fds) as u32;
-            message.msg_control = control.as_mut_ptr().cast();
-            message.msg_controllen = libc::CMSG_SPACE(len) as usize;
-            let first = libc::CMSG_FIRSTHDR(&message);
-            ((*first).cmsg_level, (*first).cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
-            (*first).cmsg_len = libc::CMSG_LEN(len) as usize;
-            std::ptr::copy_nonoverlapping(fds.as_ptr(), libc::CMSG_DATA(first).cast(), fds.len());
-        }
-        libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT);
     }
 }

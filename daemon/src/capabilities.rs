@@ -1,19 +1,15 @@
-//! Gives up all privileges that are not needed.
+//! Capabilities (capabilities(7)), and the end of gaining any.
 
 use std::io;
 
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// What it takes to own and empty other users' folders.
-const NEEDED: CapabilitySet = CapabilitySet::CHOWN.union(CapabilitySet::FOWNER).union(CapabilitySet::DAC_OVERRIDE);
-
-/// Keeps of the calling thread's capabilities what is needed, and rules out ever having more. Threads started later
-/// inherit it, so call it before there are any. Gives the needed ones that are missing.
+/// Keeps those of the calling thread's capabilities that are needed, as far as they are there, and rules out ever having
+/// others. Returns what is left. Threads started later inherit it, so call it before there are any.
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn drop_unneeded() -> io::Result<CapabilitySet> {
-    rustix::thread::set_no_new_privs(true)?;
+pub fn keep(needed: CapabilitySet) -> io::Result<CapabilitySet> {
     let have = rustix::thread::capabilities(None)?.permitted;
     if have.contains(CapabilitySet::SETPCAP) {
         // Up to where the kernel knows no more of them.
@@ -25,10 +21,18 @@ pub fn drop_unneeded() -> io::Result<CapabilitySet> {
         }
     }
     rustix::thread::clear_ambient_capability_set()?;
-    let keep = have & NEEDED;
+    let keep = have & needed;
     let sets = CapabilitySets { effective: keep, permitted: keep, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets)?;
-    Ok(NEEDED - keep)
+    Ok(keep)
+}
+
+/// Nothing that is executed from now on gains any privilege.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn gain_no_more() -> io::Result<()> {
+    Ok(rustix::thread::set_no_new_privs(true)?)
 }
 
 #[cfg(test)]
@@ -37,20 +41,23 @@ mod tests {
 
     #[test]
     fn nothing_else_is_left() {
+        let needed = CapabilitySet::CHOWN | CapabilitySet::DAC_OVERRIDE;
         // In a thread, since others run tests.
-        let left = std::thread::spawn(|| {
-            drop_unneeded().unwrap();
+        let (kept, left) = std::thread::spawn(move || {
+            let kept = keep(needed).unwrap();
             let raised = CapabilitySets {
                 effective: CapabilitySet::SYS_ADMIN,
                 permitted: CapabilitySet::SYS_ADMIN,
                 inheritable: CapabilitySet::empty(),
             };
             assert!(rustix::thread::set_capabilities(None, raised).is_err());
+            gain_no_more().unwrap();
             assert!(rustix::thread::no_new_privs().unwrap());
-            rustix::thread::capabilities(None).unwrap()
-        });
-        let left = left.join().unwrap();
-        assert!(NEEDED.contains(left.permitted) && NEEDED.contains(left.effective), "{left:?}");
-        assert!(left.inheritable.is_empty());
+            (kept, rustix::thread::capabilities(None).unwrap())
+        })
+        .join()
+        .unwrap();
+        assert!(needed.contains(kept));
+        assert_eq!((left.permitted, left.effective, left.inheritable), (kept, kept, CapabilitySet::empty()));
     }
 }
