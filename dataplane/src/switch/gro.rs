@@ -4,10 +4,6 @@
 //! The rules are those of Linux (`tcp_gro_receive`, `inet_gro_receive`): same flow, same headers, next sequence number,
 //! all segments of one size but the last, and checksums that were verified, since the receiver will not look at them.
 //! Order within a flow is kept. Whoever has to send a merged frame to a wire again cuts it at the same places.
-//!
-//! Of acknowledgements that follow each other and carry nothing else, the newest stands for all, as in receive segment
-//! coalescing (virtio 1.2, 5.1.6.3: `VIRTIO_NET_F_RSC_EXT`; Linux leaves them alone). One that tells anything more stays:
-//! a duplicate, selective acknowledgements, congestion marks.
 
 #![forbid(unsafe_code)]
 
@@ -20,8 +16,6 @@ use crate::wire::{EthernetHeader, Ip, Sum, Tcp, be16, eth, ip, l4, put_be16};
 
 /// TCP flag: the acknowledgement number counts.
 const ACK: u8 = 0x10;
-/// How the only TCP option begins that an acknowledgement may have which gives way to a newer one: a timestamp.
-const TIMESTAMP: [u8; 4] = [1, 1, 8, 10];
 /// Longest IP packet, in bytes.
 const MAX_PACKET: usize = 65_535;
 /// IPv4 flag: do not fragment, in the upper byte of its word.
@@ -85,36 +79,6 @@ impl Headers {
         let same = |range: std::ops::Range<usize>| a.get(range.clone()).is_some_and(|a| b.get(range) == Some(a));
         same(self.l4..self.l4 + 4) && same(addresses) && same(0..self.l3)
     }
-
-    /// What IP says of both but for their lengths and identifiers.
-    fn same_network(&self, a: &[u8], b: &[u8]) -> bool {
-        let same = |from: usize, to: usize| a.get(from..to).is_some_and(|part| b.get(from..to) == Some(part));
-        let l3 = self.l3;
-        if self.is_v6 {
-            // Class and flow label; hop limit.
-            same(l3, l3 + 4) && same(l3 + 6, l3 + 8)
-        } else {
-            // Type of service; flags; time to live.
-            same(l3, l3 + 2) && same(l3 + 6, l3 + 10)
-        }
-    }
-
-    /// Whether TCP has no options, or a timestamp only.
-    fn is_simple(&self, head: &[u8]) -> bool {
-        let options = head.get(self.l4 + l4::TCP_HEADER_LEN..self.len).unwrap_or_default();
-        options.is_empty() || options.len() == 12 && options.starts_with(&TIMESTAMP)
-    }
-}
-
-/// What can become of a frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// It is data and nothing else, so that it can be merged.
-    Data,
-    /// It acknowledges and does nothing else, so that a newer one can stand for it.
-    Ack,
-    /// It stays as it is.
-    Other,
 }
 
 /// A frame that might be merged with others.
@@ -122,11 +86,10 @@ enum Kind {
 struct Candidate {
     headers: Headers,
     seq: u32,
-    ack: u32,
     flags: u8,
-    /// Bytes of it.
     data: usize,
-    kind: Kind,
+    /// It is data and nothing else, so that it can be merged.
+    is_plain: bool,
 }
 
 impl Candidate {
@@ -134,39 +97,19 @@ impl Candidate {
         let head = frame.head();
         let headers = Headers::find(head)?;
         let tcp = Tcp::parse(head.get(headers.l4..)?)?;
-        let (behind, packet_len) = (frame.len() - headers.len, headers.packet_len(head)?);
-        let is_whole = headers.len == head.len()
+        let data = frame.len() - headers.len;
+        let is_plain = data > 0
+            && tcp.flags() & !(l4::TCP_PSH | l4::TCP_FIN) == ACK
+            && headers.len == head.len()
+            && headers.packet_len(head) == Some(frame.len() - headers.l3)
             && frame.offload().gso.is_none()
             && !matches!(frame.offload().csum, Csum::Partial { .. });
-        let is_data = behind > 0
-            && tcp.flags() & !(l4::TCP_PSH | l4::TCP_FIN) == ACK
-            && packet_len == headers.len - headers.l3 + behind;
-        let is_ack = tcp.flags() == ACK && packet_len == headers.len - headers.l3 && headers.is_simple(head);
-        let (kind, data) = match (is_whole, is_data, is_ack) {
-            (true, true, _) => (Kind::Data, behind),
-            // What is behind is padding.
-            (true, _, true) => (Kind::Ack, 0),
-            _ => (Kind::Other, behind),
-        };
-        Some(Self { headers, seq: tcp.seq(), ack: tcp.ack(), flags: tcp.flags(), data, kind })
+        Some(Self { headers, seq: tcp.seq(), flags: tcp.flags(), data, is_plain })
     }
 
     /// Whether a stream pauses behind it, so that nothing should wait for more.
     fn is_last(&self) -> bool {
         self.flags & (l4::TCP_PSH | l4::TCP_FIN) != 0
-    }
-
-    /// Whether an acknowledgement of the same flow, with the headers `head`, makes this one, with the headers `own`,
-    /// needless.
-    fn gives_way(&self, own: &[u8], newer: &Self, head: &[u8]) -> bool {
-        let advance = newer.ack.wrapping_sub(self.ack);
-        self.kind == Kind::Ack
-            && newer.kind == Kind::Ack
-            && (1..1 << 31).contains(&advance)
-            && newer.seq == self.seq
-            && self.headers.same_network(own, head)
-            // The header's length, and a bit of congestion marks (RFC 9768).
-            && own.get(self.headers.l4 + l4::TCP_DATA_OFFSET) == head.get(self.headers.l4 + l4::TCP_DATA_OFFSET)
     }
 }
 
@@ -197,7 +140,7 @@ impl Run {
             packet_len: candidate.headers.len - candidate.headers.l3 + candidate.data,
             flags: candidate.flags,
             is_verified: false,
-            is_open: candidate.kind == Kind::Data && !candidate.is_last(),
+            is_open: !candidate.is_last(),
         }
     }
 
@@ -205,14 +148,20 @@ impl Run {
     fn fits(&self, first: &[u8], head: &[u8], candidate: &Candidate) -> bool {
         let Headers { is_v6, l3, l4, len } = self.candidate.headers;
         let same = |from: usize, to: usize| first.get(from..to).is_some_and(|part| head.get(from..to) == Some(part));
+        let same_network = if is_v6 {
+            // Class and flow label; hop limit.
+            same(l3, l3 + 4) && same(l3 + 6, l3 + 8)
+        } else {
+            // Type of service; flags; time to live.
+            same(l3, l3 + 2) && same(l3 + 6, l3 + 10) && self.id_fits(first, head, l3)
+        };
         self.is_open
-            && candidate.kind == Kind::Data
+            && candidate.is_plain
             && candidate.headers.len == len
             && candidate.seq == self.next_seq
             && candidate.data <= self.candidate.data
             && self.packet_len + candidate.data <= MAX_PACKET
-            && self.candidate.headers.same_network(first, head)
-            && (is_v6 || self.id_fits(first, head, l3))
+            && same_network
             // Acknowledgement; options.
             && same(l4 + 8, l4 + 12)
             && same(l4 + 20, len)
@@ -245,9 +194,7 @@ pub fn coalesce(burst: &mut Burst<'_>, places: &mut [u8], shared: u64, accepts: 
         let frame = burst.frame(places[index]);
         let Some(mut candidate) = Candidate::of(frame) else { continue };
         let wanted = if candidate.headers.is_v6 { accepts.tso6 } else { accepts.tso4 };
-        if !(accepts.csum && wanted) || shared & (1 << (u32::from(places[index]) % BURST_BITS)) != 0 {
-            candidate.kind = Kind::Other;
-        }
+        candidate.is_plain &= accepts.csum && wanted && shared & (1 << (u32::from(places[index]) % BURST_BITS)) == 0;
         table.add(burst, places, index as u8, candidate);
     }
     let absorbed = table.merge(burst, places);
@@ -268,13 +215,11 @@ struct Table {
     count: usize,
     /// Of each member of a run, the index of the next one.
     next: [u8; BURST],
-    /// Bits of the acknowledgements that newer ones stand for.
-    outdated: u64,
 }
 
 impl Table {
     fn new() -> Self {
-        Self { runs: [None; BURST], count: 0, next: [0; BURST], outdated: 0 }
+        Self { runs: [None; BURST], count: 0, next: [0; BURST] }
     }
 
     /// Continues the newest run of the frame's flow, or begins a new one.
@@ -294,16 +239,12 @@ impl Table {
                     return;
                 }
             }
-            if run.candidate.gives_way(first.head(), &candidate, frame.head()) && is_valid(burst, frame, &candidate) {
-                self.outdated |= 1 << run.first;
-                *run = Run::new(index, candidate);
-                return;
-            }
             // Nothing may overtake this frame.
             run.is_open = false;
         }
         // A frame that cannot begin a run closes those before it all the same.
-        let run = Run::new(index, candidate);
+        let mut run = Run::new(index, candidate);
+        run.is_open &= candidate.is_plain;
         if let Some(slot) = self.runs.get_mut(self.count) {
             *slot = Some(run);
             self.count += 1;
@@ -312,7 +253,7 @@ impl Table {
 
     /// Makes one frame of each run. Returns the bits of the frames that went into others.
     fn merge(&self, burst: &mut Burst<'_>, places: &[u8]) -> u64 {
-        let mut absorbed = self.outdated;
+        let mut absorbed = 0u64;
         for run in self.runs[..self.count].iter().flatten().filter(|run| run.count > 1) {
             let step = |index: &u8| (*index != run.last).then(|| self.next[usize::from(*index)]);
             let members = std::iter::successors(Some(run.first), step);
@@ -336,12 +277,10 @@ fn is_valid(burst: &Burst<'_>, frame: &Frame, candidate: &Candidate) -> bool {
             return false;
         }
     }
-    let Some(mut sum) = headers.pseudo(head, headers.len - headers.l4 + candidate.data) else { return false };
-    sum.add(head.get(headers.l4..headers.len).unwrap_or_default());
-    if candidate.data > 0 {
-        for piece in burst.tail(frame) {
-            add_piece(&mut sum, *piece);
-        }
+    let Some(mut sum) = headers.pseudo(head, frame.len() - headers.l4) else { return false };
+    sum.add(head.get(headers.l4..).unwrap_or_default());
+    for piece in burst.tail(frame) {
+        add_piece(&mut sum, *piece);
     }
     sum.checksum() == 0
 }

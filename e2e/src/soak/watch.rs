@@ -1,6 +1,6 @@
 //! What the process costs, and what it has logged.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
