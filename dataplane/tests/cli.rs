@@ -254,6 +254,7 @@ fn the_switch_tells_about_itself() {
     let expected = [
         "control",
         "fdb_entries",
+        "memory_bytes",
         "mode",
         "pid",
         "ports",
@@ -265,6 +266,8 @@ fn the_switch_tells_about_itself() {
     ];
     assert_eq!(keys, expected);
     assert_eq!((&status["totals"]["rx_frames"], &status["totals"]["drops"]), (&json!(0), &json!({})));
+    let memory = status["memory_bytes"].as_u64().unwrap();
+    assert!((1 << 20..64 << 20).contains(&memory), "{memory}");
     assert_eq!(status["pid"], daemon.child.id());
     assert_eq!((&status["mode"], &status["ports"]), (&json!("adaptive"), &json!(1)));
     assert_eq!(status["control"], json!(bench.path("ctl.sock")));
