@@ -38,7 +38,7 @@ use crate::port::PortId;
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{SocketPlace, VhostPort};
+use crate::port::vhost::{Setup, SocketPlace, VhostPort};
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Station};
@@ -335,8 +335,9 @@ impl Inner {
         let publisher = self.publisher(id, stats);
         match &config.target {
             PortTarget::VhostUser { path, mode } => {
-                let place = self.place(path)?;
-                VhostPort::start(&config.name, place, *mode, config.queues, config.mtu, publisher).map(Driver::Vhost)
+                let (name, place, mode) = (config.name.clone(), self.place(path)?, *mode);
+                let (queues, mtu) = (config.queues, config.mtu);
+                VhostPort::start(Setup { name, place, mode, queues, mtu, publisher }).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
             PortTarget::Afxdp { interface, mode, replace, busy_poll } => {

@@ -12,7 +12,7 @@ use e2e::hostile::channel::{Channel, Listener};
 use e2e::hostile::message::{Message, SET_LOG_BASE, SET_VRING_CALL, SET_VRING_KICK, numbers};
 use sluice::config::SocketMode;
 use sluice::port::stats::PortStats;
-use sluice::port::vhost::VhostPort;
+use sluice::port::vhost::{Setup, VhostPort};
 use sluice::port::{Link, Publisher};
 use sluice::status::PortState;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
@@ -163,8 +163,8 @@ impl Bench {
     }
 
     pub(crate) fn start(&mut self, name: &str, mode: SocketMode, queues: Option<u16>) {
-        let recorder = self.recorder.clone();
-        self.port = Some(VhostPort::start(name, self.path.clone(), mode, queues, None, recorder).unwrap());
+        let (name, place, publisher) = (name.into(), self.path.clone().into(), self.recorder.clone());
+        self.port = Some(VhostPort::start(Setup { name, place, mode, queues, mtu: None, publisher }).unwrap());
     }
 
     pub(crate) fn listen(&self) -> Qemu {

@@ -5,7 +5,7 @@ use e2e::hostile::channel::send;
 use e2e::hostile::eventfd;
 use e2e::hostile::message::words;
 use sluice::port::stats::PortStats;
-use sluice::port::vhost::connection::serve_once;
+use sluice::port::vhost::serve_once;
 use sluice::port::{Link, Publisher};
 use std::cell::RefCell;
 use std::fs::File;

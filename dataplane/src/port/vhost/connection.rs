@@ -2,29 +2,27 @@
 
 use std::borrow::Cow;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::config::SocketMode;
-use crate::handover::{Fds, VhostRecord};
 use crate::keeper::{Stamp, Watch};
 use crate::port::vhost::answer::{answer, explain};
 use crate::port::vhost::gate::LogGate;
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{self, HEADER, Header, MessageError};
-use crate::port::vhost::parcel::{AdoptError, Parcel, Session};
-use crate::port::vhost::pause::{Orders, Paused};
-use crate::port::vhost::place::SocketPlace;
+use crate::port::vhost::parcel::{Parcel, Session};
+use crate::port::vhost::pause::Orders;
+use crate::port::vhost::port::Setup;
 use crate::port::vhost::socket::{self, Listener, SocketError};
-use crate::port::{Link, Publisher};
+use crate::port::Link;
 use crate::status::PortState;
 use crate::virtq::Fault;
 
@@ -43,158 +41,8 @@ const QUIET_MS: u16 = 10;
 /// How long the rest of a message may take.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Stack of a port's thread.
-const STACK: usize = 256 * 1024;
-
-/// A vhost-user port: the thread that looks after one frontend.
-#[derive(Debug)]
-pub struct VhostPort {
-    orders: Arc<Orders>,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// What a port is started with.
-pub struct Setup {
-    /// Its name.
-    pub name: String,
-    /// The socket that it connects to, or listens on.
-    pub place: SocketPlace,
-    /// Which of the two.
-    pub mode: SocketMode,
-    /// Bounds the queue pairs that frames to the guest are spread over.
-    pub queues: Option<u16>,
-    /// What the port is configured to.
-    pub mtu: Option<u16>,
-    /// Its way to the workers.
-    pub publisher: Arc<dyn Publisher>,
-}
-
-impl VhostPort {
-    /// Starts the port's thread, which connects to the socket at `place` (or listens there) and serves the frontend until
-    /// [`VhostPort::stop`]. `queues` bounds the queue pairs that frames to the guest are spread over, `mtu` is what the
-    /// port is configured to. A socket that is not there, or not ours to use, is no error: the port waits for it and
-    /// says so in its link.
-    ///
-    /// # Errors
-    /// If the process has no thread or descriptor left.
-    pub fn start(
-        name: &str,
-        place: impl Into<SocketPlace>,
-        mode: SocketMode,
-        queues: Option<u16>,
-        mtu: Option<u16>,
-        publisher: Arc<dyn Publisher>,
-    ) -> io::Result<Self> {
-        let setup = Setup { name: name.into(), place: place.into(), mode, queues, mtu, publisher };
-        Self::spawn(Connection::new(setup, Arc::new(Orders::new()?)), None)
-    }
-
-    fn spawn(mut connection: Connection, session: Option<Session>) -> io::Result<Self> {
-        let (orders, port) = (connection.orders.clone(), connection.name.clone());
-        let thread = thread::Builder::new().name(format!("sl-{port}")).stack_size(STACK);
-        let thread = thread.spawn(move || {
-            let _span = tracing::info_span!("vhost-user", port).entered();
-            connection.run(session);
-        })?;
-        Ok(Self { orders, thread: Some(thread) })
-    }
-
-    /// Has the port's thread stand still between two messages until what this returns is dropped, and say what the
-    /// port consists of. Frames flow on.
-    pub fn pause(&self) -> Paused {
-        self.orders.pause()
-    }
-
-    /// Ends the thread, whatever it is doing, and waits for it. The port's link is down afterwards.
-    pub fn stop(self) {}
-}
-
-impl Drop for VhostPort {
-    fn drop(&mut self) {
-        self.orders.end();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread of a vhost-user port panicked");
-        }
-    }
-}
-
-/// Serves one frontend over a connection that is there already, until it hangs up. Returns why the connection failed, if
-/// it did. For fuzzers: there is no thread, and nothing is tried again.
-#[doc(hidden)]
-pub fn serve_once(stream: UnixStream, publisher: Arc<dyn Publisher>) -> Option<String> {
-    let orders = match Orders::new() {
-        Ok(orders) => Arc::new(orders),
-        Err(error) => return Some(error.to_string()),
-    };
-    let place = std::path::PathBuf::new().into();
-    let setup = Setup { name: String::new(), place, mode: SocketMode::Client, queues: None, mtu: None, publisher };
-    Connection::new(setup, orders).begin(stream).err().map(|failure| failure.to_string())
-}
-
-/// A port that was handed over by another process, which it does not disturb: nothing is said to the frontend before
-/// [`Adopted::start`], and if this is dropped instead, the other process can go on.
-pub struct Adopted {
-    connection: Connection,
-    session: Option<Session>,
-    listener: Option<(OwnedFd, (u64, u64))>,
-}
-
-impl std::fmt::Debug for Adopted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Adopted").field("name", &self.connection.name).finish_non_exhaustive()
-    }
-}
-
-impl Adopted {
-    /// Maps the guest's memory and puts the connection together.
-    ///
-    /// # Errors
-    /// [`AdoptError`] if the record is not what a port can be made of.
-    pub fn new(setup: Setup, record: VhostRecord, fds: &mut Fds) -> Result<Self, AdoptError> {
-        let listener = record.listener.map(|(socket, device, inode)| {
-            let socket = fds.take(socket).ok_or(AdoptError::Descriptor("a listening socket"))?;
-            Ok::<_, AdoptError>((socket, (device, inode)))
-        });
-        let listener = listener.transpose()?.filter(|_| setup.mode == SocketMode::Server);
-        let mut connection = Connection::new(setup, Arc::new(Orders::new()?));
-        let session = record.device.map(|device| Session::adopt(connection.device(), device, fds)).transpose()?;
-        if session.is_none() {
-            connection.show(PortState::Connecting, "taken over without a connection".to_owned());
-        }
-        Ok(Self { connection, session, listener })
-    }
-
-    /// Makes the rings' queues, from where each ring stands now. The workers must not serve them yet.
-    ///
-    /// # Errors
-    /// [`AdoptError`] if a ring cannot go on.
-    pub fn go_on(&self, bases: &[u32]) -> Result<(), AdoptError> {
-        self.session.as_ref().map_or(Ok(()), |session| session.go_on(bases))
-    }
-
-    /// As [`Adopted::go_on`] when the other process has died and not said where each ring stands.
-    ///
-    /// # Errors
-    /// As [`Adopted::go_on`].
-    pub fn resume(&self) -> Result<(), AdoptError> {
-        self.connection.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
-        self.session.as_ref().map_or(Ok(()), Session::resume)
-    }
-
-    /// Serves the frontend from now on.
-    ///
-    /// # Errors
-    /// If the process has no thread left.
-    pub fn start(mut self) -> io::Result<VhostPort> {
-        if let Some((socket, made)) = self.listener {
-            self.connection.listener = Some(Listener::adopt(socket, &self.connection.place, made)?);
-        }
-        VhostPort::spawn(self.connection, self.session)
-    }
-}
-
 /// What a connection ended with.
-enum End {
+pub(super) enum End {
     /// We were told to stop.
     Stopped,
     /// The frontend closed its side between two messages.
@@ -220,16 +68,12 @@ pub(super) enum Failure {
     Io(#[from] io::Error),
 }
 
-struct Connection {
-    name: String,
-    place: SocketPlace,
-    mode: SocketMode,
-    queues: Option<u16>,
-    mtu: Option<u16>,
-    publisher: Arc<dyn Publisher>,
-    orders: Arc<Orders>,
+/// A port's side of its connections, one after the other.
+pub(super) struct Connection {
+    pub(super) setup: Setup,
+    pub(super) orders: Arc<Orders>,
     /// In server mode, once it could be made.
-    listener: Option<Listener>,
+    pub(super) listener: Option<Listener>,
     /// The link as we published it last, unless a device did since.
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
@@ -240,20 +84,19 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(setup: Setup, orders: Arc<Orders>) -> Self {
-        let Setup { name, place, mode, queues, mtu, publisher } = setup;
+    pub(super) fn new(setup: Setup, orders: Arc<Orders>) -> Self {
         let (shown, failure, pause, log) = (None, None, RETRY_MS, LogGate::default());
-        Self { name, place, mode, queues, mtu, publisher, orders, listener: None, shown, failure, pause, log }
+        Self { setup, orders, listener: None, shown, failure, pause, log }
     }
 
     /// The port's whole life. Begins with a connection if one was handed over.
-    fn run(&mut self, adopted: Option<Session>) {
+    pub(super) fn run(&mut self, adopted: Option<Session>) {
         if let Some(session) = adopted {
             self.serve(|port| port.session(session));
         }
         while !self.stopped(0) {
-            match self.mode {
-                SocketMode::Client => match socket::connect(&self.place) {
+            match self.setup.mode {
+                SocketMode::Client => match socket::connect(&self.setup.place) {
                     Ok(stream) => self.connected(stream),
                     Err(error) => self.waiting(&error),
                 },
@@ -270,11 +113,11 @@ impl Connection {
     /// Waits for a frontend and serves it.
     fn accept(&mut self) {
         if self.listener.is_none() {
-            self.listener = Listener::bind(&self.place).map_err(|error| self.waiting(&error)).ok();
+            self.listener = Listener::bind(&self.setup.place).map_err(|error| self.waiting(&error)).ok();
         }
         let Some(listener) = &self.listener else { return };
         let fds = [self.orders.as_raw_fd(), listener.socket.as_raw_fd()];
-        let waiting = format!("waiting for a frontend on {}", self.place.path().display());
+        let waiting = format!("waiting for a frontend on {}", self.setup.place.path().display());
         self.show(PortState::Connecting, self.told(waiting));
         // Orders are looked at right after this.
         if !socket::wait(fds, None).is_ok_and(|[_, ready]| ready) {
@@ -283,7 +126,7 @@ impl Connection {
         match self.listener.as_ref().map(Listener::accept) {
             Some(Ok(Some(stream))) => self.connected(stream),
             Some(Ok(None)) | None => {}
-            Some(Err(error)) => self.waiting(&SocketError::Io(self.place.path().to_owned(), error)),
+            Some(Err(error)) => self.waiting(&SocketError::Io(self.setup.place.path().to_owned(), error)),
         }
     }
 
@@ -316,13 +159,13 @@ impl Connection {
     }
 
     /// A device for a new connection.
-    fn device(&self) -> Device {
-        Device::new(self.publisher.clone(), self.queues, self.mtu, self.failure.as_deref())
+    pub(super) fn device(&self) -> Device {
+        Device::new(self.setup.publisher.clone(), self.setup.queues, self.setup.mtu, self.failure.as_deref())
     }
 
-    fn show(&mut self, state: PortState, reason: String) {
+    pub(super) fn show(&mut self, state: PortState, reason: String) {
         if !self.shown.as_ref().is_some_and(|shown| shown.0 == state && shown.1 == reason) {
-            self.publisher.publish(Link::down(state, Some(reason.clone())));
+            self.setup.publisher.publish(Link::down(state, Some(reason.clone())));
             self.shown = Some((state, reason));
         }
     }
@@ -346,15 +189,15 @@ impl Connection {
 
     /// Serves a frontend that has just connected.
     fn connected(&mut self, stream: UnixStream) {
-        self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
+        self.setup.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         if let Some(suppressed) = self.log.pass() {
-            tracing::info!(path = %self.place.path().display(), suppressed, "connected");
+            tracing::info!(path = %self.setup.place.path().display(), suppressed, "connected");
         }
         self.serve(|port| port.begin(stream));
     }
 
     /// The whole life of a connection.
-    fn begin(&self, stream: UnixStream) -> Result<End, Failure> {
+    pub(super) fn begin(&self, stream: UnixStream) -> Result<End, Failure> {
         let device = Arc::new(Mutex::new(self.device()));
         let handler = BackendReqHandler::from_stream(stream.try_clone()?, device.clone());
         self.converse(stream, &device, handler)
@@ -366,9 +209,9 @@ impl Connection {
         // A fault of ours, provoked by this frontend, must cost no more than one of its own.
         let end = panic::catch_unwind(AssertUnwindSafe(|| session(self))).unwrap_or(Err(Failure::Panicked));
         self.orders.connected(None);
-        self.publisher.forget_stations();
-        let fault = self.publisher.stats().fault();
-        self.publisher.stats().clear_fault();
+        self.setup.publisher.forget_stations();
+        let fault = self.setup.publisher.stats().fault();
+        self.setup.publisher.stats().clear_fault();
         if fault == Some(Fault::NotifyBlocked) {
             self.pause = PENALTY_MS;
         }
@@ -412,13 +255,13 @@ impl Connection {
     /// Has the connection kept over a crash.
     fn watch(&self, device: &Mutex<Device>) -> Option<Watch> {
         let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-        let keeper = self.publisher.keeper();
+        let keeper = self.setup.publisher.keeper();
         if device.stamp.is_none() && keeper.is_some() {
             device.stamp = Stamp::new().ok().map(Arc::new);
         }
         // Whoever has it is told, even if we do without.
         let stamp = device.stamp.clone().inspect(|stamp| drop(stamp.set_current(false)))?;
-        Some(Watch::new(keeper?, &self.name, self.place.path(), stamp))
+        Some(Watch::new(keeper?, &self.setup.name, self.setup.place.path(), stamp))
     }
 
     fn talk(

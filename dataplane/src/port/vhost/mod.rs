@@ -15,7 +15,8 @@
 //!                    └─────────────────────────────── refused message ▶ Failed
 //! ```
 //!
-//! - `connection` is the thread: it finds the frontend, waits for messages, ends promptly when told to.
+//! - `port` is what the switch starts, pauses and stops; `connection` is its thread: it finds the frontend, waits for
+//!   messages, ends promptly when told to.
 //! - `socket` connects and listens in directories that others can write to, which `place` finds its way in.
 //! - `message` knows messages on the wire, and which of them the `vhost` crate must not see; `answer` handles those.
 //! - `gate` bounds what a frontend can make us log.
@@ -29,7 +30,7 @@
 //! resets a port, since all state but its counters belongs to the connection.
 
 mod answer;
-pub mod connection;
+mod connection;
 pub mod features;
 mod gate;
 mod handler;
@@ -38,12 +39,13 @@ mod message;
 mod parcel;
 mod pause;
 mod place;
+mod port;
 pub mod queue;
 mod ring;
 mod socket;
 
-pub use connection::{Adopted, Setup, VhostPort};
 pub use parcel::{AdoptError, Parcel};
 pub use pause::Paused;
 pub use place::SocketPlace;
+pub use port::{Adopted, Setup, VhostPort, serve_once};
 pub use ring::Standing;
