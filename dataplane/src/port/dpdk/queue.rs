@@ -15,7 +15,6 @@ use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::sync::SpinLock;
 use crate::virtq::Fault;
-use crate::wire::VirtioNetHdr;
 use crate::worker::meter::Stage;
 
 /// A queue to receive from.

@@ -14,6 +14,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::config::SocketMode;
 use crate::keeper::{Stamp, Watch};
+use crate::port::Link;
 use crate::port::vhost::answer::{answer, explain};
 use crate::port::vhost::gate::LogGate;
 use crate::port::vhost::handler::{Device, DeviceError};
@@ -22,7 +23,6 @@ use crate::port::vhost::parcel::{Parcel, Session};
 use crate::port::vhost::pause::Orders;
 use crate::port::vhost::port::Setup;
 use crate::port::vhost::socket::{self, Listener, SocketError};
-use crate::port::Link;
 use crate::status::PortState;
 use crate::virtq::Fault;
 
