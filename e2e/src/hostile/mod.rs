@@ -33,7 +33,7 @@ pub fn eventfd() -> Result<File> {
 /// A memory file of `len` bytes.
 pub fn memfd(len: u64) -> Result<File> {
     // SAFETY: the name is a C string.
-    let fd = unsafe { libc::memfd_create(c"hostile".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
     let file = owned(fd, "memory file")?;
     file.set_len(len).context("cannot size a memory file")?;
     Ok(file)
