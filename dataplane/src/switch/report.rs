@@ -1,6 +1,7 @@
 //! What the switch tells of ports and addresses, and the thread that keeps house: it ages the FDB, measures and balances
 //! the workers' load and logs faults.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -14,6 +15,7 @@ use crate::port::stats::PortStats;
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
 use crate::switch::load::Sampler;
 use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock};
+use crate::virtq::Fault;
 use crate::wire::MacAddr;
 
 /// The FDB's time at the start, in seconds: so that what another process has learned before can be older than that.
@@ -46,7 +48,7 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("sl-housekeeper".into()).stack_size(256 << 10).spawn(move || {
         let began = Instant::now();
         let mut sampler = Sampler::new(&inner);
-        let mut faults = std::collections::HashMap::new();
+        let mut faults = HashMap::new();
         while !inner.stopping.load(Ordering::Acquire) {
             inner.housekeeper.sleep();
             inner.fdb.set_now(EPOCH + began.elapsed().as_secs() as u32);
@@ -59,16 +61,22 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
     })
 }
 
-fn log_faults(tables: &Tables, known: &mut std::collections::HashMap<String, u64>) {
-    known.retain(|name, _| tables.ports.contains_key(name));
-    for (name, entry) in &tables.ports {
-        let count = entry.stats.faults.load(Ordering::Acquire);
-        if known.insert(name.clone(), count).unwrap_or(0) != count {
-            // It may be over: guests reset their devices.
-            let reason = entry.stats.last_fault().map(|fault| fault.to_string()).unwrap_or_default();
-            tracing::warn!(port = %name, faults = count, reason, "port stopped after a fault of its guest");
-        }
+fn log_faults(tables: &Tables, known: &mut HashMap<String, u64>) {
+    for (port, faults, reason) in new_faults(tables, known) {
+        tracing::warn!(port, faults, %reason, "port stopped after a fault of its guest");
     }
+}
+
+/// Ports that have had a fault since they were last looked at: how many by now, and the last. It may be over: guests reset
+/// their devices. Of those that another process counted before a takeover there is none to tell.
+fn new_faults<'t>(tables: &'t Tables, known: &mut HashMap<String, u64>) -> Vec<(&'t str, u64, Fault)> {
+    known.retain(|name, _| tables.ports.contains_key(name));
+    let news = tables.ports.iter().filter_map(|(name, entry)| {
+        let count = entry.stats.faults.load(Ordering::Acquire);
+        let is_new = known.insert(name.clone(), count).unwrap_or(0) != count;
+        is_new.then(|| entry.stats.last_fault()).flatten().map(|fault| (name.as_str(), count, fault))
+    });
+    news.collect()
 }
 
 impl Switch {
@@ -177,8 +185,7 @@ impl Switch {
     /// The forwarding table, sorted by network, VLAN and address.
     pub fn fdb(&self) -> Vec<FdbEntryStatus> {
         let tables = lock(&self.inner.tables);
-        let names: std::collections::HashMap<_, _> =
-            tables.ports.values().map(|entry| (entry.id, entry.config.name.as_str())).collect();
+        let names: HashMap<_, _> = tables.ports.values().map(|entry| (entry.id, entry.config.name.as_str())).collect();
         let mut entries: Vec<_> = self.inner.fdb.entries();
         entries.sort_by_key(|entry| (entry.station.network, entry.station.vid, entry.station.mac));
         let describe = |entry: &crate::switch::fdb::Entry| {
@@ -215,4 +222,27 @@ impl Switch {
 fn drops(stats: &PortStats) -> std::collections::BTreeMap<&'static str, u64> {
     let read = |reason: &DropReason| (reason.name(), stats.drops(*reason));
     DropReason::ALL.iter().map(read).filter(|(_, count)| *count > 0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SwitchConfig;
+    use crate::handover::StatsRecord;
+
+    #[test]
+    fn a_fault_is_told_once_and_with_its_reason() {
+        let switch = Switch::start(&SwitchConfig::default()).unwrap();
+        switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
+        let tables = lock(&switch.inner.tables);
+        let (stats, mut known) = (tables.ports["a"].stats.clone(), HashMap::new());
+        let mut news = || new_faults(&tables, &mut known);
+        // Of another process, which has told it.
+        stats.restore(&StatsRecord { faults: 3, ..StatsRecord::default() });
+        assert_eq!(news(), []);
+        stats.set_fault(Fault::MemoryLost);
+        stats.clear_fault();
+        assert_eq!(news(), [("a", 4, Fault::MemoryLost)]);
+        assert_eq!(news(), []);
+    }
 }
