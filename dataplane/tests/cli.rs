@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use e2e::wait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -223,9 +224,11 @@ fn ports_that_come_and_go_leave_nothing() {
     let bench = Bench::new();
     let daemon = bench.start(&["--port", &bench.spec("stays")]);
     let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", daemon.child.id())).unwrap().count();
-    // When it answers it has all that it needs.
+    let counts = || (count("fd"), count("task"));
+    // When it answers it has all that it needs; what the answer took is gone a moment later.
     assert_eq!(bench.names(), ["stays"]);
-    let before = (count("fd"), count("task"));
+    let settled = wait::until_stays("a daemon at rest", PATIENCE, Duration::from_secs(2), || Ok(counts()));
+    let before = settled.unwrap();
     for _ in 0..2 {
         for n in 0..32 {
             let mode = if n % 2 == 0 { ",mode=server" } else { "" };
@@ -239,8 +242,8 @@ fn ports_that_come_and_go_leave_nothing() {
     assert_eq!(bench.names(), ["stays"]);
     // The last connections, and the thread that changes run on, take a moment to end.
     let deadline = Instant::now() + PATIENCE;
-    while count("fd") > before.0 || count("task") > before.1 {
-        assert!(Instant::now() < deadline, "{before:?} became {:?}", (count("fd"), count("task")));
+    while counts() != before {
+        assert!(Instant::now() < deadline, "{before:?} became {:?}", counts());
         thread::sleep(Duration::from_millis(50));
     }
     daemon.stop("TERM");
