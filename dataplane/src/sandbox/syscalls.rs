@@ -137,9 +137,10 @@ const CONTROL: &[i64] = &[
 
 /// The same by other names, which this architecture has from its past.
 #[cfg(target_arch = "x86_64")]
-const WORKER_BEFORE: &[i64] = &[libc::SYS_poll, libc::SYS_epoll_wait];
+const WORKER_BEFORE: &[i64] = &[libc::SYS_poll];
 #[cfg(target_arch = "x86_64")]
 const CONTROL_BEFORE: &[i64] = &[
+    libc::SYS_epoll_wait,
     libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
