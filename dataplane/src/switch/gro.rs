@@ -4,8 +4,14 @@
 //! The rules are those of Linux (`tcp_gro_receive`, `inet_gro_receive`): same flow, same headers, next sequence number,
 //! all segments of one size but the last, and checksums that were verified, since the receiver will not look at them.
 //! Order within a flow is kept. Whoever has to send a merged frame to a wire again cuts it at the same places.
+//!
+//! Of acknowledgements that follow each other and carry nothing else, the newest stands for all, as in receive segment
+//! coalescing (virtio 1.2, 5.1.6.4: `VIRTIO_NET_F_RSC_EXT`; Linux leaves them alone). One that tells anything more stays:
+//! a duplicate, selective acknowledgements, congestion marks.
 
 #![forbid(unsafe_code)]
+
+use std::ops::Range;
 
 use crate::frame::{Burst, Frame};
 use crate::limits::BURST;
@@ -16,6 +22,8 @@ use crate::wire::{EthernetHeader, Ip, Sum, Tcp, be16, eth, ip, l4, put_be16};
 
 /// TCP flag: the acknowledgement number counts.
 const ACK: u8 = 0x10;
+/// How the only TCP option begins that an acknowledgement may have which gives way to a newer one: a timestamp.
+const TIMESTAMP: [u8; 4] = [1, 1, 8, 10];
 /// Longest IP packet, in bytes.
 const MAX_PACKET: usize = 65_535;
 /// IPv4 flag: do not fragment, in the upper byte of its word.
@@ -27,6 +35,11 @@ const _: () = assert!(BURST <= BURST_BITS as usize, "one bit for each frame of a
 /// or extension headers, and `bytes` show all of it.
 pub(crate) fn header_len(bytes: &[u8]) -> Option<usize> {
     Headers::find(bytes).map(|headers| headers.len)
+}
+
+/// Whether both have these bytes, and they are the same.
+fn same(a: &[u8], b: &[u8], range: Range<usize>) -> bool {
+    a.get(range.clone()).is_some_and(|part| b.get(range) == Some(part))
 }
 
 /// Where the headers of a TCP frame are, in bytes from its start.
@@ -76,9 +89,47 @@ impl Headers {
     /// The addresses of Ethernet and IP, tags and ports.
     fn same_flow(&self, a: &[u8], b: &[u8]) -> bool {
         let addresses = if self.is_v6 { self.l3 + 8..self.l4 } else { self.l3 + 12..self.l4 };
-        let same = |range: std::ops::Range<usize>| a.get(range.clone()).is_some_and(|a| b.get(range) == Some(a));
-        same(self.l4..self.l4 + 4) && same(addresses) && same(0..self.l3)
+        same(a, b, self.l4..self.l4 + 4) && same(a, b, addresses) && same(a, b, 0..self.l3)
     }
+
+    /// What IP says of both but for their lengths and identifiers.
+    fn same_network(&self, a: &[u8], b: &[u8]) -> bool {
+        let l3 = self.l3;
+        if self.is_v6 {
+            // Class and flow label; hop limit.
+            same(a, b, l3..l3 + 4) && same(a, b, l3 + 6..l3 + 8)
+        } else {
+            // Type of service; flags; time to live.
+            same(a, b, l3..l3 + 2) && same(a, b, l3 + 6..l3 + 10)
+        }
+    }
+
+    /// Whether the timestamps of two headers that are simple and of the same length, if they have any, do not go back (RFC 7323).
+    fn timestamps_fit(&self, older: &[u8], newer: &[u8]) -> bool {
+        let at = self.l4 + l4::TCP_HEADER_LEN + TIMESTAMP.len();
+        let value = |head: &[u8]| head.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+        match (value(older), value(newer)) {
+            (Some(older), Some(newer)) => newer.wrapping_sub(older) < 1 << 31,
+            _ => true,
+        }
+    }
+
+    /// Whether TCP has no options, or a timestamp only.
+    fn is_simple(&self, head: &[u8]) -> bool {
+        let options = head.get(self.l4 + l4::TCP_HEADER_LEN..self.len).unwrap_or_default();
+        options.is_empty() || options.len() == 12 && options.starts_with(&TIMESTAMP)
+    }
+}
+
+/// What can become of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// It is data and nothing else, so that it can be merged.
+    Data,
+    /// It acknowledges and does nothing else, so that a newer one can stand for it.
+    Ack,
+    /// It stays as it is.
+    Other,
 }
 
 /// A frame that might be merged with others.
@@ -86,10 +137,11 @@ impl Headers {
 struct Candidate {
     headers: Headers,
     seq: u32,
+    ack: u32,
     flags: u8,
+    /// Bytes of it.
     data: usize,
-    /// It is data and nothing else, so that it can be merged.
-    is_plain: bool,
+    kind: Kind,
 }
 
 impl Candidate {
@@ -97,19 +149,40 @@ impl Candidate {
         let head = frame.head();
         let headers = Headers::find(head)?;
         let tcp = Tcp::parse(head.get(headers.l4..)?)?;
-        let data = frame.len() - headers.len;
-        let is_plain = data > 0
-            && tcp.flags() & !(l4::TCP_PSH | l4::TCP_FIN) == ACK
-            && headers.len == head.len()
-            && headers.packet_len(head) == Some(frame.len() - headers.l3)
+        let (behind, packet_len) = (frame.len() - headers.len, headers.packet_len(head)?);
+        let is_whole = headers.len == head.len()
             && frame.offload().gso.is_none()
             && !matches!(frame.offload().csum, Csum::Partial { .. });
-        Some(Self { headers, seq: tcp.seq(), flags: tcp.flags(), data, is_plain })
+        let is_data = behind > 0
+            && tcp.flags() & !(l4::TCP_PSH | l4::TCP_FIN) == ACK
+            && packet_len == headers.len - headers.l3 + behind;
+        let is_ack = tcp.flags() == ACK && packet_len == headers.len - headers.l3 && headers.is_simple(head);
+        let (kind, data) = match (is_whole, is_data, is_ack) {
+            (true, true, _) => (Kind::Data, behind),
+            // What is behind is padding.
+            (true, _, true) => (Kind::Ack, 0),
+            _ => (Kind::Other, behind),
+        };
+        Some(Self { headers, seq: tcp.seq(), ack: tcp.ack(), flags: tcp.flags(), data, kind })
     }
 
     /// Whether a stream pauses behind it, so that nothing should wait for more.
     fn is_last(&self) -> bool {
         self.flags & (l4::TCP_PSH | l4::TCP_FIN) != 0
+    }
+
+    /// Whether an acknowledgement of the same flow, with the headers `head`, makes this one, with the headers `own`,
+    /// needless.
+    fn gives_way(&self, own: &[u8], newer: &Self, head: &[u8]) -> bool {
+        let advance = newer.ack.wrapping_sub(self.ack);
+        self.kind == Kind::Ack
+            && newer.kind == Kind::Ack
+            && (1..1 << 31).contains(&advance)
+            && newer.seq == self.seq
+            && self.headers.same_network(own, head)
+            // The header's length, and a bit of congestion marks (RFC 9768).
+            && own.get(self.headers.l4 + l4::TCP_DATA_OFFSET) == head.get(self.headers.l4 + l4::TCP_DATA_OFFSET)
+            && self.headers.timestamps_fit(own, head)
     }
 }
 
@@ -140,31 +213,24 @@ impl Run {
             packet_len: candidate.headers.len - candidate.headers.l3 + candidate.data,
             flags: candidate.flags,
             is_verified: false,
-            is_open: !candidate.is_last(),
+            is_open: candidate.kind == Kind::Data && !candidate.is_last(),
         }
     }
 
     /// Whether a segment with the headers `head` continues the run that begins with the headers `first`.
     fn fits(&self, first: &[u8], head: &[u8], candidate: &Candidate) -> bool {
         let Headers { is_v6, l3, l4, len } = self.candidate.headers;
-        let same = |from: usize, to: usize| first.get(from..to).is_some_and(|part| head.get(from..to) == Some(part));
-        let same_network = if is_v6 {
-            // Class and flow label; hop limit.
-            same(l3, l3 + 4) && same(l3 + 6, l3 + 8)
-        } else {
-            // Type of service; flags; time to live.
-            same(l3, l3 + 2) && same(l3 + 6, l3 + 10) && self.id_fits(first, head, l3)
-        };
         self.is_open
-            && candidate.is_plain
+            && candidate.kind == Kind::Data
             && candidate.headers.len == len
             && candidate.seq == self.next_seq
             && candidate.data <= self.candidate.data
             && self.packet_len + candidate.data <= MAX_PACKET
-            && same_network
+            && self.candidate.headers.same_network(first, head)
+            && (is_v6 || self.id_fits(first, head, l3))
             // Acknowledgement; options.
-            && same(l4 + 8, l4 + 12)
-            && same(l4 + 20, len)
+            && same(first, head, l4 + 8..l4 + 12)
+            && same(first, head, l4 + 20..len)
     }
 
     /// Identifiers that count up, or, of packets that are never fragmented, stay the same.
@@ -194,7 +260,9 @@ pub fn coalesce(burst: &mut Burst<'_>, places: &mut [u8], shared: u64, accepts: 
         let frame = burst.frame(places[index]);
         let Some(mut candidate) = Candidate::of(frame) else { continue };
         let wanted = if candidate.headers.is_v6 { accepts.tso6 } else { accepts.tso4 };
-        candidate.is_plain &= accepts.csum && wanted && shared & (1 << (u32::from(places[index]) % BURST_BITS)) == 0;
+        if !(accepts.csum && wanted) || shared & (1 << (u32::from(places[index]) % BURST_BITS)) != 0 {
+            candidate.kind = Kind::Other;
+        }
         table.add(burst, places, index as u8, candidate);
     }
     let absorbed = table.merge(burst, places);
@@ -215,15 +283,17 @@ struct Table {
     count: usize,
     /// Of each member of a run, the index of the next one.
     next: [u8; BURST],
+    /// Bits of the acknowledgements that newer ones stand for.
+    outdated: u64,
 }
 
 impl Table {
     fn new() -> Self {
-        Self { runs: [None; BURST], count: 0, next: [0; BURST] }
+        Self { runs: [None; BURST], count: 0, next: [0; BURST], outdated: 0 }
     }
 
     /// Continues the newest run of the frame's flow, or begins a new one.
-    fn add(&mut self, burst: &Burst<'_>, places: &[u8], index: u8, candidate: Candidate) {
+    fn add(&mut self, burst: &Burst<'_>, places: &[u8], index: u8, mut candidate: Candidate) {
         let frame_at = |index: u8| burst.frame(places[usize::from(index)]);
         let frame = frame_at(index);
         let of_flow = |run: &&mut Run| candidate.headers.same_flow(frame_at(run.first).head(), frame.head());
@@ -239,12 +309,20 @@ impl Table {
                     return;
                 }
             }
+            if run.candidate.gives_way(first.head(), &candidate, frame.head()) && is_valid(burst, frame, &candidate) {
+                self.outdated |= 1 << run.first;
+                *run = Run::new(index, candidate);
+                return;
+            }
+            // A duplicate tells its receiver that something was lost.
+            if candidate.kind == Kind::Ack && candidate.ack == run.candidate.ack {
+                candidate.kind = Kind::Other;
+            }
             // Nothing may overtake this frame.
             run.is_open = false;
         }
         // A frame that cannot begin a run closes those before it all the same.
-        let mut run = Run::new(index, candidate);
-        run.is_open &= candidate.is_plain;
+        let run = Run::new(index, candidate);
         if let Some(slot) = self.runs.get_mut(self.count) {
             *slot = Some(run);
             self.count += 1;
@@ -253,7 +331,7 @@ impl Table {
 
     /// Makes one frame of each run. Returns the bits of the frames that went into others.
     fn merge(&self, burst: &mut Burst<'_>, places: &[u8]) -> u64 {
-        let mut absorbed = 0u64;
+        let mut absorbed = self.outdated;
         for run in self.runs[..self.count].iter().flatten().filter(|run| run.count > 1) {
             let step = |index: &u8| (*index != run.last).then(|| self.next[usize::from(*index)]);
             let members = std::iter::successors(Some(run.first), step);
@@ -277,10 +355,12 @@ fn is_valid(burst: &Burst<'_>, frame: &Frame, candidate: &Candidate) -> bool {
             return false;
         }
     }
-    let Some(mut sum) = headers.pseudo(head, frame.len() - headers.l4) else { return false };
-    sum.add(head.get(headers.l4..).unwrap_or_default());
-    for piece in burst.tail(frame) {
-        add_piece(&mut sum, *piece);
+    let Some(mut sum) = headers.pseudo(head, headers.len - headers.l4 + candidate.data) else { return false };
+    sum.add(head.get(headers.l4..headers.len).unwrap_or_default());
+    if candidate.data > 0 {
+        for piece in burst.tail(frame) {
+            add_piece(&mut sum, *piece);
+        }
     }
     sum.checksum() == 0
 }

@@ -10,7 +10,7 @@ pub const UDP_HEADER_LEN: usize = 8;
 /// Bytes from the start of a TCP header to its sequence number.
 pub const TCP_SEQ_OFFSET: usize = 4;
 /// Bytes from the start of a TCP header to its own length in words, in the upper half of the byte.
-const TCP_DATA_OFFSET: usize = 12;
+pub const TCP_DATA_OFFSET: usize = 12;
 /// Bytes from the start of a TCP header to its flags.
 pub const TCP_FLAGS_OFFSET: usize = 13;
 /// Bytes from the start of a TCP header to its checksum.
@@ -50,6 +50,12 @@ impl<'a> Tcp<'a> {
     /// Sequence number of the first byte of data.
     pub fn seq(&self) -> u32 {
         let [_, _, _, _, a, b, c, d, ..] = *self.fixed;
+        u32::from_be_bytes([a, b, c, d])
+    }
+
+    /// Sequence number of the next byte that the sender expects; means nothing without the flag ACK.
+    pub fn ack(&self) -> u32 {
+        let [_, _, _, _, _, _, _, _, a, b, c, d, ..] = *self.fixed;
         u32::from_be_bytes([a, b, c, d])
     }
 
@@ -105,8 +111,8 @@ mod tests {
     proptest! {
         #[test]
         fn tcp_agrees_with_etherparse(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
-            let ours = Tcp::parse(&bytes).map(|tcp| (tcp.header_len(), tcp.seq()));
-            let theirs = TcpHeader::from_slice(&bytes).ok().map(|(tcp, _)| (tcp.header_len(), tcp.sequence_number));
+            let ours = Tcp::parse(&bytes).map(|tcp| (tcp.header_len(), tcp.seq(), tcp.ack()));
+            let theirs = TcpHeader::from_slice(&bytes).ok().map(|(tcp, _)| (tcp.header_len(), tcp.sequence_number, tcp.acknowledgment_number));
             prop_assert_eq!(ours, theirs);
             if let Some((tcp, (theirs, _))) = Tcp::parse(&bytes).zip(TcpHeader::from_slice(&bytes).ok()) {
                 let flag = |bit| tcp.flags() & bit != 0;

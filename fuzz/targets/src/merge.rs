@@ -1,4 +1,5 @@
-//! Segments of a wire merged into super-packets: no byte of data is lost, moved or made up.
+//! Segments of a wire merged into super-packets, and acknowledgements into the newest: no byte of data is lost, moved or
+//! made up, and what a flow has acknowledged last arrives.
 
 use arbitrary::{Arbitrary, Unstructured};
 use sluice::frame::{Burst, BurstStorage};
@@ -40,13 +41,13 @@ thread_local! {
         RefCell::new(Tools { storage: BurstStorage::default(), rebuilt: Rebuilt::default() });
 }
 
-/// TCP data by flow (source and destination port), in the order of delivery.
-type Streams = BTreeMap<[u8; 4], Vec<(u32, Vec<u8>)>>;
+/// By flow (source and destination port): data in the order of delivery, and the last frame's acknowledgement.
+type Streams = BTreeMap<[u8; 4], (Vec<(u32, Vec<u8>)>, [u8; 4])>;
 
 pub(crate) fn run(data: &[u8]) {
     let Ok(input) = Input::arbitrary(&mut Unstructured::new(data)) else { return };
-    let mut next = [1u32; 4];
-    let frames: Vec<Vec<u8>> = input.frames.iter().take(BURST).map(|frame| frame.bytes(&mut next)).collect();
+    let (mut next, mut acks) = ([1u32; 4], [1u32; 4]);
+    let frames: Vec<Vec<u8>> = input.frames.iter().take(BURST).map(|frame| frame.bytes(&mut next, &mut acks)).collect();
     let accepts = Accepts { csum: true, tso4: input.tso4, tso6: input.tso6, ..Accepts::default() };
     TOOLS.with_borrow_mut(|tools| {
         let mut burst = tools.storage.begin();
@@ -96,10 +97,16 @@ fn compare(frames: &[Vec<u8>], burst: &mut Burst<'_>, places: &[u8], rebuilt: &m
 fn note(streams: &mut Streams, bytes: &[u8]) {
     let headers = header_len(bytes);
     let l4 = if bytes[12] == 8 { 34 } else { 54 };
-    let (mut flow, mut sequence) = ([0; 4], [0; 4]);
+    let (mut flow, mut sequence, mut ack) = ([0; 4], [0; 4], [0; 4]);
     flow.copy_from_slice(&bytes[l4..l4 + 4]);
     sequence.copy_from_slice(&bytes[l4 + 4..l4 + 8]);
-    streams.entry(flow).or_default().push((u32::from_be_bytes(sequence), bytes[headers..].to_vec()));
+    ack.copy_from_slice(&bytes[l4 + 8..l4 + 12]);
+    let (data, last_ack) = streams.entry(flow).or_default();
+    // A newer acknowledgement may stand for those before it.
+    if headers < bytes.len() || bytes[l4 + 13] != 0x10 {
+        data.push((u32::from_be_bytes(sequence), bytes[headers..].to_vec()));
+    }
+    *last_ack = ack;
 }
 
 fn header_len(bytes: &[u8]) -> usize {
@@ -120,11 +127,12 @@ fn check_sum(bytes: &[u8]) {
 }
 
 impl Frame {
-    fn bytes(&self, next: &mut [u32; 4]) -> Vec<u8> {
+    fn bytes(&self, next: &mut [u32; 4], acks: &mut [u32; 4]) -> Vec<u8> {
         let place = usize::from(self.flow) % 4;
         let len = usize::from(self.len) % 1460;
         let sequence = next[place].wrapping_add(self.jump.unwrap_or(0) as u32);
         next[place] = sequence.wrapping_add(len as u32);
+        acks[place] = acks[place].wrapping_add(u32::from(self.flags >> 4) << 24);
         let v6 = place >= 2;
         let mut bytes = vec![2; 12];
         if v6 {
@@ -142,7 +150,8 @@ impl Frame {
         let l4 = bytes.len();
         bytes.extend([1, place as u8, 0, 80]);
         bytes.extend(sequence.to_be_bytes());
-        bytes.extend([0, 0, 0, 1, 0x50, 0x10 | (self.flags & 0x09), 0xff, 0xff, 0, 0, 0, 0]);
+        bytes.extend(acks[place].to_be_bytes());
+        bytes.extend([0x50, 0x10 | (self.flags & 0x09), 0xff, 0xff, 0, 0, 0, 0]);
         bytes.extend((0..len).map(|at| (sequence as usize + at) as u8));
         let sum = !ones_complement(&[pseudo(&bytes, l4), bytes[l4..].to_vec()].concat());
         bytes[l4 + 16..l4 + 18].copy_from_slice(&sum.to_be_bytes());

@@ -13,8 +13,15 @@ struct Piece {
     v6: bool,
     flow: u16,
     seq: u32,
+    ack: u32,
+    /// The timestamp's value.
+    stamp: u32,
     id: u16,
     data: Vec<u8>,
+    /// Selective acknowledgements beside the timestamp.
+    sack: bool,
+    /// Congestion was met.
+    ece: bool,
     push: bool,
     fin: bool,
     ttl: u8,
@@ -26,13 +33,32 @@ struct Piece {
 impl Piece {
     fn new(flow: u16, seq: u32, id: u16, len: usize) -> Self {
         let data = (0..len).map(|at| (seq as usize + at) as u8).collect();
-        Self { v6: false, flow, seq, id, data, push: false, fin: false, ttl: 64, vlan: None, corrupt: false }
+        Self {
+            v6: false,
+            flow,
+            seq,
+            ack: 77,
+            stamp: 1,
+            id,
+            data,
+            sack: false,
+            ece: false,
+            push: false,
+            fin: false,
+            ttl: 64,
+            vlan: None,
+            corrupt: false,
+        }
     }
 
     fn bytes(&self) -> Vec<u8> {
         use etherparse::{TcpOptionElement, VlanId};
         let link = PacketBuilder::ethernet2([2; 6], [4; 6]);
-        let options = [TcpOptionElement::Noop, TcpOptionElement::Noop, TcpOptionElement::Timestamp(1, 2)];
+        let mut options =
+            vec![TcpOptionElement::Noop, TcpOptionElement::Noop, TcpOptionElement::Timestamp(self.stamp, 2)];
+        if self.sack {
+            options.push(TcpOptionElement::SelectiveAcknowledgement((5, 6), [None; 3]));
+        }
         let mut header = etherparse::Ipv4Header::new(0, self.ttl, 6.into(), [10; 4], [11; 4]).unwrap();
         header.identification = self.id;
         header.dont_fragment = true;
@@ -50,12 +76,15 @@ impl Piece {
             Some(vid) => link.single_vlan(VlanId::try_new(vid).unwrap()).ip(ip),
             None => link.ip(ip),
         };
-        let mut tcp = builder.tcp(self.flow, 80, self.seq, 500).ack(77).options(&options).unwrap();
+        let mut tcp = builder.tcp(self.flow, 80, self.seq, 500).ack(self.ack).options(&options).unwrap();
         if self.push {
             tcp = tcp.psh();
         }
         if self.fin {
             tcp = tcp.fin();
+        }
+        if self.ece {
+            tcp = tcp.ece();
         }
         let mut bytes = Vec::new();
         tcp.write(&mut bytes, &self.data).unwrap();
@@ -209,6 +238,75 @@ fn nothing_overtakes_within_a_flow() {
     assert_eq!(data, [100, 0, 200]);
 }
 
+/// Acknowledgements of one flow, each of two segments more, padded to the shortest frame that there is.
+fn acks(count: u32) -> Vec<Piece> {
+    (0..count).map(|at| Piece { ack: 5000 + at * 2896, ..Piece::new(7, 1000, at as u16, 0) }).collect()
+}
+
+fn ack_of(bytes: &[u8]) -> u32 {
+    let Some(TransportSlice::Tcp(tcp)) = SlicedPacket::from_ethernet(bytes).unwrap().transport else {
+        panic!("not TCP")
+    };
+    tcp.acknowledgment_number()
+}
+
+#[test]
+fn the_newest_acknowledgement_stands_for_those_before_it() {
+    for v6 in [false, true] {
+        for padding in [0, 7] {
+            let mut pieces = acks(20);
+            pieces.iter_mut().for_each(|piece| piece.v6 = v6);
+            // Another flow's is in between.
+            pieces.insert(10, Piece { v6, ..Piece::new(8, 1, 1, 0) });
+            let mut frames = bytes_of(&pieces);
+            frames.iter_mut().for_each(|frame| frame.resize(frame.len() + padding, 0));
+            let out = merge(&frames, 0, ALL);
+            assert_eq!(out.iter().map(|out| ack_of(&out.bytes)).collect::<Vec<_>>(), [77, 5000 + 19 * 2896]);
+            assert!(out.iter().all(|out| out.offload == Offload::NONE && frames.contains(&out.bytes)));
+        }
+    }
+    let mut pieces = acks(4);
+    pieces.iter_mut().for_each(|piece| piece.ack = piece.ack.wrapping_sub(5000 + 2896));
+    assert_eq!(merge(&bytes_of(&pieces), 0, ALL).len(), 1, "numbers begin again at zero");
+}
+
+#[test]
+fn an_acknowledgement_that_tells_more_stays() {
+    type Change = fn(&mut Piece);
+    let changes: [(&str, Change); 13] = [
+        ("a duplicate", |piece| piece.ack = 5000),
+        ("an older one", |piece| piece.ack = 4000),
+        ("an older timestamp", |piece| piece.stamp = 0),
+        ("selective ones", |piece| piece.sack = true),
+        ("congestion", |piece| piece.ece = true),
+        ("a probe", |piece| piece.seq -= 1),
+        ("the end", |piece| piece.fin = true),
+        ("data", |piece| piece.data.push(1)),
+        ("another time to live", |piece| piece.ttl = 63),
+        ("another flow", |piece| piece.flow = 8),
+        ("another VLAN", |piece| piece.vlan = Some(9)),
+        ("a wrong checksum", |piece| piece.corrupt = true),
+        ("another protocol", |piece| piece.v6 = true),
+    ];
+    for (what, change) in changes {
+        let mut pieces = acks(2);
+        change(&mut pieces[1]);
+        assert_eq!(merge(&bytes_of(&pieces), 0, ALL).len(), 2, "{what}");
+    }
+    for (what, change) in &changes[3..11] {
+        let mut pieces = acks(2);
+        change(&mut pieces[0]);
+        assert_eq!(merge(&bytes_of(&pieces), 0, ALL).len(), 2, "{what}, in the older one");
+    }
+    // A duplicate stays also if a newer one follows.
+    let mut pieces = acks(3);
+    pieces[1].ack = pieces[0].ack;
+    assert_eq!(merge(&bytes_of(&pieces), 0, ALL).len(), 3);
+    let pieces = acks(2);
+    assert_eq!(merge(&bytes_of(&pieces), 0b01, ALL).len(), 2, "the older is for others too");
+    assert_eq!(merge(&bytes_of(&pieces), 0, Accepts { tso4: false, ..ALL }).len(), 2, "not asked for");
+}
+
 #[test]
 fn a_packet_has_at_most_64_kib() {
     let out = merge(&bytes_of(&stream(12, 9000 - 72)), 0, ALL);
@@ -223,7 +321,7 @@ prop_compose! {
         picks in prop::collection::vec((0..3u16, 1..6usize, any::<[bool; 4]>(), 0..12u8), 1..32),
         mss in 20..400usize, v6: bool, start: u32,
     ) -> Vec<Piece> {
-        let (mut seq, mut id) = ([start; 3], [u16::MAX - 3; 3]);
+        let (mut seq, mut id, mut acks) = ([start; 3], [u16::MAX - 3; 3], [start; 3]);
         picks.into_iter().map(|(flow, fifths, [push, fin, short, gap], accident)| {
             let at = usize::from(flow);
             let len = if short && accident == 0 { mss * fifths / 5 } else { mss };
@@ -232,6 +330,11 @@ prop_compose! {
             piece.push = push && accident == 1;
             piece.fin = fin && accident == 2;
             piece.corrupt = accident == 3 && len > 0;
+            if accident >= 10 {
+                (piece.data, acks[at]) = (Vec::new(), acks[at].wrapping_add(u32::from(accident - 9) * 1000));
+            }
+            piece.ack = acks[at];
+            let len = piece.data.len();
             if gap && accident == 4 {
                 piece.seq = piece.seq.wrapping_add(1);
             }
@@ -256,6 +359,8 @@ proptest! {
                 }).collect()
             };
             prop_assert_eq!(bytes(frames.iter().collect()), bytes(outs.iter().map(|out| &out.bytes).collect()));
+            let newest = |frames: Vec<&Vec<u8>>| frames.into_iter().rev().find(|frame| tcp_of(frame).0 == flow).map(|frame| ack_of(frame));
+            prop_assert_eq!(newest(frames.iter().collect()), newest(outs.iter().map(|out| &out.bytes).collect()));
         }
         for out in outs.iter().filter(|out| out.offload.gso.is_some()) {
             check(out);
