@@ -474,6 +474,12 @@ fn wrong_words() {
     assert_refused(&output, 2, "the path of the control socket is");
     assert_refused(&sluice().output().unwrap(), 2, "a command is missing; see 'sluice --help'");
     assert_refused(&sluice().args(["port", "show"]).output().unwrap(), 2, "see 'sluice port show --help'");
+    assert_refused(&sluice().args(["status", "--control", "/x"]).output().unwrap(), 2, "take '--socket'");
+    let help_has_socket = |command: &str| {
+        let output = sluice().args([command, "--help"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().contains("--socket <PATH>")
+    };
+    assert_eq!(["run", "status"].map(help_has_socket), [false, true]);
     assert_refused(&sluice().args(["stats", "--watch", "--interval", "0"]).output().unwrap(), 2, "0.1 to 3600");
     assert_refused(&bench.run(&[]).env("SLUICE_LOG", "a=b=c").output().unwrap(), 2, "SLUICE_LOG=a=b=c");
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "something was made");

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{CommandFactory, FromArgMatches};
+use clap::{Arg, CommandFactory, FromArgMatches};
 
 mod args;
 mod capture;
@@ -78,19 +78,24 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Capture(args) => capture::run(&args, socket, json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "sluice", &mut script);
+            clap_complete::generate(shell, &mut command(), "sluice", &mut script);
             output::emit(&String::from_utf8_lossy(&script))
         }
     }
 }
 
+/// All that can be typed. The help of 'run' does not offer what it refuses.
+fn command() -> clap::Command {
+    Cli::command().mut_subcommand("run", |run| run.arg(Arg::new("socket").long("socket").hide(true)))
+}
+
 fn parse() -> Result<Cli, clap::Error> {
-    let matches = Cli::command().try_get_matches()?;
+    let matches = command().try_get_matches()?;
     // The switch makes its socket where `--control` says; a silently ignored `--socket` would be a trap.
     let misled = |run: &clap::ArgMatches| run.value_source("socket") == Some(ValueSource::CommandLine);
     if matches.subcommand_matches("run").is_some_and(misled) {
         let problem = "'--socket' is for the other commands; 'sluice run' takes '--control'";
-        return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
+        return Err(command().error(ErrorKind::ArgumentConflict, problem));
     }
     Cli::from_arg_matches(&matches)
 }
@@ -103,6 +108,9 @@ fn explain(error: &clap::Error, arguments: impl Iterator<Item = String>) -> Stri
         _ => None,
     };
     let problem = match (error.kind(), context(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(argument)) if argument == "--control" => {
+            "'--control' is for 'sluice run'; the other commands take '--socket'".into()
+        }
         (ErrorKind::UnknownArgument, Some(argument)) => format!("unknown argument '{argument}'"),
         (ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand, _) => {
             "a command is missing".into()
@@ -118,7 +126,7 @@ fn explain(error: &clap::Error, arguments: impl Iterator<Item = String>) -> Stri
 
 /// The command that the arguments name, as far as they name one.
 fn command_of(arguments: impl Iterator<Item = String>) -> String {
-    let root = Cli::command();
+    let root = command();
     let (mut command, mut path) = (&root, "sluice".to_owned());
     for argument in arguments {
         if let Some(next) = command.find_subcommand(&argument) {
@@ -135,11 +143,11 @@ mod tests {
 
     #[test]
     fn definitions_are_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     fn complaint(line: &str) -> String {
-        let error = Cli::command().try_get_matches_from(line.split(' ')).unwrap_err();
+        let error = command().try_get_matches_from(line.split(' ')).unwrap_err();
         explain(&error, line.split(' ').skip(1).map(String::from))
     }
 
@@ -149,6 +157,10 @@ mod tests {
             ("sluice", "a command is missing; see 'sluice --help'"),
             ("sluice port", "a command is missing; see 'sluice port --help'"),
             ("sluice fly", "unknown command 'fly'; see 'sluice --help'"),
+            (
+                "sluice status --control /x",
+                "'--control' is for 'sluice run'; the other commands take '--socket'; see 'sluice status --help'",
+            ),
             ("sluice run --foo", "unknown argument '--foo'; see 'sluice run --help'"),
             (
                 "sluice run --mode fast",

@@ -67,7 +67,7 @@ impl Pages for Controller {
             ports: switch.ports(),
             workers: switch.workers(),
             cycles: switch.cycles(),
-            fdb_entries: switch.fdb().len() as u64,
+            fdb_entries: switch.fdb_len() as u64,
             totals: switch.totals(),
             uptime: self.uptime().as_secs_f64(),
         }));
