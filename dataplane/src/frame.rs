@@ -20,6 +20,22 @@ pub const ETHERNET_HEADER: usize = 14;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 const NEEDS_CSUM: u8 = 1;
 
+/// The first 14 bytes of a frame, addresses and EtherType, as two numbers that overlap: frames that begin alike go the same
+/// way, unless they are tagged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Likeness(pub u64, pub u64);
+
+impl Likeness {
+    /// That of no frame: the numbers do not agree on the two bytes that both have.
+    pub const NONE: Self = Self(0, 1);
+
+    /// Whether an 802.1Q tag follows the addresses.
+    #[inline]
+    pub fn is_tagged(self) -> bool {
+        self.1 >> 48 == 0x0081
+    }
+}
+
 /// One frame.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
@@ -109,14 +125,14 @@ impl Frame {
         self.buffer.get(usize::from(self.start)..).and_then(|bytes| bytes.first_chunk()).unwrap_or(&NOTHING)
     }
 
-    /// The first 14 bytes, addresses and EtherType, in two overlapping numbers.
+    /// What the frame began with when it came.
     #[inline]
-    pub fn likeness(&self) -> (u64, u64) {
+    pub fn likeness(&self) -> Likeness {
         // Written so that it becomes two loads.
-        let bytes = self.ethernet();
-        let number =
-            |at: usize| bytes.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |at| u64::from_ne_bytes(*at));
-        (number(0), number(6))
+        let number = |at: usize| {
+            self.buffer.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |at| u64::from_le_bytes(*at))
+        };
+        Likeness(number(HEADROOM), number(HEADROOM + 6))
     }
 
     /// Destination address as a number.
@@ -218,13 +234,14 @@ impl Frame {
 /// Storage of one burst, reused. A worker has one.
 #[derive(Debug)]
 pub struct BurstStorage {
-    frames: Box<[Frame]>,
+    frames: Box<[Frame; BURST]>,
     segments: SegmentArena,
 }
 
 impl Default for BurstStorage {
     fn default() -> Self {
-        Self { frames: vec![Frame::empty(); BURST].into_boxed_slice(), segments: SegmentArena::new(MAX_BURST_SEGMENTS) }
+        let frames = Box::new([const { Frame::empty() }; BURST]);
+        Self { frames, segments: SegmentArena::new(MAX_BURST_SEGMENTS) }
     }
 }
 
@@ -239,7 +256,7 @@ impl BurstStorage {
 /// A burst of frames from one queue.
 #[derive(Debug)]
 pub struct Burst<'m> {
-    frames: &'m mut [Frame],
+    frames: &'m mut [Frame; BURST],
     count: usize,
     segments: Segments<'m>,
 }

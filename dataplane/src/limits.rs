@@ -34,7 +34,7 @@ pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 /// Bytes of a dirty log: a bit for each page of 128 TiB of guest physical addresses.
 pub const MAX_DIRTY_LOG: u64 = 4 << 30;
 
-/// Frames kept for a guest while it is away in the end of a migration.
+/// Frames kept for a guest while it is away in the end of a migration, or while its rings are changed.
 pub const MAX_HELD_FRAMES: usize = 1024;
 
 /// Bytes of them.

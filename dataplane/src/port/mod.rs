@@ -92,7 +92,8 @@ pub struct Link {
     pub rx: Vec<RxEntry>,
     /// Queues that frames are spread over, by flow.
     pub tx: Vec<Arc<dyn TxQueue>>,
-    /// Where frames go while there is no such queue, if the port's guest is migrating; what it holds is for the guest.
+    /// Where frames go while there is no such queue, if the port's guest is migrating or a ring of it is being changed;
+    /// what it holds is for the guest.
     pub hold: Option<Arc<Hold>>,
     /// Names of the features that the other side accepted.
     pub features: Vec<&'static str>,

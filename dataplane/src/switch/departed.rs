@@ -1,4 +1,4 @@
-//! Guests that have migrated away and were not heard elsewhere yet.
+//! Guests that have migrated away and were not heard elsewhere yet, or whose rings have not come back.
 //!
 //! The source of a migration may end before its guest says a word at the target. What is held for the guest then stays
 //! with the port that it has left, and so does what comes for it meanwhile, until it is heard or the time for which
@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::port::Link;
+use crate::port::vhost::hold::Hold;
 use crate::status::PortState;
 use crate::switch::snapshot::PortView;
 use crate::switch::{Inner, Slot, lock};
@@ -14,7 +15,7 @@ use crate::switch::{Inner, Slot, lock};
 /// Lets a link go on with what the port's last one holds, if nobody is there any more to take it.
 pub(super) fn inherit_hold(link: &mut Link, before: &Slot) {
     let Slot::Used(before) = before else { return };
-    if link.hold.is_none() && link.tx.is_empty() && before.link.tx.is_empty() {
+    if link.state != PortState::Up && link.hold.is_none() && before.link.tx.is_empty() {
         link.hold = before.link.hold.clone().filter(|hold| hold.goes_on());
     }
 }
@@ -26,16 +27,18 @@ impl Inner {
         let mut ended = Vec::new();
         for slot in &mut tables.slots {
             let Slot::Used(view) = slot else { continue };
-            let gone = matches!(view.link.state, PortState::Connecting | PortState::Failed);
-            if gone && view.link.hold.as_ref().is_some_and(|hold| !hold.goes_on()) {
-                ended.push(view.id);
+            let over = |hold: &Arc<Hold>| view.link.tx.is_empty() && !hold.goes_on();
+            if let Some(hold) = view.link.hold.clone().filter(over) {
+                ended.push((view.id, hold));
                 let link = Arc::new(Link { hold: None, ..Link::clone(&view.link) });
                 *view = Arc::new(PortView { link, ..PortView::clone(view) });
             }
         }
         if !ended.is_empty() {
             self.publish(&mut tables);
-            self.fdb.retain(|entry| ended.contains(&entry.port) && !entry.is_static);
+            // A device may have it yet, which no worker has any more.
+            ended.iter().for_each(|(_, hold)| hold.clear());
+            self.fdb.retain(|entry| ended.iter().any(|(port, _)| *port == entry.port) && !entry.is_static);
         }
     }
 }

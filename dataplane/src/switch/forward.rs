@@ -1,10 +1,11 @@
 //! The batch path: a burst comes in from one port, is decided on, and goes out to its destinations.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::capture::{Direction, Outcomes};
-use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame};
-use crate::limits::{BURST, MAX_PORTS};
+use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame, Likeness};
+use crate::limits::{BURST, MAX_FRAME, MAX_PORTS};
 use crate::mem::SourceSegment;
 use crate::port::PortId;
 use crate::switch::DropReason;
@@ -66,23 +67,31 @@ impl Places {
     }
 }
 
-/// Frames in a row that go to one port, as most of a burst do.
+/// Frames in a row that go to one port, as most of a burst do: from `first` on.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     to: PortId,
     first: u8,
-    count: u8,
+    /// Frames that begin like this belong to it, in this VLAN.
+    alike: Likeness,
+    vid: u16,
 }
 
 impl Run {
-    const NONE: Self = Self { to: PortId(0), first: 0, count: 0 };
-
-    /// Takes in the frame at `place` if it goes on with the run.
+    /// Nobody gets any frames, up to `next`.
     #[inline]
-    fn extend(&mut self, to: PortId, place: u8) -> bool {
-        let goes_on = self.to == to && self.first.wrapping_add(self.count) == place && self.count > 0;
-        self.count += u8::from(goes_on);
-        goes_on
+    fn before(next: u8) -> Self {
+        const { assert!(MAX_PORTS < u16::MAX as usize) };
+        Self { to: PortId(u16::MAX), first: next, alike: Likeness::NONE, vid: 0 }
+    }
+
+    /// Frames from `first` to this one, which goes that way.
+    #[inline]
+    fn up_to(frame: &Frame, first: u8, path: Path) -> Self {
+        let likeness = frame.likeness();
+        // What a tagged frame begins with does not tell its VLAN.
+        let alike = if likeness.is_tagged() { Likeness::NONE } else { likeness };
+        Self { to: path.egress, first, alike, vid: path.vid }
     }
 }
 
@@ -193,8 +202,8 @@ impl Forwarder {
     #[cold]
     fn release(&mut self, snapshot: &Snapshot, before: PortId, now: &PortView, station: Option<u64>) {
         let Some(hold) = snapshot.port(before).and_then(|port| port.link.hold.as_ref()) else { return };
-        // Where nothing can be delivered it would be held again, with the first hold locked.
-        if now.link.tx.is_empty() {
+        // Where nothing can be delivered it is held again, if not in the same place.
+        if now.link.tx.is_empty() && (now.link.hold.is_none() || before == now.id) {
             return;
         }
         let Some(mut storage) = self.spare.take() else { return };
@@ -213,38 +222,65 @@ impl Forwarder {
 
     /// Decides on the first `count` frames and notes them for their destinations, each in order.
     fn classify(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>, count: u8) {
-        let longest = ingress.mtu + ETHERNET_HEADER;
-        // Most of a burst belongs to one flow. `alike` is what the frame before began with, and went where `run` goes; of
-        // those that are not longer than `allowed`, the next one does as well.
-        let (mut run, mut alike, mut allowed, mut vid) = (Run::NONE, (0, 0), 0, 0);
-        for place in 0..count {
-            let frame = burst.frame_mut(place);
-            if frame.likeness() == alike && frame.len() <= allowed {
-                frame.vid = vid;
-                run.count += 1;
-                continue;
+        let (mut run, mut next) = (Run::before(0), 0);
+        loop {
+            let (end, known) = self.follow(ingress, burst, run, next, count);
+            if end >= count {
+                break;
             }
-            let pair = Pair::of(frame, ingress.id);
-            // When the addresses are many, those of the next frames are other ones again.
-            self.pairs.prefetch(burst.frame(place.wrapping_add(3)));
-            let frame = burst.frame_mut(place);
-            let known = self.pairs.get(pair).filter(|_| frame.len() <= longest);
-            let Some(path) = known.or_else(|| self.settle(snapshot, ingress, burst, place, pair, &mut run)) else {
-                allowed = 0;
+            next = end + 1;
+            let Some(path) = known.or_else(|| self.settle(snapshot, ingress, burst, end, run)) else {
+                run = Run::before(next);
                 continue;
             };
-            let frame = burst.frame_mut(place);
-            (frame.vid, vid) = (path.vid, path.vid);
-            // What a tagged frame begins with does not tell its VLAN.
-            (alike, allowed) = (frame.likeness(), if pair.is_tagged() { 0 } else { longest });
-            if !run.extend(path.egress, place) {
-                self.note_run(std::mem::replace(&mut run, Run { to: path.egress, first: place, count: 1 }));
+            let frame = burst.frame_mut(end);
+            frame.vid = path.vid;
+            let mut first = run.first;
+            if path.egress != run.to {
+                self.note(run.to, run.first..end);
+                first = end;
             }
+            run = Run::up_to(frame, first, path);
         }
-        self.note_run(run);
+        self.note(run.to, run.first..count);
     }
 
-    /// Decides on a frame whose pair is not known. Returns where it goes if that is one port; else all is done.
+    /// Follows frames from `next` on for as long as they are known to belong to the run. Returns the place of the first that
+    /// does not, and where that goes if it is known. Few variables, and hardly ever a call: nearly all frames pass through this.
+    #[inline]
+    fn follow(&self, ingress: &PortView, burst: &mut Burst<'_>, run: Run, next: u8, count: u8) -> (u8, Option<Path>) {
+        let longest = ingress.mtu + ETHERNET_HEADER;
+        let any_length = longest >= MAX_FRAME;
+        let untagged = self.pairs.origin(ingress.id, None);
+        let Run { to, mut alike, mut vid, .. } = run;
+        for place in next..count.min(BURST as u8) {
+            let frame = burst.frame_mut(place);
+            let likeness = frame.likeness();
+            if !any_length && frame.len() > longest {
+                return (place, None);
+            }
+            // Most of a burst belongs to one flow.
+            if likeness != alike {
+                let known = if likeness.is_tagged() {
+                    // What a tagged frame begins with does not tell its VLAN, which `vid` becomes.
+                    alike = Likeness::NONE;
+                    self.pairs.get(Pair { likeness, origin: self.pairs.origin(ingress.id, frame.tag()) })
+                } else {
+                    alike = likeness;
+                    self.pairs.get(Pair { likeness, origin: untagged })
+                };
+                match known {
+                    Some(path) if path.egress == to => vid = path.vid,
+                    _ => return (place, known),
+                }
+            }
+            frame.vid = vid;
+        }
+        (count, None)
+    }
+
+    /// Decides on a frame whose pair is not known. Returns where it goes if that is one port; else all is done, for the
+    /// frames of `run` as well.
     #[inline(never)]
     fn settle(
         &mut self,
@@ -252,17 +288,17 @@ impl Forwarder {
         ingress: &PortView,
         burst: &mut Burst<'_>,
         place: u8,
-        pair: Pair,
-        run: &mut Run,
+        run: Run,
     ) -> Option<Path> {
         let frame = burst.frame_mut(place);
+        let pair = Pair { likeness: frame.likeness(), origin: self.pairs.origin(ingress.id, frame.tag()) };
         let decision = self.decide(snapshot, ingress, frame, pair);
         if let Ok(Some(path)) = decision {
             return Some(path);
         }
         let vid = frame.vid;
         // Order is kept for each destination.
-        self.note_run(std::mem::replace(run, Run::NONE));
+        self.note(run.to, run.first..place);
         if let Err(reason) = decision.and_then(|_| self.flood(snapshot, ingress, vid, place)) {
             ingress.stats.drop_frames(reason, 1);
             self.arrivals.dropped(place, reason);
@@ -334,7 +370,7 @@ impl Forwarder {
         for &id in members {
             let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
             if egress.vlan.egress(vid).is_some() {
-                self.note_run(Run { to: id, first: place, count: 1 });
+                self.note(id, place..place + 1);
                 count += 1;
             }
         }
@@ -345,16 +381,17 @@ impl Forwarder {
         if count > 0 { Ok(()) } else { Err(DropReason::NoDestination) }
     }
 
+    /// Notes frames for their destination.
     #[inline]
-    fn note_run(&mut self, run: Run) {
-        if run.count == 0 {
+    fn note(&mut self, to: PortId, places: Range<u8>) {
+        if places.is_empty() {
             return;
         }
-        let list = &mut self.lists[usize::from(run.to.0) % MAX_PORTS];
+        let list = &mut self.lists[usize::from(to.0) % MAX_PORTS];
         if list.count == 0 {
-            self.touched.push(run.to);
+            self.touched.push(to);
         }
-        list.push_run(run.first, run.count);
+        list.push_run(places.start, places.end - places.start);
     }
 
     /// Hands frames to a port's queues, in the form that it takes.

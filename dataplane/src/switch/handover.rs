@@ -29,7 +29,7 @@ pub enum HandoverError {
     /// A port's thread did not stand still in time.
     #[error("port {0} is in the midst of a message from its frontend; try again")]
     Busy(String),
-    /// A guest is on its way to another port, and frames are kept for it.
+    /// Frames are kept for a guest that is on its way to another port, or whose rings are being changed.
     #[error("frames are being kept for a guest that migrates; try again")]
     Migrating,
     /// A port cannot be handed over or taken over.

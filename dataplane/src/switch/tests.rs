@@ -157,6 +157,14 @@ impl Bench {
             self.send(from, &[hello.clone(), tagged(10)]);
         }
     }
+
+    /// Gives a port another link. Returns the one before.
+    fn relink(&mut self, at: usize, link: Link) -> Arc<Link> {
+        let view = self.snapshot.ports[at].clone().unwrap();
+        let before = view.link.clone();
+        self.snapshot.ports[at] = Some(Arc::new(PortView { link: Arc::new(link), ..PortView::clone(&view) }));
+        before
+    }
 }
 
 fn bench(count: usize) -> Bench {
@@ -204,10 +212,7 @@ fn a_station_that_moves_is_followed() {
 fn frames_for_a_guest_that_migrates_wait_for_it_in_order() {
     let mut bench = bench(4);
     let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    let mut stopped = PortView::clone(bench.snapshot.ports[1].as_ref().unwrap());
-    let up = stopped.clone();
-    stopped.link = Arc::new(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
-    bench.snapshot.ports[1] = Some(Arc::new(stopped));
+    let up = bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
     bench.snapshot.networks[0].retain(|port| *port != PortId(1));
     let to_it: Vec<_> = (60..80).map(|len| frame(mac(1), mac(0), len * 20)).collect();
     bench.send(0, &to_it[..12]);
@@ -220,12 +225,32 @@ fn frames_for_a_guest_that_migrates_wait_for_it_in_order() {
     // It goes on where it was.
     bench.send(1, &[frame(BROADCAST, mac(1), 60)]);
     bench.send(0, &to_it[..3]);
-    let link = Link { hold: Some(hold.clone()), ..Link::clone(&up.link) };
-    bench.snapshot.ports[1] = Some(Arc::new(PortView { link: Arc::new(link), ..up }));
+    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::clone(&up) });
     bench.received(1);
     bench.forwarder.release_returned(&bench.snapshot);
     assert!(bench.received(1) == expected[..3]);
     assert_eq!(bench.drops(1, DropReason::LinkDown), 0);
+}
+
+/// A guest is heard at a port just when its ring there is being changed.
+#[test]
+fn what_is_held_waits_again_where_a_ring_is_changed() {
+    let mut bench = bench(3);
+    bench.introduce();
+    let holds = [1, 2].map(|at| Arc::new(Hold::new(bench.stations[at].stats.clone())));
+    bench.relink(1, Link { hold: Some(holds[0].clone()), ..Link::down(PortState::Down, None) });
+    let up = bench.relink(2, Link { hold: Some(holds[1].clone()), ..Link::down(PortState::Up, None) });
+    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let to_it: Vec<_> = (60..70).map(|len| frame(mac(1), mac(0), len * 20)).collect();
+    bench.send(0, &to_it[..6]);
+    bench.send(2, &[frame(BROADCAST, mac(1), 60)]);
+    bench.send(0, &to_it[6..]);
+    assert_eq!([holds[0].len(), holds[1].len()], [0, 10]);
+    bench.relink(2, Link { hold: Some(holds[1].clone()), ..Link::clone(&up) });
+    bench.received(2);
+    bench.forwarder.release_returned(&bench.snapshot);
+    let expected: Vec<_> = to_it.iter().map(|frame| frame[12..].to_vec()).collect();
+    assert!(bench.received(2) == expected);
 }
 
 #[test]
@@ -233,9 +258,7 @@ fn what_is_held_is_bounded_and_counted() {
     let mut bench = bench(2);
     bench.introduce();
     let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    let mut stopped = PortView::clone(bench.snapshot.ports[1].as_ref().unwrap());
-    stopped.link = Arc::new(Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
-    bench.snapshot.ports[1] = Some(Arc::new(stopped));
+    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
     for _ in 0..MAX_HELD_FRAMES + 7 {
         bench.send(0, &[frame(mac(1), mac(0), 60)]);
         drop(bench.stations[0].out.returned());
@@ -353,6 +376,29 @@ fn vlans_access_and_trunk() {
     assert_eq!(bench.drops(2, DropReason::VlanDenied), 1);
     bench.send(0, std::slice::from_ref(&answer));
     assert_eq!(bench.drops(0, DropReason::VlanDenied), 1);
+}
+
+#[test]
+fn tagged_and_untagged_frames_of_a_burst_keep_their_vlans() {
+    for mtu in [1500, usize::MAX / 2] {
+        let trunk = Port { vlan: VlanMode::Trunk { native: Some(5), allowed: vec![5, 20] }, mtu, ..Port::default() };
+        let mut bench = Bench::new(&[trunk.clone(), trunk]);
+        (0..2).for_each(|at| bench.post(at, 16, 2048));
+        let tag = |mut frame: Vec<u8>| {
+            frame.splice(24..24, [0x81, 0x00, 0, 20]);
+            frame
+        };
+        let answer = frame(BROADCAST, mac(1), 60);
+        bench.send(1, &[answer.clone(), tag(answer)]);
+        let plain = frame(mac(1), mac(0), 60);
+        let burst = [plain.clone(), tag(plain.clone()), plain.clone(), tag(plain.clone()), plain];
+        // The stations are learned in the first, their pairs in the second, and known in the third.
+        for round in 0..3 {
+            bench.send(0, &burst);
+            let expected: Vec<_> = burst.iter().map(|frame| frame[12..].to_vec()).collect();
+            assert_eq!(bench.received(1), expected, "round {round}, MTU {mtu}");
+        }
+    }
 }
 
 #[test]

@@ -197,14 +197,15 @@ impl Entry {
 
     /// These elements are about to be written to these slots. What was written down before is done with by now, so
     /// overwriting it in parts does no harm.
-    pub fn redo(&self, before: u16, after: u16, slots: &[u32], elements: &[u64]) {
+    pub fn redo(&self, before: u16, after: u16, elements: impl IntoIterator<Item = (u32, u64)>) {
         let record = self.record();
-        let count = slots.len().min(elements.len()).min(BATCH);
-        for (place, (slot, element)) in slots.iter().zip(elements).take(count).enumerate() {
-            record.slots[place].store(*slot, Ordering::Relaxed);
-            record.elements[place].store(*element, Ordering::Relaxed);
+        let mut count = 0;
+        for (place, (slot, element)) in elements.into_iter().take(BATCH).enumerate() {
+            record.slots[place].store(slot, Ordering::Relaxed);
+            record.elements[place].store(element, Ordering::Relaxed);
+            count += 1;
         }
-        self.write(Batch { before, after, count: count as u16 });
+        self.write(Batch { before, after, count });
     }
 }
 
@@ -227,7 +228,7 @@ mod tests {
         assert_eq!(entry.last(), None);
         entry.begin(3);
         assert_eq!(entry.last(), Some(Batch { before: 3, after: 3, count: 0 }));
-        entry.redo(3, 0x8001, &[3, 5], &[30, 50]);
+        entry.redo(3, 0x8001, [(3, 30), (5, 50)]);
         let other = journal.entry("vm1", 1, 7).unwrap();
         assert_eq!(other.last(), None);
         drop((entry, other, journal));

@@ -3,6 +3,7 @@
 //! One ring of descriptors serves both ways: the driver marks a slot available, we mark it used. A slot's flags are read
 //! first and written last, and of several slots the first one is marked last, so that the driver sees all or nothing.
 
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
@@ -154,7 +155,7 @@ impl PackedRing {
     fn finish(&self, mut rest: Vec<(u32, u64)>) {
         while let Some((slot, element)) = rest.pop() {
             self.tail(slot).store(element.to_le(), Ordering::Release);
-            self.mark_slots(&[slot]);
+            self.mark_slots([slot]);
         }
     }
 
@@ -206,12 +207,20 @@ impl PackedRing {
         })
     }
 
+    /// A slot's first half, its address; the second one follows.
+    #[inline]
+    fn place(&self, slot: u32) -> *mut u64 {
+        debug_assert!(slot < self.size);
+        // A division would cost as much as all else that is done to a slot.
+        let inside = if slot < self.size { slot } else { 0 };
+        self.slots.wrapping_add(inside as usize * 2)
+    }
+
     /// The second half of a slot: length, id and flags.
     #[inline]
     fn tail(&self, slot: u32) -> &AtomicU64 {
-        debug_assert!(slot < self.size);
         // SAFETY: the slot is within the ring, whose area `map` checked and which is aligned to 16.
-        unsafe { AtomicU64::from_ptr(self.slots.wrapping_add((slot % self.size) as usize * 2 + 1)) }
+        unsafe { AtomicU64::from_ptr(self.place(slot).wrapping_add(1)) }
     }
 
     /// Reads a slot if it is available, its flags first.
@@ -223,7 +232,7 @@ impl PackedRing {
             return None;
         }
         // SAFETY: as in `tail`; volatile, since the guest may write meanwhile.
-        let addr = unsafe { self.slots.wrapping_add((at.slot % self.size) as usize * 2).read_volatile() };
+        let addr = unsafe { self.place(at.slot).read_volatile() };
         Some(Slot { addr: u64::from_le(addr), len: tail as u32, id: (tail >> 32) as u16, flags })
     }
 
@@ -245,11 +254,10 @@ impl PackedRing {
 
     /// Marks slots that were changed.
     #[cold]
-    fn mark_slots(&self, slots: &[u32]) {
+    fn mark_slots(&self, slots: impl IntoIterator<Item = u32>) {
         let Some(mut marks) = self.memory.dirty() else { return };
         for slot in slots {
-            let place = self.slots.wrapping_add((slot % self.size) as usize * 2);
-            marks.place(place.cast(), DESCRIPTOR);
+            marks.place(self.place(slot).cast(), DESCRIPTOR);
         }
         marks.finish();
     }
@@ -335,6 +343,46 @@ fn used_flags(at: Cursor, direction: Direction) -> u16 {
     wrap | direction.flag()
 }
 
+/// Chains completed and not yet marked as used, each in one number: length, id, and the position that it was taken from.
+#[derive(Debug)]
+struct Pending {
+    /// Only the first `count` are written; there is one of these for each burst.
+    chains: [MaybeUninit<u64>; PENDING],
+    count: usize,
+}
+
+impl Pending {
+    #[inline]
+    fn new() -> Self {
+        Self { chains: [MaybeUninit::uninit(); PENDING], count: 0 }
+    }
+
+    fn is_full(&self) -> bool {
+        self.count >= PENDING
+    }
+
+    /// Adds one, if there is room.
+    #[inline]
+    fn push(&mut self, chain: Chain, len: u32) {
+        if let Some(place) = self.chains.get_mut(self.count) {
+            place.write(u64::from(len) | u64::from(chain.id) << 32 | u64::from(chain.at) << 48);
+            self.count += 1;
+        }
+    }
+
+    /// Slots and used elements, in the order of completion.
+    #[inline]
+    fn elements(&self, direction: Direction) -> impl DoubleEndedIterator<Item = (u32, u64)> {
+        let written = self.chains.iter().take(self.count);
+        written.map(move |chain| {
+            // SAFETY: `push` has written the first `count`.
+            let chain = unsafe { chain.assume_init() };
+            let at = Cursor::of((chain >> 48) as u16);
+            (at.slot, element((chain >> 32) as u16, chain as u32, used_flags(at, direction)))
+        })
+    }
+}
+
 /// A packed ring held for one burst.
 #[derive(Debug)]
 pub struct PackedWork<'r> {
@@ -345,13 +393,11 @@ pub struct PackedWork<'r> {
     cursor: Cursor,
     /// Chains taken since the ring was locked.
     taken: u32,
-    /// Where what is completed next was taken from.
-    completing: Cursor,
+    /// The chain completed last; at first one of no slots before the next.
+    last: Chain,
     /// Where what is marked as used next was taken from.
     flushed: Cursor,
-    pending: [u64; PENDING],
-    pending_slots: [u32; PENDING],
-    count: usize,
+    pending: Pending,
     published: bool,
     walked: Walked,
 }
@@ -373,11 +419,9 @@ impl<'r> PackedWork<'r> {
             position,
             cursor,
             taken: 0,
-            completing: cursor,
+            last: Chain { id: 0, at: cursor.index().into(), slots: 0 },
             flushed: cursor,
-            pending: [0; PENDING],
-            pending_slots: [0; PENDING],
-            count: 0,
+            pending: Pending::new(),
             published: false,
             walked: Walked::default(),
         }
@@ -423,22 +467,35 @@ impl<'r> PackedWork<'r> {
         }
     }
 
+    /// Where what is completed next was taken from.
+    #[inline]
+    fn completing(&self) -> Cursor {
+        Cursor::of(self.last.at as u16).advance(self.last.slots, self.ring.size)
+    }
+
     /// Marks everything completed as used, the first one last.
     fn flush(&mut self) {
-        let count = std::mem::take(&mut self.count).min(PENDING);
-        if let Some(entry) = self.ring.journal.as_ref().filter(|_| self.direction == Direction::ToGuest && count > 0) {
-            let (slots, elements) = (&self.pending_slots[..count], &self.pending[..count]);
-            entry.redo(self.flushed.index(), self.completing.index(), slots, elements);
-            self.flushed = self.completing;
+        let (ring, direction) = (self.ring, self.direction);
+        let elements = || self.pending.elements(direction);
+        if let Some(entry) = ring.journal.as_ref().filter(|_| direction == Direction::ToGuest && self.pending.count > 0)
+        {
+            let completing = self.completing();
+            entry.redo(self.flushed.index(), completing.index(), elements());
+            self.flushed = completing;
         }
-        for index in (0..count).rev() {
-            let order = if index == 0 { Ordering::Release } else { Ordering::Relaxed };
-            self.ring.tail(self.pending_slots[index]).store(self.pending[index].to_le(), order);
+        let mut rest = elements();
+        let first = rest.next();
+        for (slot, element) in rest.rev() {
+            ring.tail(slot).store(element.to_le(), Ordering::Relaxed);
         }
-        if self.ring.config.log.is_some() {
-            self.ring.mark_slots(self.pending_slots.get(..count).unwrap_or_default());
+        if let Some((slot, element)) = first {
+            ring.tail(slot).store(element.to_le(), Ordering::Release);
+            self.published = true;
         }
-        self.published |= count > 0;
+        if ring.config.log.is_some() {
+            ring.mark_slots(elements().map(|(slot, _)| slot));
+        }
+        self.pending.count = 0;
     }
 }
 
@@ -468,7 +525,7 @@ impl<'r> Work<'r> for PackedWork<'r> {
     #[inline]
     fn take_ahead(&mut self, ahead: &Ahead<'r>) -> Option<(Chain, Segment<'r>)> {
         let (id, buffer) = ahead.get(self.taken)?;
-        let chain = Chain { id, slot: self.cursor.slot, slots: 1 };
+        let chain = Chain { id, at: self.cursor.index().into(), slots: 1 };
         self.cursor = self.cursor.advance(1, self.ring.size);
         self.taken += 1;
         Some((chain, buffer))
@@ -482,7 +539,7 @@ impl<'r> Work<'r> for PackedWork<'r> {
         self.position.hints = hints;
         let (bytes, count) = (buffers.bytes(), buffers.count());
         self.walked.add(count)?;
-        let chain = Chain { id, slot: self.cursor.slot, slots };
+        let chain = Chain { id, at: self.cursor.index().into(), slots };
         self.cursor = self.cursor.advance(slots, self.ring.size);
         self.taken += 1;
         Ok(Some((chain, bytes)))
@@ -498,26 +555,24 @@ impl<'r> Work<'r> for PackedWork<'r> {
 
     #[inline]
     fn complete(&mut self, chain: Chain, len: u32) {
-        if self.count >= PENDING {
+        if self.pending.is_full() {
             self.flush();
         }
-        self.pending[self.count] = element(chain.id, len, used_flags(self.completing, self.direction));
-        self.pending_slots[self.count] = chain.slot;
-        self.count += 1;
-        self.completing = self.completing.advance(chain.slots, self.ring.size);
+        self.pending.push(chain, len);
+        self.last = chain;
     }
 
     #[inline]
     fn intend(&self) {
         if let Some(entry) = &self.ring.journal {
-            entry.intend(self.position.next.index(), self.completing.index());
+            entry.intend(self.position.next.index(), self.completing().index());
         }
     }
 
     #[inline]
     fn publish(&mut self) -> bool {
         self.flush();
-        self.position.next = self.completing;
+        self.position.next = self.completing();
         std::mem::take(&mut self.published)
     }
 

@@ -4,6 +4,7 @@
 //! and published together; chains that were taken but not completed can be given back by going back to a mark.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use crate::limits::{BURST, MAX_BURST_BUFFERS};
@@ -11,13 +12,13 @@ use crate::mem::{GuestMemory, Segment};
 use crate::virtq::chain::Direction;
 use crate::virtq::{Fault, RingError};
 
-/// A chain taken from a ring.
+/// A chain taken from a ring. Not in smaller numbers, which would be written apart and read together.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Chain {
     /// Index of its first descriptor (split), or its buffer id (packed).
     pub(super) id: u16,
-    /// Ring slot where its used descriptor goes (packed).
-    pub(super) slot: u32,
+    /// Position in the ring that it was taken from (packed).
+    pub(super) at: u32,
     /// Ring slots it takes (packed).
     pub(super) slots: u32,
 }
@@ -125,17 +126,26 @@ impl Walked {
 pub struct Ahead<'r> {
     /// Count of chains taken before the first one.
     first: u32,
+    /// Chains that were looked at. What is noted of others is never written, not even cleared: there is one of these for each
+    /// burst.
     count: u32,
-    ids: [u16; BURST],
-    places: [*mut u8; BURST],
-    lens: [u32; BURST],
+    ids: [MaybeUninit<u16>; BURST],
+    places: [MaybeUninit<*mut u8>; BURST],
+    lens: [MaybeUninit<u32>; BURST],
     memory: PhantomData<&'r GuestMemory>,
 }
 
 impl Default for Ahead<'_> {
+    #[inline]
     fn default() -> Self {
-        let places = [std::ptr::null_mut(); BURST];
-        Self { first: 0, count: 0, ids: [0; BURST], places, lens: [0; BURST], memory: PhantomData }
+        Self {
+            first: 0,
+            count: 0,
+            ids: [MaybeUninit::uninit(); BURST],
+            places: [MaybeUninit::uninit(); BURST],
+            lens: [MaybeUninit::uninit(); BURST],
+            memory: PhantomData,
+        }
     }
 }
 
@@ -153,15 +163,16 @@ impl<'r> Ahead<'r> {
         if index >= BURST {
             return;
         }
-        self.ids[index] = id;
-        self.places[index] = std::ptr::null_mut();
         if let Some(buffer) = buffer {
             match direction {
                 Direction::FromGuest => buffer.prefetch_read(),
                 Direction::ToGuest => buffer.prefetch_write(),
             }
-            (self.places[index], self.lens[index]) = buffer.into_parts();
         }
+        let (place, len) = buffer.map_or((std::ptr::null_mut(), 0), Segment::into_parts);
+        self.ids[index].write(id);
+        self.places[index].write(place);
+        self.lens[index].write(len);
         self.count += 1;
     }
 
@@ -172,8 +183,12 @@ impl<'r> Ahead<'r> {
         if index >= self.count as usize || index >= BURST {
             return None;
         }
+        // SAFETY: `push` wrote everything before `count`.
+        let (id, place, len) = unsafe {
+            (self.ids[index].assume_init(), self.places[index].assume_init(), self.lens[index].assume_init())
+        };
         // SAFETY: what `Segment::into_parts` gave for memory that is held for `'r`, or null.
-        let single = unsafe { Segment::new(self.places[index], self.lens[index]) };
-        Some((self.ids[index], single?))
+        let single = unsafe { Segment::new(place, len) };
+        Some((id, single?))
     }
 }

@@ -165,9 +165,8 @@ impl Worker<'_> {
                 snapshot = newer;
                 self.shared.acknowledged.acknowledge(snapshot.epoch);
                 self.begin_plan(&snapshot);
-                if self.id == 0 {
-                    self.forwarder.release_returned(&snapshot);
-                }
+                // Before anything that comes later; and what this worker has kept, others may not have seen.
+                self.forwarder.release_returned(&snapshot);
                 if let Some(announcement) = snapshot.announcement.as_ref().filter(|_| self.id == 0) {
                     self.forwarder.announce(&snapshot, &mut self.storage, announcement);
                 }

@@ -1,7 +1,9 @@
-//! A new process takes over from the running one, and a crashed one returns: real processes, frames that keep coming.
+//! A new process takes over from the running one, a crashed one returns, a frontend changes its mind: real processes, frames
+//! that keep coming.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod changes;
 mod driver;
 mod failures;
 mod station;
@@ -68,11 +70,15 @@ impl Bench {
     }
 
     fn with_keeper(kind: Kind, servers: bool, keeper: bool) -> Self {
+        Self::with(kind, servers, keeper, &[])
+    }
+
+    fn with(kind: Kind, servers: bool, keeper: bool, arguments: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let station = |number: u8| Station::new(number, kind, &dir.path().join(format!("vm{number}.sock")), !servers);
         let stations = [station(1), station(2)];
         let mut bench = Self { dir, servers, keeper, switch: None, stations };
-        bench.switch = Some(bench.start(&[]));
+        bench.switch = Some(bench.start(arguments));
         bench.connect();
         bench.stream(Duration::from_millis(50));
         bench
@@ -204,13 +210,18 @@ impl Bench {
         start.elapsed()
     }
 
-    /// Nothing lost, nothing twice.
-    fn check_whole(&mut self) {
+    /// Waits for all that was sent.
+    fn collect(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while self.stations[0].sent > self.stations[1].expected || self.stations[1].sent > self.stations[0].expected {
             self.stations.iter_mut().for_each(Station::receive);
             assert!(Instant::now() < deadline, "the last frames do not arrive:\n{}", self.log());
         }
+    }
+
+    /// Nothing lost, nothing twice.
+    fn check_whole(&mut self) {
+        self.collect();
         for station in &self.stations {
             assert_eq!((station.lost, station.duplicates), (0, 0), "{}", self.log());
         }

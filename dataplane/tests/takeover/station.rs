@@ -1,5 +1,6 @@
 //! A virtual machine: a frontend, two rings, and frames that can be told apart and checked.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -8,12 +9,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 
 use crate::driver::{HEADER, Kind, Memory, Ring, SLOTS};
 
 const UVA: u64 = 0x7f00_0000_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Writes to memory are logged (`VHOST_F_LOG_ALL`).
+const LOG_ALL: u64 = 1 << 26;
 /// Frames under way at once, so that no ring ever overflows.
 const WINDOW: u64 = 96;
 
@@ -40,6 +43,8 @@ pub(crate) struct Station {
     pub(crate) sent: u64,
     /// Frames before this are not waited for any more.
     given_up: u64,
+    /// How long they are waited for: [`GIVE_UP`] unless told.
+    pub(crate) patience: Duration,
     /// The next frame that is expected of the other one, and those that did not come.
     pub(crate) expected: u64,
     pub(crate) lost: u64,
@@ -87,6 +92,7 @@ impl Station {
             tx,
             sent,
             given_up,
+            patience: GIVE_UP,
             expected,
             lost,
             duplicates,
@@ -117,35 +123,17 @@ impl Station {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut frontend = Frontend::from_stream(stream, 2);
         let offered = frontend.get_features().unwrap();
-        let mut wanted = 1 << 32 | 1 << 30 | 1 << 15 | 1 << 28;
-        wanted |= if self.kind.packed { 1 << 34 } else { 0 } | if self.kind.event_idx { 1 << 29 } else { 0 };
+        let wanted = self.wanted();
         assert_eq!(offered & wanted, wanted);
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         frontend.set_owner().unwrap();
         frontend.set_features(wanted).unwrap();
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: self.memory.len as u64,
-            userspace_addr: UVA,
-            mmap_offset: 0,
-            mmap_handle: self.memory.file.as_raw_fd(),
-        };
-        frontend.set_mem_table(&[region]).unwrap();
+        frontend.set_mem_table(&[region(&self.memory.file, self.memory.len)]).unwrap();
         for (index, ring) in [(0, &self.rx), (1, &self.tx)] {
-            let [desc, avail, used] = ring.areas().map(|offset| UVA + offset);
-            let config = VringConfigData {
-                queue_max_size: SLOTS,
-                queue_size: SLOTS,
-                flags: 0,
-                desc_table_addr: desc,
-                avail_ring_addr: avail,
-                used_ring_addr: used,
-                log_addr: None,
-            };
             frontend.set_vring_num(index, SLOTS).unwrap();
             base(&frontend, index as u32, ring.stale_base());
-            frontend.set_vring_addr(index, &config).unwrap();
+            frontend.set_vring_addr(index, &config(ring.areas(), false)).unwrap();
             frontend.set_vring_kick(index, &ring.kick).unwrap();
             frontend.set_vring_call(index, &ring.call).unwrap();
             frontend.set_vring_enable(index, true).unwrap();
@@ -154,6 +142,44 @@ impl Station {
         frontend.get_features().unwrap();
         self.frontend = Some(frontend);
         self.last = Instant::now();
+    }
+
+    /// Features that the driver accepts.
+    fn wanted(&self) -> u64 {
+        let layout = if self.kind.packed { 1 << 34 } else { 0 } | if self.kind.event_idx { 1 << 29 } else { 0 };
+        1 << 32 | 1 << 30 | 1 << 15 | 1 << 28 | layout
+    }
+
+    /// Changes what a frontend may while frames flow: how either side is notified, the dirty log, where writes to it are
+    /// logged, the memory table, a memory slot. For another thread.
+    pub(crate) fn changes(&self) -> impl FnMut() + Send + use<> {
+        let mut frontend = self.frontend.clone().unwrap();
+        let rings = [&self.rx, &self.tx]
+            .map(|ring| (ring.kick.try_clone().unwrap(), ring.call.try_clone().unwrap(), ring.areas()));
+        let (memory, len, wanted) = (self.memory.file.try_clone().unwrap(), self.memory.len, self.wanted());
+        let (log, slot) = (e2e::hostile::memfd(4096).unwrap(), e2e::hostile::memfd(4096).unwrap());
+        move || {
+            let mut more = region(&slot, 4096);
+            (more.guest_phys_addr, more.userspace_addr) = (1 << 30, UVA + (1 << 30));
+            for (index, (kick, call, _)) in rings.iter().enumerate() {
+                frontend.set_vring_kick(index, kick).unwrap();
+                frontend.set_vring_call(index, call).unwrap();
+            }
+            let dirty = VhostUserDirtyLogRegion { mmap_size: 4096, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+            frontend.set_log_base(0, Some(dirty)).unwrap();
+            frontend.set_features(wanted | LOG_ALL).unwrap();
+            for logged in [true, false] {
+                for (index, (.., areas)) in rings.iter().enumerate() {
+                    frontend.set_vring_addr(index, &config(*areas, logged)).unwrap();
+                }
+            }
+            frontend.set_features(wanted).unwrap();
+            frontend.add_mem_region(&more).unwrap();
+            frontend.remove_mem_region(&more).unwrap();
+            frontend.set_mem_table(&[region(&memory, len)]).unwrap();
+            // Answered once all of that has been done.
+            frontend.get_features().unwrap();
+        }
     }
 
     /// Asks something of the switch over the connection.
@@ -179,7 +205,7 @@ impl Station {
         while self.tx.take().is_some() {}
         let mut count = 0;
         // Those of a whole window may be gone, and nothing would ever be sent again.
-        if self.sent > other.expected && other.silent.elapsed() > GIVE_UP {
+        if self.sent > other.expected && other.silent.elapsed() > self.patience {
             (self.given_up, other.silent) = (self.sent, Instant::now());
         }
         while self.sent - other.expected.max(self.given_up) < WINDOW && count < 16 && self.tx.outstanding() < 100 {
@@ -232,6 +258,30 @@ impl Station {
     }
 }
 
+/// Where a ring lies, by the offsets of its areas, and whether writes to it are logged.
+fn config([desc, avail, used]: [u64; 3], logged: bool) -> VringConfigData {
+    VringConfigData {
+        queue_max_size: SLOTS,
+        queue_size: SLOTS,
+        flags: u32::from(logged),
+        desc_table_addr: UVA + desc,
+        avail_ring_addr: UVA + avail,
+        used_ring_addr: UVA + used,
+        log_addr: logged.then_some(used),
+    }
+}
+
+/// The whole of a guest's memory.
+fn region(file: &File, len: usize) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: len as u64,
+        userspace_addr: UVA,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    }
+}
+
 fn base(frontend: &Frontend, index: u32, base: u32) {
     // The crate takes 16 bits only.
     let mut bytes = Vec::new();
@@ -243,9 +293,11 @@ fn base(frontend: &Frontend, index: u32, base: u32) {
     assert_eq!(sent, bytes.len() as isize);
 }
 
-/// A frame whose length and content follow from its number.
+/// A frame whose length and content follow from its number; one in 16 goes to all.
 fn frame(from: u8, to: u8, number: u64) -> Vec<u8> {
-    let mut bytes = vec![2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x88, 0xb5];
+    let to = if number % 16 == 15 { [0xff; 6] } else { [2, 0, 0, 0, 0, to] };
+    let mut bytes = to.to_vec();
+    bytes.extend([2, 0, 0, 0, 0, from, 0x88, 0xb5]);
     bytes.extend(number.to_le_bytes());
     let len = 60 + (number.wrapping_mul(0x9e37_79b9) % 1300) as usize;
     let byte = |at: usize| (number as usize).wrapping_mul(31).wrapping_add(at) as u8;

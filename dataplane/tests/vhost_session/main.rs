@@ -278,7 +278,6 @@ fn marks(log: &fs::File) -> u8 {
 
 #[test]
 fn logging_begins_changes_and_ends_under_running_rings() {
-    const LOG_ALL: u64 = 1 << 26;
     const USED: u8 = 1 << 2 | 1 << 6;
     let _shared = shared();
     let bench = Bench::new("log", Client);
@@ -324,6 +323,29 @@ fn logging_begins_changes_and_ends_under_running_rings() {
     peer.raw(6, 0x1, &[31u64.to_ne_bytes(), [0; 8]].concat(), &[first.as_raw_fd()]);
     let failed = bench.recorder.wait_since(mark, "a refusal", |link| link.state == PortState::Failed);
     assert!(failed.reason.contains("a dirty log of 31 bytes does not fit"), "{}", failed.reason);
+}
+
+#[test]
+fn what_comes_while_a_migration_fails_in_the_end_is_kept() {
+    let _shared = shared();
+    let bench = Bench::new("failed", Client);
+    let mut peer = bench.listen().accept();
+    peer.bring_up(&Guest::new(MIB));
+    assert!(!bench.recorder.newest().holds);
+    peer.set_log(&memfd(4096), 32);
+    peer.frontend.set_features(DRIVER | LOG_ALL).unwrap();
+    let stopped = [0, 1].map(|index| peer.frontend.get_vring_base(index).unwrap());
+    assert!(bench.recorder.newest().holds);
+    // The guest goes on where it was.
+    let mark = bench.recorder.mark();
+    peer.frontend.set_features(DRIVER).unwrap();
+    assert_eq!(stopped, [0, 0]);
+    peer.start_pair(0);
+    let seen = bench.recorder.since(mark);
+    let returned = seen.iter().position(|link| link.tx == 1).unwrap();
+    assert!(seen[..=returned].iter().all(|link| link.holds), "{seen:#?}");
+    let newest = bench.recorder.newest();
+    assert_eq!((newest.state, newest.tx, newest.holds), (PortState::Up, 1, false));
 }
 
 #[test]

@@ -47,6 +47,8 @@ pub(crate) struct Seen {
     pub(crate) reason: String,
     pub(crate) rx: usize,
     pub(crate) tx: usize,
+    /// What comes while there is no queue to send to is kept.
+    pub(crate) holds: bool,
     pub(crate) features: Vec<&'static str>,
     pub(crate) memory: u64,
 }
@@ -68,6 +70,7 @@ impl Publisher for Recorder {
             reason: link.reason.clone().unwrap_or_default(),
             rx: link.rx.len(),
             tx: link.tx.len(),
+            holds: link.hold.is_some(),
             features: link.features.clone(),
             memory: link.memory_bytes,
         };
@@ -244,6 +247,9 @@ pub(crate) fn ring_place(index: usize) -> VringConfigData {
 
 /// Features as a Linux guest on QEMU accepts them.
 pub(crate) const DRIVER: u64 = 1 << 32 | 1 << 30 | 1 << 28 | 1 << 29 | 1 << 15 | 1 << 22 | 0b11;
+
+/// Writes to memory are logged (`VHOST_F_LOG_ALL`).
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 
 /// Our end of a connection.
 pub(crate) struct Peer {

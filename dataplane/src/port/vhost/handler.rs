@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -79,7 +80,7 @@ pub(super) struct Device {
     pub(super) memory: Arc<GuestMemory>,
     /// Where dirty pages are marked while `LOG_ALL` is among the features.
     pub(super) log: Option<Arc<Log>>,
-    /// For frames that come while the guest is logged and its rings are stopped.
+    /// For frames that come while rings are changed, or while the guest is logged and its rings are stopped.
     hold: Option<Arc<Hold>>,
     /// As many as have been named so far.
     pub(super) rings: Vec<Ring>,
@@ -171,7 +172,8 @@ impl Device {
 
     /// Stops all rings and forgets what the driver negotiated. Memory stays: QEMU only tells us its changes.
     fn stop_all(&mut self) {
-        self.withdraw_all();
+        self.rings.iter_mut().for_each(Ring::withdraw);
+        self.publish();
         for ring in &mut self.rings {
             ring.freeze();
             ring.stop();
@@ -220,8 +222,7 @@ impl Device {
 
     /// Changes a ring's size, place or base. It continues where it was, if it ran.
     fn rebuild(&mut self, index: usize, change: impl FnOnce(&mut Ring)) {
-        self.rings[index].withdraw();
-        self.publish();
+        self.suspend(index..index + 1);
         let ring = &mut self.rings[index];
         ring.freeze();
         change(ring);
@@ -237,24 +238,48 @@ impl Device {
     ) -> std::result::Result<(), DeviceError> {
         let index = self.full_index(index)?;
         let event = file.map(EventFd::from_file).transpose().map_err(|error| DeviceError::Notify(index, error))?;
-        self.rings[index].withdraw();
-        self.publish();
+        self.suspend(index..index + 1);
         change(&mut self.rings[index], event);
         self.settle();
         Ok(())
     }
 
-    fn withdraw_all(&mut self) {
-        self.rings.iter_mut().for_each(Ring::withdraw);
+    /// Takes rings from the workers for a change, after which [`Device::settle`] brings them back. What comes for the guest
+    /// meanwhile is kept.
+    fn suspend(&mut self, rings: Range<usize>) {
+        let could_receive = self.can_receive();
+        self.rings[rings].iter_mut().for_each(Ring::withdraw);
+        if could_receive && !self.can_receive() {
+            self.hold();
+        }
         self.publish();
+    }
+
+    fn can_receive(&self) -> bool {
+        self.rings.iter().any(|ring| matches!(ring.queue(), Some(Queue::ToGuest(_))))
+    }
+
+    fn suspend_all(&mut self) {
+        self.suspend(0..self.rings.len());
+    }
+
+    /// Has what comes for the guest while it has no ring to receive with be kept, from the next link on.
+    fn hold(&mut self) {
+        let stats = self.publisher.stats();
+        self.hold.get_or_insert_with(|| Arc::new(Hold::new(stats.clone())));
+    }
+
+    /// Whether writes to the guest's memory are logged, as they are when it migrates.
+    fn is_logged(&self) -> bool {
+        self.features & features::LOG_ALL != 0
     }
 
     /// Brings another memory table, or another dirty log, into use. Rings go on where they are; the old log is let go
     /// of by the last of them.
     fn change_memory(&mut self, memory: &GuestMemory) -> std::result::Result<(), DeviceError> {
-        let log = self.log.clone().filter(|_| self.features & features::LOG_ALL != 0);
+        let log = self.log.clone().filter(|_| self.is_logged());
         let memory = memory.logged_by(log)?;
-        self.withdraw_all();
+        self.suspend_all();
         self.memory = Arc::new(memory);
         for (index, ring) in self.rings.iter_mut().enumerate() {
             ring.move_to(index, &self.memory);
@@ -282,6 +307,12 @@ impl Device {
             ring.settle(index, &around);
         }
         self.publish();
+        // By now every worker has been told to deliver what was kept. Rings that are stopped, as in a migration that failed in
+        // the end, may still come back.
+        let is_over = self.can_receive() || self.rings.iter().any(|ring| ring.problem.is_some());
+        if is_over && !self.is_logged() && self.hold.take().is_some() {
+            self.publish();
+        }
     }
 
     /// Publishes the link if it differs from the one that workers have.
@@ -372,20 +403,16 @@ impl VhostUserBackendReqHandlerMut for Device {
             return Err(DeviceError::Features(foreign).into());
         }
         if features != self.features {
-            let logged = features & features::LOG_ALL != 0;
-            if logged {
-                let stats = self.publisher.stats();
-                self.hold.get_or_insert_with(|| Arc::new(Hold::new(stats.clone())));
-            }
-            self.withdraw_all();
+            self.suspend_all();
             // Where logging alone is switched on or off, rings just go on.
             if (features ^ self.features) & !features::LOG_ALL != 0 {
                 self.rings.iter_mut().for_each(Ring::freeze);
             }
             self.features = features;
+            if self.is_logged() {
+                self.hold();
+            }
             self.change_memory(&self.memory.clone())?;
-            // By now a worker has been told to deliver what it holds.
-            self.hold = self.hold.take().filter(|_| logged);
         }
         Ok(())
     }

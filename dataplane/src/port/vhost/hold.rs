@@ -1,10 +1,12 @@
-//! Frames for a guest that has stopped to migrate: kept until it goes on, here or on another port.
+//! Frames for a guest that cannot take them for a moment: kept until it goes on, here or on another port.
 //!
 //! A guest whose dirty pages are logged and whose receive rings are stopped is about to appear somewhere else, within
-//! milliseconds. What comes for it meanwhile is kept, bounded in frames, bytes and time, and delivered in order once it
-//! is heard. Only frames for stations known behind the port are; broadcasts go to all who are there.
+//! milliseconds; one whose frontend changes a ring, or the memory that it lies in, goes on at once. What comes for it
+//! meanwhile is kept, bounded in frames, bytes and time, and delivered in order. Only frames for stations known behind the
+//! port are; what goes to all goes to all who are there, as a guest is whose rings are changed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::frame::Burst;
@@ -20,6 +22,8 @@ const LIFE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Hold {
     held: SpinLock<Held>,
+    /// Frames that are kept, for who only wants to know.
+    count: AtomicUsize,
     stats: Arc<PortStats>,
 }
 
@@ -43,17 +47,18 @@ impl Hold {
     /// Room for frames; drops are counted at the port.
     pub fn new(stats: Arc<PortStats>) -> Self {
         let (frames, bytes) = (Vec::with_capacity(MAX_HELD_FRAMES), Vec::with_capacity(MAX_HELD_BYTES));
-        Self { held: SpinLock::new(Held { frames, bytes, since: None }), stats }
+        Self { held: SpinLock::new(Held { frames, bytes, since: None }), count: AtomicUsize::new(0), stats }
     }
 
     /// Whether the guest may still be heard in time. Its time begins now if no frame has come for it yet.
     pub fn goes_on(&self) -> bool {
-        self.held.lock().since.get_or_insert_with(Instant::now).elapsed() <= LIFE
+        // While a worker is at it, it goes on.
+        self.held.try_lock().is_none_or(|mut held| held.since.get_or_insert_with(Instant::now).elapsed() <= LIFE)
     }
 
     /// Frames that are kept.
     pub fn len(&self) -> usize {
-        self.held.lock().frames.len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether nothing is kept.
@@ -61,11 +66,24 @@ impl Hold {
         self.len() == 0
     }
 
+    /// Drops all that is kept.
+    pub fn clear(&self) {
+        let mut held = self.held.lock();
+        self.stats.drop_frames(DropReason::LinkDown, held.frames.len() as u64);
+        held.since = None;
+        held.frames.clear();
+        held.bytes.clear();
+        self.count.store(0, Ordering::Relaxed);
+    }
+
     /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.
     pub fn keep(&self, burst: &Burst<'_>, places: &[u8]) {
-        let mut held = self.held.lock();
+        let Some(mut held) = self.held.lock_in_time() else {
+            return self.stats.drop_frames(DropReason::Contended, places.len() as u64);
+        };
         let late = held.since.get_or_insert_with(Instant::now).elapsed() > LIFE;
         let kept = places.iter().take_while(|&&place| !late && held.push(burst, place)).count();
+        self.count.store(held.frames.len(), Ordering::Relaxed);
         self.stats.drop_frames(DropReason::LinkDown, (places.len() - kept) as u64);
     }
 
@@ -85,6 +103,7 @@ impl Hold {
             }
             false
         });
+        self.count.store(frames.len(), Ordering::Relaxed);
         if frames.is_empty() {
             bytes.clear();
             *since = None;
@@ -94,8 +113,7 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let count = self.held.lock().frames.len();
-        self.stats.drop_frames(DropReason::LinkDown, count as u64);
+        self.clear();
     }
 }
 

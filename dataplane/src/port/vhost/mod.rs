@@ -22,7 +22,7 @@
 //! - `gate` bounds what a frontend can make us log.
 //! - `handler` is the device: what each message does to features, memory and rings.
 //! - `pause` has the thread end, or stand still while `parcel` takes the port to another process.
-//! - [`hold`] keeps frames for a guest that migrates.
+//! - [`hold`] keeps frames for a guest that migrates, or whose rings are being changed.
 //! - `ring` is one vring's setup; [`queue`] is how workers use it.
 //! - [`features`] is what we offer.
 //!
