@@ -491,6 +491,26 @@ fn stops_in_every_state() {
     assert!(!bench.path.exists());
 }
 
+/// As it would if it paused before it looked for its frontend again.
+#[test]
+fn a_connected_port_stops_at_once() {
+    let _shared = shared();
+    let mut bench = Bench::new("prompt", Client);
+    let qemu = bench.listen();
+    let took = |bench: &mut Bench| {
+        let mut peer = qemu.accept();
+        peer.negotiate();
+        let begin = Instant::now();
+        bench.stop();
+        let took = begin.elapsed();
+        bench.start("prompt", Client, None);
+        took
+    };
+    // A machine may be busy for a moment, but not each time.
+    let quickest = (0..10).map(|_| took(&mut bench)).min().unwrap();
+    assert!(quickest < Duration::from_millis(40), "{quickest:?}");
+}
+
 #[test]
 fn server_mode_serves_one_after_the_other() {
     let _shared = shared();

@@ -137,6 +137,10 @@ impl Connection {
 
     /// As [`Connection::stopped`], within a connection.
     fn stopped_in(&self, milliseconds: u16, session: Option<(&UnixStream, &Mutex<Device>)>) -> bool {
+        // The signal to end may have been taken before, in a connection.
+        if self.orders.ended() {
+            return true;
+        }
         if socket::wait([self.orders.as_raw_fd()], Some(milliseconds)).is_ok_and(|[woken]| woken) {
             self.orders.obey(|| self.pack(session));
         }
