@@ -198,6 +198,11 @@ impl Switch {
     pub fn usage(&self) -> Result<Usage> {
         Usage::of(self.pid())
     }
+
+    /// Bytes that the switch has allocated and not freed, as it says itself.
+    pub fn allocated(&self) -> Result<u64> {
+        self.json(&["status"])?["memory_bytes"].as_u64().context("no memory_bytes in the status")
+    }
 }
 
 fn control_path(scratch: &Scratch) -> PathBuf {

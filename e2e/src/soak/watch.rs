@@ -1,6 +1,6 @@
 //! What the process costs, and what it has logged.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -92,8 +92,7 @@ impl Watch {
     pub fn audit(&mut self, switch: &Switch) -> Result<()> {
         let pid = switch.pid();
         let usage = Usage::of(pid)?;
-        let allocated =
-            switch.json(&["status"])?["memory_bytes"].as_u64().context("no memory_bytes in the status")? >> 10;
+        let allocated = switch.allocated()? >> 10;
         if self.lives.last().is_none_or(|life| life.pid != pid) {
             self.lives.push(Life::of(pid));
         }
