@@ -5,7 +5,7 @@ use clap::Args;
 use std::process::Command;
 
 use crate::setup;
-use crate::stage::{cargo, must};
+use crate::stage::{build_release, must};
 
 #[derive(Args)]
 #[command(disable_help_flag = true)]
@@ -20,7 +20,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !only_asks {
         setup::ensure()?;
     }
-    must("the build", cargo(&["build", "--quiet", "--release", "-p", "sluice", "-p", "benches", "--bins"]))?;
+    build_release(&["sluice", "benches"])?;
     let mut suite = Command::new(e2e::machine::repository().join("target/release/suite"));
     suite.args(&options.arguments).current_dir(e2e::machine::repository());
     must("the measurement", suite)

@@ -9,7 +9,7 @@ use serde_json::json;
 use std::time::{Duration, Instant};
 
 use crate::setup;
-use crate::stage::{cargo, must};
+use crate::stage::build_release;
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -34,7 +34,7 @@ struct Flow {
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     println!("==> building the switch (release)");
-    must("the build", cargo(&["build", "--release", "-p", "sluice", "--bins"]))?;
+    build_release(&["sluice"])?;
 
     let _turn = machine::exclusive()?;
     let cpus = machine::cpus()?;

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::parse_minutes;
-use crate::stage::{self, cargo, must};
+use crate::stage::{self, build_release, cargo, must};
 
 pub(crate) const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// The hostile frontend, among the names of targets.
@@ -116,7 +116,7 @@ fn merge(name: &str) -> Result<Command> {
 }
 
 fn frontend(seconds: u64) -> Result<Command> {
-    must("building the switch", cargo(&["build", "--release", "-p", "sluice", "--bins"]))?;
+    build_release(&["sluice"])?;
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     println!("seeds from {seed} on");
     let mut command = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "random", "--nocapture"]);

@@ -5,7 +5,7 @@ use clap::Args;
 use e2e::soak;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::stage::{cargo, must};
+use crate::stage::build_release;
 use crate::{parse_minutes, setup};
 
 #[derive(Args)]
@@ -30,7 +30,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::ensure()?;
     if std::env::var_os("SLUICE_BIN").is_none() {
-        must("building the switch", cargo(&["build", "--release", "--quiet", "-p", "sluice", "--bins"]))?;
+        build_release(&["sluice"])?;
     }
     let seed = match options.seed {
         Some(seed) => seed,

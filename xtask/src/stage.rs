@@ -1,12 +1,13 @@
 //! One step of a task: a command whose output people see as it comes, ended when we are.
 
 use anyhow::{Context, Result};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Process group of the command that runs now; 0 for none.
 static GROUP: AtomicI32 = AtomicI32::new(0);
@@ -120,4 +121,15 @@ pub(crate) fn must(what: &str, command: Command) -> Result<()> {
     let outcome = run(command, None, |_| ())?;
     anyhow::ensure!(outcome.status.success(), "{what} failed ({})", outcome.status);
     Ok(())
+}
+
+/// Builds packages as releases, the switch among them, and has tests and measurements use that switch: they take the newest
+/// build, and cargo leaves the time of one that needs no building.
+pub(crate) fn build_release(packages: &[&str]) -> Result<()> {
+    let mut command = cargo(&["build", "--release", "--bins"]);
+    command.args(packages.iter().flat_map(|package| ["-p", package]));
+    must("the build", command)?;
+    let switch = e2e::machine::repository().join("target/release/sluice");
+    let newest = File::open(&switch).and_then(|file| file.set_modified(SystemTime::now()));
+    newest.with_context(|| format!("cannot set the time of {}", switch.display()))
 }

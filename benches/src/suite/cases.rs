@@ -139,7 +139,7 @@ pub fn scaling(peers: &[Peer], quick: bool) -> Vec<Work> {
     };
     for &peer in peers {
         let counts: &[u16] = if quick { &[2, 16] } else { &[2, 4, 8, 16, 32, 64] };
-        for &count in counts {
+        for &count in counts.iter().filter(|count| peer.has_room_for(**count)) {
             ports.case(count.to_string(), peer.to_string(), only(Plan { ports: count, ..Plan::default() }, peer));
         }
     }
@@ -185,7 +185,8 @@ pub fn stalled(peers: &[Peer], quick: bool) -> Vec<Work> {
 
 /// One worker and two, with four ports.
 pub fn workers() -> Vec<Work> {
-    let how = "64 B, four ports, 1024 frames in flight each way, rings of 4096. With two CPUs the generator shares one \
+    // As many frames in flight as the workers move between two moments of the generator, or they would wait for it.
+    let how = "64 B, four ports, 2048 frames in flight each way, rings of 4096. With two CPUs the generator shares one \
                with the second worker: it wakes up for a moment each 30 µs, in real time, and the share of a CPU that \
                it takes is accounted for: per free CPU means throughput over CPUs that are left to the workers.";
     let metrics = vec![
@@ -196,7 +197,7 @@ pub fn workers() -> Vec<Work> {
     let mut work = Work::new("workers", "Throughput by number of workers", "workers", how, metrics);
     for count in [1, 2] {
         work.case(count.to_string(), Peer::Ours.to_string(), move |settings| {
-            let plan = Plan { ports: 4, ring: 4096, window: 1024, nap: Some(30), ..Plan::default() };
+            let plan = Plan { ports: 4, ring: 4096, window: 2048, nap: Some(30), ..Plan::default() };
             let cpus = [settings.switch_cpu, settings.load_cpu];
             let report = run(Peer::Ours, &plan, &cpus[..count], settings)?;
             lossless(&report)?;

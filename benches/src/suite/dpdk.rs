@@ -36,7 +36,7 @@ const KINDS: [(&str, &str); 4] = [
 /// Throughput with DPDK's driver, by kind of ring and size.
 pub fn driver(peers: &[Peer], quick: bool) -> Vec<Work> {
     let how = "Two virtio-user ports of one dpdk-testpmd, which swaps the addresses of what it receives and sends it \
-               back; 256 frames in flight each way. With split rings the driver itself gives out at 24 to 25 Mpps.";
+               back; 256 frames in flight each way. With split rings the driver itself is most of what limits it.";
     let metrics = ["Mpps", "Gbit/s"].map(|unit| Metric {
         name: "throughput".to_owned(),
         unit: unit.to_owned(),

@@ -66,6 +66,11 @@ impl Peer {
         self != Self::Testpmd
     }
 
+    /// Whether it can have so many ports: DPDK's programs are built for 32 (`RTE_MAX_ETHPORTS`).
+    pub fn has_room_for(self, ports: u16) -> bool {
+        self != Self::Testpmd || ports <= 32
+    }
+
     /// Whether it knows packed rings and in-order use.
     pub fn knows_all_rings(self) -> bool {
         self != Self::Reference
