@@ -161,7 +161,7 @@ impl Forwarder {
             if let Some(egress) = snapshot.port(id) {
                 // The shortcut is over once a frame has been changed for somebody.
                 unchanged &= egress.is_plain();
-                self.deliver(ingress, egress, burst, list, unchanged);
+                self.deliver(snapshot, ingress, egress, burst, list, unchanged);
             }
         }
         self.touched.clear();
@@ -191,30 +191,51 @@ impl Forwarder {
         }
     }
 
-    /// Delivers to their own guests what was held for those whose rings run again.
+    /// Delivers what was held for guests whose rings run again, or that were heard elsewhere before they could receive there.
     pub fn release_returned(&mut self, snapshot: &Snapshot) {
-        for port in snapshot.ports.iter().flatten().filter(|port| !port.link.tx.is_empty()) {
-            self.release(snapshot, port.id, port, None);
+        for port in snapshot.ports.iter().flatten() {
+            if port.link.tx.is_empty() {
+                self.release_moved(snapshot, port);
+            } else {
+                self.release(snapshot, port, |_, _| Some(port.as_ref()));
+            }
         }
     }
 
-    /// Delivers what was held at a port for a station, or for all, to where it is now.
-    #[cold]
-    fn release(&mut self, snapshot: &Snapshot, before: PortId, now: &PortView, station: Option<u64>) {
-        let Some(hold) = snapshot.port(before).and_then(|port| port.link.hold.as_ref()) else { return };
-        // Where nothing can be delivered it is held again, if not in the same place.
-        if now.link.tx.is_empty() && (now.link.hold.is_none() || before == now.id) {
+    /// Delivers what is held at a port for stations that were heard elsewhere since.
+    fn release_moved(&mut self, snapshot: &Snapshot, from: &PortView) {
+        // The time of an empty one runs on.
+        if from.link.hold.as_ref().is_none_or(|hold| hold.is_empty()) {
             return;
         }
+        let (fdb, network) = (self.fdb.clone(), from.network);
+        self.release(snapshot, from, |mac, vid| {
+            let now = fdb.lookup(Station { mac, vid, network }).filter(|now| *now != from.id)?;
+            snapshot.port(now).filter(|now| now.network == network)
+        });
+    }
+
+    /// Delivers what is held at a port, as far as `whither` knows a port for a station in a VLAN.
+    #[cold]
+    fn release<'s>(
+        &mut self,
+        snapshot: &'s Snapshot,
+        from: &PortView,
+        whither: impl Fn(u64, u16) -> Option<&'s PortView>,
+    ) {
+        let Some(hold) = &from.link.hold else { return };
+        // Where nothing can be delivered it is held again, if not in the same place.
+        let receives = |to: &&PortView| !to.link.tx.is_empty() || (to.link.hold.is_some() && to.id != from.id);
         let Some(mut storage) = self.spare.take() else { return };
-        hold.release(station, |vid, bytes| {
+        let whither = |mac, vid| whither(mac, vid).filter(receives);
+        hold.release(whither, |to, vid, bytes| {
             let mut burst = storage.begin();
             let mut frame = burst.start(VirtioNetHdr::LEN);
             if frame.push(SourceSegment::from_slice(bytes)) && frame.finish().is_ok() {
                 burst.frame_mut(0).vid = vid;
                 let mut only = Places::EMPTY;
                 only.push(0);
-                self.deliver(now, now, &mut burst, only, false);
+                self.deliver(snapshot, to, to, &mut burst, only, false);
             }
         });
         self.spare = Some(storage);
@@ -351,8 +372,10 @@ impl Forwarder {
         if learned == Learned::Elsewhere && ingress.mac == Some(source) {
             learned = self.fdb.insert(station, ingress.id, true);
         }
-        if let Learned::Moved(before) = learned {
-            self.release(snapshot, before, ingress, Some(source));
+        if let Learned::Moved(before) = learned
+            && let Some(before) = snapshot.port(before)
+        {
+            self.release(snapshot, before, |mac, _| (mac == source).then_some(ingress));
         }
         let known = if destination & MULTICAST == 0 {
             self.fdb.lookup(Station { mac: destination, vid, network })
@@ -395,11 +418,24 @@ impl Forwarder {
     }
 
     /// Hands frames to a port's queues, in the form that it takes.
-    fn deliver(&mut self, ingress: &PortView, egress: &PortView, burst: &mut Burst<'_>, list: Places, unchanged: bool) {
+    fn deliver(
+        &mut self,
+        snapshot: &Snapshot,
+        ingress: &PortView,
+        egress: &PortView,
+        burst: &mut Burst<'_>,
+        list: Places,
+        unchanged: bool,
+    ) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
                 self.scratch.copies.extra += u64::from(list.count);
-                return hold.keep(burst, list.as_slice());
+                hold.keep(burst, list.as_slice());
+                // Who heard a station elsewhere since this burst was decided on has delivered only what was held before.
+                if self.pairs.is_outdated(&self.fdb) {
+                    self.release_moved(snapshot, egress);
+                }
+                return;
             }
             return refuse(egress, burst, list.as_slice(), DropReason::LinkDown);
         };

@@ -88,6 +88,11 @@ impl Pairs {
         }
     }
 
+    /// Whether a station came, moved or went since the burst began.
+    pub(super) fn is_outdated(&self, fdb: &Fdb) -> bool {
+        fdb.changes() != self.basis.1
+    }
+
     #[cold]
     fn forget(&mut self, basis: (u64, u64, u32)) {
         self.basis = basis;

@@ -253,6 +253,39 @@ fn what_is_held_waits_again_where_a_ring_is_changed() {
     assert!(bench.received(2) == expected);
 }
 
+/// By who holds the frame: another worker, or, as here, the one that hears the guest later in the same burst.
+#[test]
+fn a_guest_that_is_heard_before_a_frame_for_it_is_held_gets_it() {
+    let mut bench = bench(3);
+    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
+    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let (to_it, from_it) = (frame(mac(1), mac(2), 60), frame(mac(0), mac(1), 60));
+    bench.send(2, &[to_it.clone(), from_it]);
+    assert!(bench.received(2) == [to_it[12..].to_vec()]);
+    assert!(hold.is_empty());
+}
+
+/// As when QEMU speaks for its guest before the guest's ring has started.
+#[test]
+fn a_guest_that_is_heard_before_it_can_receive_gets_what_was_held() {
+    let mut bench = bench(3);
+    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
+    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let up = bench.relink(2, Link::down(PortState::Down, None));
+    bench.snapshot.networks[0].retain(|port| *port == PortId(0));
+    let to_it = frame(mac(1), mac(0), 60);
+    bench.send(0, &[to_it.clone(), frame(mac(2), mac(0), 60)]);
+    bench.send(2, &[frame(BROADCAST, mac(1), 60)]);
+    bench.forwarder.release_returned(&bench.snapshot);
+    assert_eq!((hold.len(), bench.drops(2, DropReason::LinkDown)), (1, 1));
+    bench.relink(2, Link::clone(&up));
+    bench.received(2);
+    bench.forwarder.release_returned(&bench.snapshot);
+    assert!(bench.received(2) == [to_it[12..].to_vec()]);
+    assert!(hold.is_empty());
+}
+
 #[test]
 fn what_is_held_is_bounded_and_counted() {
     let mut bench = bench(2);

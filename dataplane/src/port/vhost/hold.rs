@@ -87,18 +87,16 @@ impl Hold {
         self.stats.drop_frames(DropReason::LinkDown, (places.len() - kept) as u64);
     }
 
-    /// Hands the frames for a station, or all, to `deliver`: their VLAN and their bytes, with the virtio-net header in
-    /// front. Those that are too old are dropped instead.
-    pub fn release(&self, station: Option<u64>, mut deliver: impl FnMut(u16, &[u8])) {
+    /// Hands the frames for which `whither` knows a place, by their destination and VLAN, to `deliver`: place, VLAN, and
+    /// bytes with the virtio-net header in front. Those that are too old are dropped instead.
+    pub fn release<T>(&self, whither: impl Fn(u64, u16) -> Option<T>, mut deliver: impl FnMut(T, u16, &[u8])) {
         let mut held = self.held.lock();
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {
-            if station.is_some_and(|station| station != frame.destination) {
-                return true;
-            }
+            let Some(place) = whither(frame.destination, frame.vid) else { return true };
             match bytes.get(frame.first..frame.first + frame.len).filter(|_| !late) {
-                Some(bytes) => deliver(frame.vid, bytes),
+                Some(bytes) => deliver(place, frame.vid, bytes),
                 None => self.stats.drop_frames(DropReason::LinkDown, 1),
             }
             false
