@@ -141,9 +141,12 @@ impl Lab {
 
     /// Waits until all guests are up and gives each its addresses: 10.0.0.N and fd00::N for the Nth.
     pub fn boot(&mut self) -> Result<()> {
+        // The switch has nothing to do yet.
+        self.guests.iter().try_for_each(|guest| guest.spread(true))?;
         for guest in &mut self.guests {
             guest.wait_ready(BOOT_LIMIT)?;
         }
+        self.guests.iter().try_for_each(|guest| guest.spread(false))?;
         for index in 0..self.guests.len() {
             self.configure(index)?;
         }

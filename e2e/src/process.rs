@@ -47,13 +47,18 @@ fn prepare_child(parent: i32, cpus: &[usize]) -> io::Result<()> {
     if cpus.is_empty() {
         return Ok(());
     }
+    set_cpus(0, cpus)
+}
+
+/// Binds a thread, ourselves if 0, to CPUs.
+pub(crate) fn set_cpus(thread: libc::pid_t, cpus: &[usize]) -> io::Result<()> {
     // SAFETY: the set is a plain bit array that lives through the call; CPU_SET checks its index.
     let rc = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         for &cpu in cpus {
             libc::CPU_SET(cpu, &mut set);
         }
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+        libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &set)
     };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -108,6 +113,28 @@ impl Process {
     /// Its process number.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Binds all its threads to CPUs.
+    pub fn set_cpus(&self, cpus: &[usize]) -> Result<()> {
+        let tasks = || -> Result<Vec<libc::pid_t>> {
+            let names = fs::read_dir(format!("/proc/{}/task", self.pid()))?;
+            Ok(names.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+        };
+        let mut bound = Vec::new();
+        // New threads are where the one is that starts them, which may not have been bound by then.
+        while let now = tasks()?
+            && now != bound
+        {
+            for &thread in &now {
+                match set_cpus(thread, cpus) {
+                    Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error.into()),
+                    _ => (),
+                }
+            }
+            bound = now;
+        }
+        Ok(())
     }
 
     /// Whether it has ended.

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::agent::Agent;
+use crate::machine::Cpus;
 use crate::process::{Process, tail};
 use crate::scratch::Scratch;
 use crate::{image, machine, wait};
@@ -137,13 +138,17 @@ impl GuestSpec {
         self
     }
 
+    fn chosen_cpus(&self) -> Result<Vec<usize>> {
+        match &self.cpus {
+            Some(cpus) => Ok(cpus.clone()),
+            None => Ok(machine::cpus()?.load),
+        }
+    }
+
     /// Starts QEMU. It waits for its switch before it boots, so [`Guest::wait_ready`] is a second step.
     pub fn start(self) -> Result<Guest> {
         let scratch = Scratch::new(&self.name)?;
-        let cpus = match &self.cpus {
-            Some(cpus) => cpus.clone(),
-            None => machine::cpus()?.load,
-        };
+        let cpus = self.chosen_cpus()?;
         let command = self.command(&scratch)?;
         let process = Process::start(&self.name, command, &scratch.join("qemu.log"), &cpus)?;
         Ok(Guest { spec: self, process, agent: Mutex::new(None), scratch })
@@ -168,7 +173,10 @@ impl GuestSpec {
         ]);
         command.args(["-smp", &self.smp.to_string()]);
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initramfs);
-        command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on"]);
+        command.args([
+            "-append",
+            "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on cryptomgr.notests",
+        ]);
         let listen =
             |id: &str, file: &str| format!("socket,id={id},path={},server=on,wait=off", scratch.join(file).display());
         let console =
@@ -221,6 +229,15 @@ impl Guest {
     /// MAC address of its first device.
     pub fn mac(&self) -> &str {
         self.spec.nics.first().map_or("", |nic| &nic.mac)
+    }
+
+    /// Has the guest use the switch's CPU too, or not any more.
+    pub fn spread(&self, over_all: bool) -> Result<()> {
+        let Cpus { switch, load } = machine::cpus()?;
+        match over_all {
+            true => self.process.set_cpus(&[switch, load].concat()),
+            false => self.process.set_cpus(&self.spec.chosen_cpus()?),
+        }
     }
 
     /// Waits until the guest's agent has announced itself; also after a reboot.

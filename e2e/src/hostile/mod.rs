@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use std::fs::File;
 use std::os::fd::FromRawFd;
 
-use crate::machine;
+use crate::{machine, process};
 
 /// A new eventfd, non-blocking.
 pub fn eventfd() -> Result<File> {
@@ -50,13 +50,7 @@ fn owned(fd: i32, what: &str) -> Result<File> {
 /// Keeps this thread, and those that it starts, away from the switch's CPU.
 pub fn leave_the_switch_alone() -> Result<()> {
     let cpus = machine::cpus()?.load;
-    // SAFETY: the set is a plain bit array that lives through the call; CPU_SET checks its index.
-    let rc = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        cpus.iter().for_each(|&cpu| libc::CPU_SET(cpu, &mut set));
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
-    };
-    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).context("cannot leave the switch's CPU") }
+    process::set_cpus(0, &cpus).context("cannot leave the switch's CPU")
 }
 
 /// A small generator of numbers (xorshift64*), so that every run can be repeated from its seed.
