@@ -192,6 +192,8 @@ struct PortSection {
     replace: Option<Spanned<Word>>,
     #[serde(rename = "busy-poll")]
     busy_poll: Option<Spanned<Word>>,
+    #[serde(rename = "tx-checksum")]
+    tx_checksum: Option<Spanned<Word>>,
     #[serde(rename = "rate-rx")]
     rate_rx: Option<Spanned<Word>>,
     #[serde(rename = "burst-rx")]
@@ -274,6 +276,7 @@ impl PortSection {
             "spoofcheck" => self.spoofcheck.as_ref(),
             "replace" => self.replace.as_ref(),
             "busy-poll" => self.busy_poll.as_ref(),
+            "tx-checksum" => self.tx_checksum.as_ref(),
             "rate-rx" => self.rate_rx.as_ref(),
             "burst-rx" => self.burst_rx.as_ref(),
             "rate-tx" => self.rate_tx.as_ref(),
@@ -427,6 +430,7 @@ mod tests {
             mode = "copy"
             replace = true
             busy-poll = true
+            tx-checksum = false
             "#,
         )
         .unwrap();
@@ -444,7 +448,7 @@ mod tests {
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
                  mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,burst-rx=2M,rate-tx=500M,burst-tx=1M,owner=me",
                 "host=tap:sluice0,trunk=10,20",
-                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on",
+                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on,tx-checksum=off",
             ]
         );
     }

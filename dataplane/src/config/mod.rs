@@ -110,6 +110,9 @@ pub enum PortTarget {
         replace: bool,
         /// Let the workers poll the driver.
         busy_poll: bool,
+        /// Leave checksums to who sends the frame, the driver or the kernel before it; `None` means if the driver says that
+        /// it completes them.
+        tx_checksum: Option<bool>,
     },
     /// A device that DPDK has a driver for, as an uplink. Needs a switch that was built with it.
     Dpdk {

@@ -39,6 +39,7 @@ impl PortText {
         "owner",
         "replace",
         "busy-poll",
+        "tx-checksum",
     ];
 
     /// Splits a SPEC into its words.
@@ -130,7 +131,7 @@ impl PortText {
 
     fn parse_target(&self) -> Result<PortTarget, InvalidPort> {
         let mode = self.get("mode");
-        let foreign = ["replace", "busy-poll"].into_iter().find(|key| self.get(key).is_some());
+        let foreign = ["replace", "busy-poll", "tx-checksum"].into_iter().find(|key| self.get(key).is_some());
         if let Some(key) = foreign.filter(|_| self.kind != "afxdp") {
             return Err(InvalidPort::new(key, format!("{key} is for ports of kind afxdp only")));
         }
@@ -148,6 +149,7 @@ impl PortText {
                 mode: mode.map_or(Ok(AfxdpMode::Auto), parse_afxdp_mode)?,
                 replace: self.parse_switch("replace")?,
                 busy_poll: self.parse_switch("busy-poll")?,
+                tx_checksum: self.get("tx-checksum").map(|_| self.parse_switch("tx-checksum")).transpose()?,
             }),
             "dpdk" if mode.is_some() => {
                 Err(InvalidPort::new("mode", "mode is for ports of kind vhost-user and afxdp only"))
@@ -282,7 +284,7 @@ impl fmt::Display for PortConfig {
             }
             PortTarget::Tap { interface } => write!(out, "tap:{interface}")?,
             PortTarget::Dpdk { device } => write!(out, "dpdk:{device}")?,
-            PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+            PortTarget::Afxdp { interface, mode, replace, busy_poll, tx_checksum } => {
                 write!(out, "afxdp:{interface}")?;
                 if *mode != AfxdpMode::Auto {
                     write!(out, ",mode={}", mode.name())?;
@@ -291,6 +293,9 @@ impl fmt::Display for PortConfig {
                     if *on {
                         write!(out, ",{key}=on")?;
                     }
+                }
+                if let Some(on) = tx_checksum {
+                    write!(out, ",tx-checksum={}", if *on { "on" } else { "off" })?;
                 }
             }
         }
@@ -353,11 +358,17 @@ mod tests {
         let tap: PortConfig = "host=tap:sluice0".parse().unwrap();
         assert_eq!(tap.target, PortTarget::Tap { interface: "sluice0".into() });
         let uplink: PortConfig = "up=afxdp:eth1,queues=2".parse().unwrap();
-        let target =
-            |mode, replace, busy_poll| PortTarget::Afxdp { interface: "eth1".into(), mode, replace, busy_poll };
-        assert_eq!((uplink.target, uplink.queues), (target(AfxdpMode::Auto, false, false), Some(2)));
-        let uplink: PortConfig = "up=afxdp:eth1,mode=skb,replace=on,busy-poll=on,trunk=10".parse().unwrap();
-        assert_eq!(uplink.target, target(AfxdpMode::Skb, true, true));
+        let target = |mode, replace, busy_poll, tx_checksum| PortTarget::Afxdp {
+            interface: "eth1".into(),
+            mode,
+            replace,
+            busy_poll,
+            tx_checksum,
+        };
+        assert_eq!((uplink.target, uplink.queues), (target(AfxdpMode::Auto, false, false, None), Some(2)));
+        let uplink = "up=afxdp:eth1,mode=skb,replace=on,busy-poll=on,tx-checksum=off,trunk=10";
+        let uplink: PortConfig = uplink.parse().unwrap();
+        assert_eq!(uplink.target, target(AfxdpMode::Skb, true, true, Some(false)));
     }
 
     #[test]
@@ -490,9 +501,18 @@ mod tests {
             ("/[a-z0-9=:. ]{0,50}[a-z]", mode)
                 .prop_map(|(path, mode)| PortTarget::VhostUser { path: path.into(), mode }),
             "[a-z0-9=.-]{1,14}[a-z]".prop_map(|interface| PortTarget::Tap { interface }),
-            ("[a-z0-9=.-]{1,14}[a-z]", prop::sample::select(AfxdpMode::ALL.to_vec()), any::<(bool, bool)>()).prop_map(
-                |(interface, mode, (replace, busy_poll))| PortTarget::Afxdp { interface, mode, replace, busy_poll }
-            ),
+            (
+                "[a-z0-9=.-]{1,14}[a-z]",
+                prop::sample::select(AfxdpMode::ALL.to_vec()),
+                any::<(bool, bool, Option<bool>)>()
+            )
+                .prop_map(|(interface, mode, (replace, busy_poll, tx_checksum))| PortTarget::Afxdp {
+                    interface,
+                    mode,
+                    replace,
+                    busy_poll,
+                    tx_checksum
+                }),
         ]
     }
 

@@ -29,7 +29,7 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
             proto::port_config::Target::Tap(proto::TapTarget { interface: interface.clone() })
         }
         PortTarget::Dpdk { device } => proto::port_config::Target::Dpdk(proto::DpdkTarget { device: device.clone() }),
-        PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+        PortTarget::Afxdp { interface, mode, replace, busy_poll, tx_checksum } => {
             let mode = match mode {
                 AfxdpMode::Auto => proto::AfxdpMode::Auto,
                 AfxdpMode::ZeroCopy => proto::AfxdpMode::Zerocopy,
@@ -41,6 +41,7 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
                 mode: mode.into(),
                 replace: *replace,
                 busy_poll: *busy_poll,
+                tx_checksum: *tx_checksum,
             })
         }
     };
@@ -87,6 +88,7 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
             interface: target.interface,
             replace: target.replace,
             busy_poll: target.busy_poll,
+            tx_checksum: target.tx_checksum,
         },
         None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
     };
@@ -486,6 +488,8 @@ mod tests {
             "up=afxdp:eth1",
             "up=afxdp:eth1,mode=zerocopy,replace=on,trunk=5",
             "up=afxdp:eth1,mode=copy,busy-poll=on",
+            "up=afxdp:eth1,tx-checksum=on",
+            "up=afxdp:eth1,tx-checksum=off",
             "up=afxdp:eth1,mode=skb",
         ] {
             let port: PortConfig = spec.parse().unwrap();

@@ -340,9 +340,9 @@ impl Inner {
                 VhostPort::start(Setup { name, place, mode, queues, mtu, publisher }).map(Driver::Vhost)
             }
             PortTarget::Tap { interface } => TapPort::start(interface, config.mtu, publisher).map(Driver::Tap),
-            PortTarget::Afxdp { interface, mode, replace, busy_poll } => {
+            PortTarget::Afxdp { interface, mode, replace, busy_poll, tx_checksum } => {
                 let (mode, queues, replace, busy_poll) = (*mode, config.queues, *replace, *busy_poll);
-                let options = afxdp::Options { mode, queues, replace, busy_poll };
+                let options = afxdp::Options { mode, queues, replace, busy_poll, tx_checksum: *tx_checksum };
                 AfxdpPort::start(&config.name, interface, options, publisher).map(Driver::Afxdp)
             }
             #[cfg(feature = "dpdk")]

@@ -15,6 +15,7 @@ mod bell;
 mod device;
 mod mapping;
 mod napi;
+mod netdev;
 mod netlink;
 mod program;
 mod queue;
@@ -79,6 +80,9 @@ pub struct Options {
     pub replace: bool,
     /// Let the workers' own calls poll the driver (`SO_PREFER_BUSY_POLL`).
     pub busy_poll: bool,
+    /// Leave checksums to who sends the frame, the driver or the kernel before it; `None` means if the driver says that it
+    /// completes them.
+    pub tx_checksum: Option<bool>,
 }
 
 /// What the queues of a port know of it.
@@ -89,13 +93,11 @@ struct Shared {
     busy_poll: bool,
     /// The kernel copies what is sent.
     copies: bool,
+    /// Whoever sends completes checksums.
+    tx_checksum: bool,
 }
 
 impl Shared {
-    fn new(mtu: usize, multi_buffer: bool, busy_poll: bool, copies: bool) -> Self {
-        Self { mtu: AtomicUsize::new(mtu), multi_buffer, busy_poll, copies }
-    }
-
     /// Largest layer-3 packet that the interface takes, in bytes.
     #[inline]
     fn mtu(&self) -> usize {
@@ -279,6 +281,7 @@ impl Watcher {
             mode = queues.mode,
             queues = count,
             multi_buffer = queues.shared.multi_buffer,
+            tx_checksum = queues.shared.tx_checksum,
             rejected = (!failures.is_empty()).then_some(failures),
             "uplink open"
         );

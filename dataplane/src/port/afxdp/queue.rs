@@ -3,8 +3,9 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
+use super::netdev;
 use super::program::{Hook, Program};
 use super::rx::Receiver;
 use super::socket::{Access, Kick, RING, Socket};
@@ -87,10 +88,15 @@ impl Queues {
         stats: &Arc<PortStats>,
     ) -> Result<(Self, String)> {
         let (mut failures, mut last) = (Vec::new(), Error::from(ErrorKind::Unsupported));
+        let driver_completes = options.tx_checksum != Some(false) && netdev::completes_checksums(ifindex);
         for &(name, hook, access) in ways(options.mode) {
             // A frame over several of the pool's takes support by the driver where it uses them itself.
             for multi_buffer in [true, false] {
-                let shared = Arc::new(Shared::new(mtu, multi_buffer, options.busy_poll, access == Access::Copy));
+                let copies = access == Access::Copy;
+                // Where the kernel copies, it completes what the driver does not.
+                let tx_checksum = driver_completes || copies && options.tx_checksum == Some(true);
+                let (mtu, busy_poll) = (AtomicUsize::new(mtu), options.busy_poll);
+                let shared = Arc::new(Shared { mtu, multi_buffer, busy_poll, copies, tx_checksum });
                 match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {
                     Ok(queues) => return Ok((queues, failures.join("; "))),
                     Err(e) => last = e,
@@ -115,7 +121,7 @@ impl Queues {
         let mut queues = Vec::new();
         for queue in 0..count {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
-            let (socket, rings) = Socket::open(&umem, shared.busy_poll)?;
+            let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
             let (unsent, refused) = (AtomicU32::new(0), AtomicU64::new(0));
             let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
@@ -136,6 +142,9 @@ impl Queues {
         }
         if self.shared.busy_poll {
             features.push("busy-poll");
+        }
+        if self.shared.tx_checksum {
+            features.push("tx-checksum");
         }
         let rx = self.queues.iter().enumerate().map(|(pair, (rx, _))| RxEntry { pair, queue: rx.clone() });
         Link {

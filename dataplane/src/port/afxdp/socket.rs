@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::mapping::Mapping;
 use super::ring::{Consumer, Offsets, Producer};
-use super::umem::{CHUNK, Umem};
+use super::umem::{CHUNK, METADATA, Umem};
 
 /// Entries of each ring, and frames of each direction.
 pub(super) const RING: u32 = 2048;
@@ -58,8 +58,9 @@ pub(super) struct Rings {
 }
 
 impl Socket {
-    /// Opens a socket over a pool. It receives nothing before it is bound.
-    pub(super) fn open(umem: &Umem, busy_poll: bool) -> Result<(Self, Rings)> {
+    /// Opens a socket over a pool. It receives nothing before it is bound. `metadata`: frames to send may have requests
+    /// before them, for which there is room then.
+    pub(super) fn open(umem: &Umem, busy_poll: bool, metadata: bool) -> Result<(Self, Rings)> {
         // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
         let fd = unsafe {
             let fd = libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
@@ -69,7 +70,7 @@ impl Socket {
             OwnedFd::from_raw_fd(fd)
         };
         let socket = Self { fd };
-        socket.register(umem)?;
+        socket.register(umem, metadata)?;
         for ring in [libc::XDP_UMEM_FILL_RING, libc::XDP_UMEM_COMPLETION_RING, libc::XDP_RX_RING, libc::XDP_TX_RING] {
             socket.set(libc::SOL_XDP, ring, &RING)?;
         }
@@ -85,14 +86,21 @@ impl Socket {
         Ok((socket, rings))
     }
 
-    fn register(&self, umem: &Umem) -> Result<()> {
+    fn register(&self, umem: &Umem, metadata: bool) -> Result<()> {
         let (addr, len) = umem.area();
         // SAFETY: an all-zero value is valid: no headroom, no flags.
         let mut request: libc::xdp_umem_reg = unsafe { std::mem::zeroed() };
         request.addr = addr;
         request.len = len;
         request.chunk_size = CHUNK as u32;
+        if metadata {
+            request.flags = libc::XDP_UMEM_TX_METADATA_LEN;
+            request.tx_metadata_len = METADATA as u32;
+        }
         self.set(libc::SOL_XDP, libc::XDP_UMEM_REG, &request).map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) if metadata => {
+                Error::new(ErrorKind::Unsupported, "tx-checksum=on takes a kernel of 6.8 or later")
+            }
             Some(libc::ENOBUFS) => {
                 let advice = "its frames cannot be kept in memory; raise RLIMIT_MEMLOCK, or add CAP_IPC_LOCK";
                 Error::new(ErrorKind::OutOfMemory, advice)

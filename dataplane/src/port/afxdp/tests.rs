@@ -25,6 +25,11 @@ static ALONE: Mutex<()> = Mutex::new(());
 
 /// Runs a test with a wire of its own, `a` to `b`, of the MTU given. It goes with the thread.
 fn on_a_wire(mtu: usize, test: impl FnOnce(&mut End, &mut End) + Send + 'static) {
+    on_a_wire_with(mtu, Options::default(), test);
+}
+
+/// The same with options of both ends.
+fn on_a_wire_with(mtu: usize, options: Options, test: impl FnOnce(&mut End, &mut End) + Send + 'static) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let thread = std::thread::spawn(move || {
         // SAFETY: no pointers are passed; it changes this thread only.
@@ -34,7 +39,7 @@ fn on_a_wire(mtu: usize, test: impl FnOnce(&mut End, &mut End) + Send + 'static)
             ip(&format!("link set {name} addrgenmode none up"));
             name
         });
-        let [mut a, mut b] = ends.map(End::open);
+        let [mut a, mut b] = ends.map(|name| End::open_with(name, &options));
         test(&mut a, &mut b);
         for end in [a, b] {
             end.check_books();
@@ -63,9 +68,13 @@ struct End {
 
 impl End {
     fn open(name: &str) -> Self {
+        Self::open_with(name, &Options::default())
+    }
+
+    fn open_with(name: &str, options: &Options) -> Self {
         let state = Device::new(name).unwrap().state().unwrap().unwrap();
         let stats = Arc::new(PortStats::default());
-        let queues = Queues::open(state.index, 1, state.mtu, &Options::default(), &stats).unwrap().0;
+        let queues = Queues::open(state.index, 1, state.mtu, options, &stats).unwrap().0;
         Self { queues, stats, storage: BurstStorage::default(), scratch: Scratch::default() }
     }
 
@@ -221,19 +230,64 @@ fn jumbo_frames_span_frames_of_the_pool() {
 
 #[test]
 fn any_super_packet_is_cut_as_the_oracle_says() {
+    on_a_wire(9000, any_super_packet);
+}
+
+/// Options of an uplink that leaves checksums to the kernel, if that can do it.
+fn without_checksums() -> Option<Options> {
+    let (umem, _) = Umem::new([1]).unwrap();
+    match Socket::open(&umem, false, true) {
+        Ok(_) => Some(Options { tx_checksum: Some(true), ..Options::default() }),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            eprintln!("left out: {error}");
+            None
+        }
+    }
+}
+
+/// The kernel's own checksums as an oracle: it completes them for an interface that does not.
+#[test]
+fn checksums_left_to_the_kernel_are_those_that_we_would_have_made() {
+    let Some(options) = without_checksums() else { return };
+    on_a_wire_with(9000, options, |a, b| {
+        assert!(a.queues.link().features.contains(&"tx-checksum"));
+        run("ethtool", "-K end-a tx off");
+        let lens = [60, 4031, 4032, 4033, 8064, 8065, 9014];
+        deliver(a, b, &lens.map(plain));
+        deliver(a, b, &[tcp(true, 0, None), tcp(false, 8900, None), tcp(false, 60_000, Some(8960))]);
+        any_super_packet(a, b);
+    });
+}
+
+#[test]
+fn checksums_are_left_to_a_driver_that_completes_them() {
+    let Some(options) = without_checksums() else { return };
+    on_a_wire_with(1500, options, |a, b| {
+        // Beside frames that have nothing to complete. A veth pair passes on what it would complete on a wire.
+        let frames = [tcp(false, 1000, None), plain(100), tcp(true, 1001, None)];
+        a.send(&frames);
+        assert!(b.receive(3) == frames.map(|(_, bytes)| bytes));
+    });
+}
+
+#[test]
+fn a_veth_pair_does_not_say_that_it_completes_checksums() {
+    on_a_wire(1500, |a, _| assert!(!a.queues.link().features.contains(&"tx-checksum")));
+}
+
+fn any_super_packet(a: &mut End, b: &mut End) {
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;
-    on_a_wire(9000, |a, b| {
-        let shapes = (any::<[bool; 3]>(), 0..60_000usize, 500..8800u16);
-        let mut runner = TestRunner::new(ProptestConfig { cases: 100, ..ProptestConfig::default() });
-        let ends = std::cell::RefCell::new((a, b));
-        let result = runner.run(&shapes, |([v6, udp, tagged], len, size)| {
-            let (a, b) = &mut *ends.borrow_mut();
-            deliver(a, b, &[super_packet(v6, udp, tagged, len, size), plain(100)]);
-            Ok(())
-        });
-        result.unwrap();
+    let shapes = (any::<[bool; 3]>(), 0..60_000usize, 500..8800u16);
+    let mut runner = TestRunner::new(ProptestConfig { cases: 100, ..ProptestConfig::default() });
+    let ends = std::cell::RefCell::new((a, b));
+    let result = runner.run(&shapes, |([v6, udp, tagged], len, size)| {
+        let (a, b) = &mut *ends.borrow_mut();
+        deliver(a, b, &[super_packet(v6, udp, tagged, len, size), plain(100)]);
+        Ok(())
     });
+    result.unwrap();
 }
 
 /// A super-packet of TCP or UDP, with a tag or without.

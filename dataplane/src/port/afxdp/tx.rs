@@ -2,13 +2,13 @@
 //!
 //! A wire carries neither partial checksums nor super-packets. Segments are cut straight into the pool: the segmenter
 //! writes the headers, the data is copied behind them, and the checksum is summed over the copy, which no guest can
-//! change any more.
+//! change any more; or whoever sends is asked to sum (Documentation/networking/xsk-tx-metadata.rst).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::ring::{Consumer, Producer};
-use super::umem::{Audit, CHUNK, Ledger, OwnedFrame};
+use super::umem::{Audit, CHUNK, Ledger, METADATA, OwnedFrame};
 use super::{Queue, TAG};
 use crate::frame::{Burst, ETHERNET_HEADER, Frame};
 use crate::mem::SourceSegment;
@@ -25,6 +25,8 @@ use crate::worker::meter::Stage;
 const MAX_PIECES: usize = 18;
 /// Frames that one system call sends at least, before it wants to be called again.
 const SENT_PER_KICK: u64 = 32;
+/// Bytes before each frame where requests are made: a cache line, so that what is copied is aligned.
+const REQUEST_ROOM: usize = 64;
 
 /// A queue to send to.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ struct State {
     ring: Producer<libc::xdp_desc>,
     completion: Consumer<u64>,
     ledger: Ledger,
+    /// Bytes of the pool's frames before what is sent.
+    margin: usize,
     /// Pieces of the frame at hand. Empty between frames.
     pieces: Vec<(OwnedFrame, usize)>,
     sent: Sent,
@@ -60,7 +64,8 @@ impl Transmitter {
         ledger: Ledger,
     ) -> Self {
         let pieces = Vec::with_capacity(MAX_PIECES);
-        let state = State { ring, completion, ledger, pieces, sent: Sent::default(), stuck: false };
+        let margin = if both.shared.tx_checksum { REQUEST_ROOM } else { 0 };
+        let state = State { ring, completion, ledger, margin, pieces, sent: Sent::default(), stuck: false };
         Self { both, state: SpinLock::new(state) }
     }
 
@@ -80,7 +85,7 @@ impl Transmitter {
         if frame.offload().gso.is_some() {
             return self.put_segments(state, frame, source);
         }
-        self.reserve(state, pieces_of(frame.len()))?;
+        self.reserve(state, state.pieces_of(frame.len()))?;
         self.write(state, &[], &mut source, frame.len(), frame.offload().csum)
     }
 
@@ -92,7 +97,7 @@ impl Transmitter {
         let segments = Segmenter::of_headers(headers, frame.len(), frame.offload());
         let mut segments = segments.map_err(|_| DropReason::CannotConvert)?;
         let longest = frame.packet_len() + ETHERNET_HEADER + TAG;
-        self.reserve(state, segments.remaining() * pieces_of(longest))?;
+        self.reserve(state, segments.remaining() * state.pieces_of(longest))?;
         let mut header = [0u8; MAX_SEGMENT_HEADER];
         let mut written = 0;
         while let Some(segment) = segments.next_segment(&mut header) {
@@ -136,7 +141,7 @@ impl Transmitter {
         if has_room { Ok(()) } else { Err(DropReason::Full) }
     }
 
-    /// Copies `header` and the next `data_len` bytes of `source` into reserved frames and completes the checksum.
+    /// Copies `header` and the next `data_len` bytes of `source` into reserved frames and sees to the checksum.
     fn write(
         &self,
         state: &mut State,
@@ -146,18 +151,19 @@ impl Transmitter {
         csum: Csum,
     ) -> Result<(), DropReason> {
         let len = header.len() + data_len;
-        if len <= CHUNK {
+        if len <= state.room() {
             return self.write_one(state, header, source, len, csum);
         }
-        let count = pieces_of(len);
+        let count = state.pieces_of(len);
         if count > MAX_PIECES || count > 1 && !self.both.shared.multi_buffer {
             return Err(DropReason::CannotConvert);
         }
         let (mut header, mut left) = (header, len);
         for _ in 0..count {
             let Some(mut frame) = state.ledger.take() else { break };
-            let size = left.min(CHUNK);
-            let bytes = self.both.umem.bytes_mut(&mut frame).get_mut(..size).unwrap_or_default();
+            let size = left.min(state.room());
+            let bytes = self.both.umem.bytes_mut(&mut frame);
+            let bytes = bytes.get_mut(state.margin..state.margin + size).unwrap_or_default();
             let (front, rest) = bytes.split_at_mut(header.len().min(size));
             front.copy_from_slice(header.get(..front.len()).unwrap_or_default());
             header = header.get(front.len()..).unwrap_or_default();
@@ -168,8 +174,8 @@ impl Transmitter {
                 break;
             }
         }
-        let complete = left == 0 && self.complete(state, csum, len).is_some();
-        state.finish(complete, len)
+        let options = if left == 0 { self.complete(state, csum) } else { None };
+        state.finish(options, len)
     }
 
     /// The same for a frame that fits into one of the pool's, as nearly all do.
@@ -182,27 +188,34 @@ impl Transmitter {
         csum: Csum,
     ) -> Result<(), DropReason> {
         let mut place = state.ledger.take().ok_or(DropReason::Full)?;
-        let bytes = self.both.umem.bytes_mut(&mut place).get_mut(..len).unwrap_or_default();
+        let bytes = self.both.umem.bytes_mut(&mut place).get_mut(..state.margin + len).unwrap_or_default();
+        let (before, bytes) = bytes.split_at_mut(state.margin.min(bytes.len()));
         let (front, rest) = bytes.split_at_mut(header.len().min(bytes.len()));
         front.copy_from_slice(header);
         let filled = front.len() + source.read(rest);
-        if filled != len || complete_in(bytes, csum).is_none() {
+        let Some(options) = complete_in(before, bytes, csum).filter(|_| filled == len) else {
             state.ledger.put(place);
             return Err(DropReason::CannotConvert);
-        }
-        let addr = state.ledger.lend(place);
-        state.ring.push(libc::xdp_desc { addr, len: len as u32, options: 0 });
+        };
+        let addr = state.ledger.lend(place) + state.margin as u64;
+        state.ring.push(libc::xdp_desc { addr, len: len as u32, options });
         state.sent.frames += 1;
         state.sent.bytes += len as u64;
         Ok(())
     }
 
-    /// Writes the checksum that was left open, if one was.
-    fn complete(&self, state: &mut State, csum: Csum, len: usize) -> Option<()> {
-        let Csum::Partial { start, offset } = csum else { return Some(()) };
+    /// Writes the checksum that was left open, if one was, or asks for it. Returns the options of the frame's first descriptor.
+    fn complete(&self, state: &mut State, csum: Csum) -> Option<u32> {
+        let Csum::Partial { start, offset } = csum else { return Some(0) };
+        let (first, size) = state.pieces.first_mut()?;
         let field = usize::from(start) + usize::from(offset);
-        if field + 2 > len.min(CHUNK) {
+        if field + 2 > *size {
             return None;
+        }
+        let margin = state.margin;
+        if margin > 0 {
+            let before = self.both.umem.bytes_mut(first).get_mut(..margin)?;
+            return request_checksum(before, start, offset);
         }
         let mut sum = Sum::new();
         let mut from = usize::from(start);
@@ -211,7 +224,7 @@ impl Transmitter {
             from = 0;
         }
         let (first, _) = state.pieces.first_mut()?;
-        put_be16(self.both.umem.bytes_mut(first), field, sum.transport_checksum(offset))
+        put_be16(self.both.umem.bytes_mut(first), field, sum.transport_checksum(offset)).map(|()| 0)
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
@@ -281,6 +294,15 @@ impl TxQueue for Transmitter {
 }
 
 impl State {
+    /// Bytes to send that one frame of the pool has room for.
+    fn room(&self) -> usize {
+        CHUNK - self.margin
+    }
+
+    fn pieces_of(&self, len: usize) -> usize {
+        len.div_ceil(self.room()).max(1)
+    }
+
     fn has_room(&mut self, pieces: usize) -> bool {
         self.ledger.free() >= pieces && self.ring.room(pieces as u32) as usize >= pieces
     }
@@ -298,22 +320,20 @@ impl State {
         }
     }
 
-    /// Puts the pieces at hand into the ring, or back if they are no frame.
-    fn finish(&mut self, complete: bool, len: usize) -> Result<(), DropReason> {
+    /// Puts the pieces at hand into the ring, the first with `options`, or back if they are no frame.
+    fn finish(&mut self, options: Option<u32>, len: usize) -> Result<(), DropReason> {
+        let Some(mut options) = options else {
+            self.pieces.drain(..).for_each(|(frame, _)| self.ledger.put(frame));
+            return Err(DropReason::CannotConvert);
+        };
         let mut left = self.pieces.len();
         for (frame, size) in self.pieces.drain(..) {
             left -= 1;
-            if !complete {
-                self.ledger.put(frame);
-                continue;
-            }
-            let options = if left > 0 { libc::XDP_PKT_CONTD } else { 0 };
-            let addr = self.ledger.lend(frame);
+            options |= if left > 0 { libc::XDP_PKT_CONTD } else { 0 };
+            let addr = self.ledger.lend(frame) + self.margin as u64;
             // There is room: `reserve` made sure of it.
             self.ring.push(libc::xdp_desc { addr, len: size as u32, options });
-        }
-        if !complete {
-            return Err(DropReason::CannotConvert);
+            options = 0;
         }
         self.sent.frames += 1;
         self.sent.bytes += len as u64;
@@ -321,16 +341,28 @@ impl State {
     }
 }
 
-/// Writes the checksum that was left open in a frame in one piece, if one was.
-fn complete_in(bytes: &mut [u8], csum: Csum) -> Option<()> {
-    let Csum::Partial { start, offset } = csum else { return Some(()) };
+/// Writes the checksum that was left open in a frame in one piece, if one was; asks for it where there is room for that
+/// `before` the frame. Returns the options of the frame's descriptor.
+fn complete_in(before: &mut [u8], bytes: &mut [u8], csum: Csum) -> Option<u32> {
+    let Csum::Partial { start, offset } = csum else { return Some(0) };
+    let field = usize::from(start) + usize::from(offset);
+    if !before.is_empty() {
+        return if field + 2 <= bytes.len() { request_checksum(before, start, offset) } else { None };
+    }
     let mut sum = Sum::new();
     sum.add(bytes.get(usize::from(start)..)?);
-    put_be16(bytes, usize::from(start) + usize::from(offset), sum.transport_checksum(offset))
+    put_be16(bytes, field, sum.transport_checksum(offset)).map(|()| 0)
 }
 
-fn pieces_of(len: usize) -> usize {
-    len.div_ceil(CHUNK).max(1)
+/// Asks who sends the frame behind these bytes to complete its checksum: what is there now is the sum of the pseudo-header.
+/// `struct xsk_tx_metadata`: flags, where the checksum starts, and where from there it lies.
+fn request_checksum(before: &mut [u8], start: u16, offset: u16) -> Option<u32> {
+    let request = before.last_chunk_mut::<METADATA>()?;
+    *request = [0; METADATA];
+    request[..8].copy_from_slice(&u64::from(libc::XDP_TXMD_FLAGS_CHECKSUM).to_ne_bytes());
+    request[8..10].copy_from_slice(&start.to_ne_bytes());
+    request[10..12].copy_from_slice(&offset.to_ne_bytes());
+    Some(libc::XDP_TX_METADATA)
 }
 
 /// The bytes of a frame that are still to be copied.

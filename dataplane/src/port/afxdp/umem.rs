@@ -11,6 +11,9 @@ use super::mapping::Mapping;
 /// Bytes of one frame (chunk, in the kernel's words): a page, so that a frame never crosses one.
 pub(super) const CHUNK: usize = 4096;
 
+/// Bytes of a request to who sends a frame, right before it: `struct xsk_tx_metadata`.
+pub(super) const METADATA: usize = 24;
+
 /// Frames of one queue, in one piece.
 #[derive(Debug)]
 pub(super) struct Umem {

@@ -1,0 +1,105 @@
+//! The kernel's `netdev` netlink family (Documentation/netlink/specs/netdev.yaml), and what a driver says of itself there.
+
+use std::io::{ErrorKind, Result};
+
+use super::netlink::{HEADER, Netlink, REQUEST, attribute, check_error, find, message};
+
+/// The family of families, and what it is asked.
+const CONTROL: u16 = 16;
+const GET_FAMILY: u8 = 3;
+const FAMILY_ID: u16 = 1;
+const FAMILY_NAME: u16 = 2;
+/// `NETDEV_CMD_DEV_GET`, and its attributes.
+const DEV_GET: u8 = 1;
+const DEV_IFINDEX: u16 = 1;
+const DEV_XSK_FEATURES: u16 = 6;
+/// `NETDEV_XSK_FLAGS_TX_CHECKSUM`.
+const XSK_TX_CHECKSUM: u64 = 2;
+
+const DUMP: u16 = 0x300;
+const DONE: u16 = 3;
+/// Length of `struct genlmsghdr`.
+const COMMAND: usize = 4;
+
+/// The family.
+#[derive(Debug)]
+pub(super) struct Family {
+    netlink: Netlink,
+    id: u16,
+}
+
+impl Family {
+    /// # Errors
+    /// If the kernel has none: those before 6.3.
+    pub(super) fn open() -> Result<Self> {
+        let netlink = Netlink::open_generic()?;
+        netlink.send(&message(CONTROL, REQUEST, &command(GET_FAMILY), &attribute(FAMILY_NAME, b"netdev\0")))?;
+        let mut buffer = vec![0u8; 32 << 10];
+        let len = netlink.receive(&mut buffer)?;
+        let reply = buffer.get(..len).unwrap_or_default();
+        check_error(reply)?;
+        let id = find(reply.get(HEADER + COMMAND..).unwrap_or_default(), FAMILY_ID);
+        let id = id.and_then(|id| id.first_chunk()).copied().ok_or(ErrorKind::InvalidData)?;
+        Ok(Self { netlink, id: u16::from_ne_bytes(id) })
+    }
+
+    /// Has something listed, and takes in the attributes of each.
+    pub(super) fn list(&self, what: u8, which: &[u8], mut take: impl FnMut(&[u8])) -> Result<()> {
+        self.netlink.send(&message(self.id, REQUEST | DUMP, &command(what), which))?;
+        let mut buffer = vec![0u8; 32 << 10];
+        loop {
+            let len = self.netlink.receive(&mut buffer)?;
+            let mut rest = buffer.get(..len).unwrap_or_default();
+            check_error(rest)?;
+            while let Some((kind, attributes, next)) = split(rest) {
+                if kind == DONE {
+                    return Ok(());
+                }
+                take(attributes);
+                rest = next;
+            }
+        }
+    }
+
+    /// Has something done.
+    pub(super) fn order(&self, what: u8, attributes: &[u8]) -> Result<()> {
+        self.netlink.order(self.id, &command(what), attributes)
+    }
+}
+
+/// Whether the driver completes checksums of what an AF_XDP socket sends (`xsk-features`, `tx-checksum`).
+pub(super) fn completes_checksums(ifindex: u32) -> bool {
+    let (wanted, mut features) = (ifindex.to_ne_bytes(), None);
+    let listed = Family::open().and_then(|family| {
+        family.list(DEV_GET, &[], |attributes| {
+            if find(attributes, DEV_IFINDEX) == Some(&wanted) {
+                features = number(attributes, DEV_XSK_FEATURES);
+            }
+        })
+    });
+    listed.is_ok() && features.is_some_and(|features| features & XSK_TX_CHECKSUM != 0)
+}
+
+/// The value of an attribute of four or eight bytes.
+pub(super) fn number(attributes: &[u8], kind: u16) -> Option<u64> {
+    match find(attributes, kind)? {
+        value if value.len() == 8 => value.first_chunk().copied().map(u64::from_ne_bytes),
+        value => value.first_chunk().copied().map(u32::from_ne_bytes).map(u64::from),
+    }
+}
+
+/// A `struct genlmsghdr` of version 1.
+pub(super) fn command(command: u8) -> [u8; COMMAND] {
+    [command, 1, 0, 0]
+}
+
+/// The kind and the attributes of the first of several messages, and the others.
+pub(super) fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let len = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
+    let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
+    if len < HEADER {
+        return None;
+    }
+    let attributes = bytes.get(..len)?.get(HEADER + COMMAND..).unwrap_or_default();
+    Some((kind, attributes, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+}
