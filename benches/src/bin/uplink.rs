@@ -201,8 +201,12 @@ fn circulate(way: &Way) -> Result<Cost> {
 
 fn tcp(rounds: usize) -> Result<()> {
     println!("TCP between a guest ({}) and a plain host on the wire, Mbit/s", machine::accelerator()?);
-    let ways =
-        [("sluice", Some(""), ""), ("sluice, no offloads", Some(""), NO_OFFLOADS), ("testpmd", None, NO_OFFLOADS)];
+    let ways = [
+        ("sluice", Some(""), ""),
+        ("sluice, tx-checksum", Some(",tx-checksum=on"), ""),
+        ("sluice, no offloads", Some(""), NO_OFFLOADS),
+        ("testpmd", None, NO_OFFLOADS),
+    ];
     for (name, options, properties) in ways {
         let scratch = Scratch::new("tcp")?;
         let (space, far) = (Namespace::new()?, Namespace::new()?);
@@ -274,9 +278,10 @@ fn flap(rounds: usize) -> Result<()> {
         println!("{:.3} {:.3}", rates[0] / 1e6, rates[1] / 1e6);
         falls.push((1.0 - rates[1] / rates[0]) * 100.0);
     }
-    let mean = |rates: &[f64]| rates.iter().sum::<f64>() / rates.len() as f64;
     let of_means = (1.0 - mean(&all[1]) / mean(&all[0])) * 100.0;
-    println!("flapping costs {:.1} % (median of {rounds} pairs), {of_means:.1} % of the mean", median(falls));
+    let (fall, error) = (mean(&falls), standard_error(&falls));
+    println!("flapping costs {fall:.1} % (mean of {rounds} pairs, {:.1} % either way at 95 %)", 1.96 * error);
+    println!("{:.1} % by their median, {of_means:.1} % of the mean", median(falls));
     lab.switch()?.wait_port("up", "up")
 }
 
@@ -304,6 +309,17 @@ fn port_time(pid: u32) -> Result<Duration> {
         }
     }
     Ok(spent)
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// Of the mean, from how far the values scatter.
+fn standard_error(values: &[f64]) -> f64 {
+    let (mean, count) = (mean(values), values.len() as f64);
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (squares / (count - 1.0) / count).sqrt()
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
