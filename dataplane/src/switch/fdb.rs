@@ -222,7 +222,6 @@ impl Fdb {
     /// As [`Fdb::insert`], last heard some seconds ago.
     pub fn insert_aged(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
         let Some(_change) = self.change.try_lock() else { return Learned::No };
-        self.changes.fetch_add(1, Ordering::Release);
         let second = u64::from(self.now.load(Ordering::Relaxed)).saturating_sub(age);
         let fresh = Place::new(port, station.network, second as u32, is_static);
         if let Some((bucket, way, place)) = self.find(station) {
@@ -237,6 +236,7 @@ impl Fdb {
                 self.owned(port).fetch_add(1, Ordering::Relaxed);
             }
             bucket.places[way].store(fresh.0, Ordering::Release);
+            self.changed();
             return if place.port() == port { Learned::Yes } else { Learned::Moved(place.port()) };
         }
         if !self.admit(port, is_static) {
@@ -247,7 +247,13 @@ impl Fdb {
         bucket.keys[way].store(station.key(), Ordering::Release);
         self.owned(port).fetch_add(1, Ordering::Relaxed);
         self.count.fetch_add(1, Ordering::Relaxed);
+        self.changed();
         Learned::Yes
+    }
+
+    /// Counts a change that has been made: whoever sees the count sees the change.
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     fn admit(&self, port: PortId, is_static: bool) -> bool {
@@ -277,7 +283,7 @@ impl Fdb {
     fn remove(&self, bucket: &Bucket, way: usize) {
         let port = Place(bucket.places[way].load(Ordering::Relaxed)).port();
         bucket.keys[way].store(0, Ordering::Release);
-        self.changes.fetch_add(1, Ordering::Release);
+        self.changed();
         self.owned(port).fetch_sub(1, Ordering::Relaxed);
         self.count.fetch_sub(1, Ordering::Relaxed);
     }
