@@ -8,6 +8,7 @@ use crate::frame::{Burst, BurstStorage, ETHERNET_HEADER, Frame, Likeness};
 use crate::limits::{BURST, MAX_FRAME, MAX_PORTS};
 use crate::mem::SourceSegment;
 use crate::port::PortId;
+use crate::port::vhost::hold::Label;
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::switch::fdb::{Fdb, Learned, Station};
@@ -105,6 +106,8 @@ pub struct Forwarder {
     touched: Vec<PortId>,
     /// Bits of the frames of a burst that go to more than one port.
     shared: u64,
+    /// Bits of those that go to all, however many that are.
+    flooded: u64,
     /// What was decided on the frames of a burst. Not the scratch's: frames that were held are sent in between.
     arrivals: Outcomes,
     scratch: Scratch,
@@ -121,6 +124,7 @@ impl Forwarder {
             lists: vec![Places::EMPTY; MAX_PORTS].into_boxed_slice(),
             touched: Vec::with_capacity(MAX_PORTS),
             shared: 0,
+            flooded: 0,
             arrivals: Outcomes::default(),
             scratch: Scratch::default(),
             pairs: Pairs::default(),
@@ -138,7 +142,7 @@ impl Forwarder {
     pub fn forward(&mut self, snapshot: &Snapshot, ingress: &PortView, burst: &mut Burst<'_>) {
         self.scratch.probe.enter(Stage::Classify);
         self.pairs.refresh(snapshot, &self.fdb);
-        self.shared = 0;
+        (self.shared, self.flooded) = (0, 0);
         let offered = burst.count() as u8;
         let mut count = offered;
         if let Some(policer) = &ingress.policers.rx {
@@ -197,7 +201,7 @@ impl Forwarder {
             if port.link.tx.is_empty() {
                 self.release_moved(snapshot, port);
             } else {
-                self.release(snapshot, port, |_, _| Some(port.as_ref()));
+                self.release(snapshot, port, |_| Some(port.as_ref()));
             }
         }
     }
@@ -209,25 +213,28 @@ impl Forwarder {
             return;
         }
         let (fdb, network) = (self.fdb.clone(), from.network);
-        self.release(snapshot, from, |mac, vid| {
-            let now = fdb.lookup(Station { mac, vid, network }).filter(|now| *now != from.id)?;
+        self.release(snapshot, from, |Label { mac, vid, is_flooded }| {
+            let now = fdb.lookup(Station { mac, vid, network }).filter(|now| *now != from.id && !is_flooded)?;
             snapshot.port(now).filter(|now| now.network == network)
         });
     }
 
-    /// Delivers what is held at a port, as far as `whither` knows a port for a station in a VLAN.
+    /// Delivers what is held at a port, as far as `whither` knows a port for it. What moved on meanwhile is looked for when
+    /// the next snapshot comes.
     #[cold]
     fn release<'s>(
         &mut self,
         snapshot: &'s Snapshot,
         from: &PortView,
-        whither: impl Fn(u64, u16) -> Option<&'s PortView>,
+        whither: impl Fn(Label) -> Option<&'s PortView>,
     ) {
         let Some(hold) = &from.link.hold else { return };
         // Where nothing can be delivered it is held again, if not in the same place.
         let receives = |to: &&PortView| !to.link.tx.is_empty() || (to.link.hold.is_some() && to.id != from.id);
         let Some(mut storage) = self.spare.take() else { return };
-        let whither = |mac, vid| whither(mac, vid).filter(receives);
+        // Those of the burst at hand are not those of what is delivered in its midst.
+        let flooded = std::mem::take(&mut self.flooded);
+        let whither = |label| whither(label).filter(receives);
         hold.release(whither, |to, vid, bytes| {
             let mut burst = storage.begin();
             let mut frame = burst.start(VirtioNetHdr::LEN);
@@ -238,7 +245,7 @@ impl Forwarder {
                 self.deliver(snapshot, to, to, &mut burst, only, false);
             }
         });
-        self.spare = Some(storage);
+        (self.spare, self.flooded) = (Some(storage), flooded);
     }
 
     /// Decides on the first `count` frames and notes them for their destinations, each in order.
@@ -373,9 +380,13 @@ impl Forwarder {
             learned = self.fdb.insert(station, ingress.id, true);
         }
         if let Learned::Moved(before) = learned
-            && let Some(before) = snapshot.port(before)
+            && let Some(before) = snapshot.port(before).filter(|before| before.network == network)
         {
-            self.release(snapshot, before, |mac, _| (mac == source).then_some(ingress));
+            // In all VLANs that it may be in there, of which it will hardly be heard in each.
+            self.release(snapshot, before, |Label { mac, vid, is_flooded }| {
+                let is_its = mac == source && !is_flooded && ingress.vlan.egress(vid).is_some();
+                is_its.then_some(ingress)
+            });
         }
         let known = if destination & MULTICAST == 0 {
             self.fdb.lookup(Station { mac: destination, vid, network })
@@ -390,6 +401,7 @@ impl Forwarder {
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {
         let members = snapshot.networks.get(usize::from(ingress.network)).ok_or(DropReason::NoDestination)?;
         let mut count = 0;
+        self.flooded |= 1 << (u32::from(place) % u64::BITS);
         for &id in members {
             let Some(egress) = snapshot.port(id).filter(|egress| egress.id != ingress.id) else { continue };
             if egress.vlan.egress(vid).is_some() {
@@ -430,7 +442,7 @@ impl Forwarder {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
             if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
                 self.scratch.copies.extra += u64::from(list.count);
-                hold.keep(burst, list.as_slice());
+                hold.keep(burst, list.as_slice(), self.flooded);
                 // Who heard a station elsewhere since this burst was decided on has delivered only what was held before.
                 if self.pairs.is_outdated(&self.fdb) {
                     self.release_moved(snapshot, egress);

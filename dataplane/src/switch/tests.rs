@@ -286,6 +286,25 @@ fn a_guest_that_is_heard_before_it_can_receive_gets_what_was_held() {
     assert!(hold.is_empty());
 }
 
+/// What goes to all has come to where the guest is heard as well.
+#[test]
+fn what_is_held_of_a_flood_stays_with_its_port() {
+    let mut bench = bench(3);
+    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
+    let up = bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Up, None) });
+    // Nobody has heard this station, and then a third port does, or the second is where it was.
+    let to_all = [frame(mac(7), mac(0), 60), frame(BROADCAST, mac(0), 61)];
+    bench.send(0, &to_all);
+    bench.send(2, &[frame(mac(0), mac(7), 62)]);
+    bench.send(2, &[frame(mac(0), mac(1), 63)]);
+    bench.forwarder.release_returned(&bench.snapshot);
+    assert_eq!((hold.len(), bench.received(2).len()), (2, 2));
+    bench.received(1);
+    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::clone(&up) });
+    bench.forwarder.release_returned(&bench.snapshot);
+    assert!(bench.received(1) == to_all.map(|frame| frame[12..].to_vec()));
+}
+
 #[test]
 fn what_is_held_is_bounded_and_counted() {
     let mut bench = bench(2);

@@ -37,10 +37,20 @@ struct Held {
 
 #[derive(Debug, Clone, Copy)]
 struct HeldFrame {
-    destination: u64,
-    vid: u16,
+    label: Label,
     first: usize,
     len: usize,
+}
+
+/// Whom a frame that is kept is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Label {
+    /// Its destination.
+    pub mac: u64,
+    /// Its VLAN.
+    pub vid: u16,
+    /// It goes to all; others have got it.
+    pub is_flooded: bool,
 }
 
 impl Hold {
@@ -76,27 +86,28 @@ impl Hold {
         self.count.store(0, Ordering::Relaxed);
     }
 
-    /// Keeps the frames at these places of the burst, or drops and counts what there is no room for.
-    pub fn keep(&self, burst: &Burst<'_>, places: &[u8]) {
+    /// Keeps the frames at these places of the burst, or drops and counts what there is no room for. `flooded` has a bit for
+    /// each place whose frame goes to all.
+    pub fn keep(&self, burst: &Burst<'_>, places: &[u8], flooded: u64) {
         let Some(mut held) = self.held.lock_in_time() else {
             return self.stats.drop_frames(DropReason::Contended, places.len() as u64);
         };
         let late = held.since.get_or_insert_with(Instant::now).elapsed() > LIFE;
-        let kept = places.iter().take_while(|&&place| !late && held.push(burst, place)).count();
+        let kept = places.iter().take_while(|&&place| !late && held.push(burst, place, flooded)).count();
         self.count.store(held.frames.len(), Ordering::Relaxed);
         self.stats.drop_frames(DropReason::LinkDown, (places.len() - kept) as u64);
     }
 
-    /// Hands the frames for which `whither` knows a place, by their destination and VLAN, to `deliver`: place, VLAN, and
-    /// bytes with the virtio-net header in front. Those that are too old are dropped instead.
-    pub fn release<T>(&self, whither: impl Fn(u64, u16) -> Option<T>, mut deliver: impl FnMut(T, u16, &[u8])) {
+    /// Hands the frames for which `whither` knows a place to `deliver`: place, VLAN, and bytes with the virtio-net header in
+    /// front. Those that are too old are dropped instead.
+    pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, u16, &[u8])) {
         let mut held = self.held.lock();
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {
-            let Some(place) = whither(frame.destination, frame.vid) else { return true };
+            let Some(place) = whither(frame.label) else { return true };
             match bytes.get(frame.first..frame.first + frame.len).filter(|_| !late) {
-                Some(bytes) => deliver(place, frame.vid, bytes),
+                Some(bytes) => deliver(place, frame.label.vid, bytes),
                 None => self.stats.drop_frames(DropReason::LinkDown, 1),
             }
             false
@@ -117,7 +128,7 @@ impl Drop for Hold {
 
 impl Held {
     /// Adds a frame; `false` if there is no room.
-    fn push(&mut self, burst: &Burst<'_>, place: u8) -> bool {
+    fn push(&mut self, burst: &Burst<'_>, place: u8, flooded: u64) -> bool {
         let frame = burst.frame(place);
         let wire = frame.wire();
         let first = self.bytes.len();
@@ -131,7 +142,9 @@ impl Held {
             piece.read(self.bytes.get_mut(begin..).unwrap_or_default());
         }
         let len = self.bytes.len() - first;
-        self.frames.push(HeldFrame { destination: frame.destination(), vid: frame.vid, first, len });
+        let is_flooded = flooded & 1 << (u32::from(place) % u64::BITS) != 0;
+        let label = Label { mac: frame.destination(), vid: frame.vid, is_flooded };
+        self.frames.push(HeldFrame { label, first, len });
         true
     }
 }
