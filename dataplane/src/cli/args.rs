@@ -35,7 +35,7 @@ Keys:
   spoofcheck=on|off    drop frames from other addresses than mac
   replace=on|off       afxdp: take the place of an XDP program that the interface has
   busy-poll=on|off     afxdp: let the workers poll the driver
-  tx-checksum=on|off   afxdp: leave checksums to the driver, or to the kernel before it
+  tx-checksum=on|off   afxdp: leave checksums to the driver, or the kernel (default: if the driver can)
   rate-rx=500M         bits per second taken from the port at most, with K, M or G (burst-rx=10M: at once, in bits)
   rate-tx=500M         bits per second sent to the port at most (burst-tx=10M)
   owner=TEXT           whose port it is, for who manages ports by program

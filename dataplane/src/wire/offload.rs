@@ -95,6 +95,24 @@ pub enum Csum {
     },
 }
 
+impl Csum {
+    /// Whether what is left open is the checksum of the TCP or UDP header behind the outermost IP header, as hardware takes it
+    /// to be. `headers` are the frame's first bytes.
+    pub fn is_outermost(self, headers: &[u8]) -> bool {
+        let Self::Partial { start, offset } = self else { return false };
+        let Some(ethernet) = EthernetHeader::parse(headers) else { return false };
+        let l3 = usize::from(ethernet.l3_offset);
+        let packet = headers.get(l3..).unwrap_or_default();
+        let Some(transport) = Ip::parse(ethernet.ethertype, packet).and_then(|ip| ip.transport()) else { return false };
+        let field = match transport.protocol {
+            ip::PROTOCOL_TCP => l4::TCP_CSUM_OFFSET,
+            ip::PROTOCOL_UDP => l4::UDP_CSUM_OFFSET,
+            _ => return false,
+        };
+        l3 + transport.offset == usize::from(start) && field == offset
+    }
+}
+
 /// A frame that stands for several: cut its data into segments of `size` and give each the headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gso {

@@ -285,6 +285,10 @@ impl Watcher {
             rejected = (!failures.is_empty()).then_some(failures),
             "uplink open"
         );
+        if self.options.tx_checksum == Some(true) && !queues.shared.tx_checksum {
+            let port = &self.name;
+            tracing::warn!(port, "the driver of {interface} does not complete checksums, so the switch does");
+        }
         if count < has {
             tracing::warn!(
                 port = self.name,

@@ -67,17 +67,22 @@ impl Family {
     }
 }
 
-/// Whether the driver completes checksums of what an AF_XDP socket sends (`xsk-features`, `tx-checksum`).
+/// Whether the driver completes checksums of what an AF_XDP socket sends (`xsk-features`, `tx-checksum`). Kernels that do not
+/// know the family know no such driver.
 pub(super) fn completes_checksums(ifindex: u32) -> bool {
+    let features = features(ifindex, DEV_XSK_FEATURES).ok().flatten();
+    features.is_some_and(|features| features & XSK_TX_CHECKSUM != 0)
+}
+
+/// What the driver of an interface says in an attribute.
+fn features(ifindex: u32, attribute: u16) -> Result<Option<u64>> {
     let (wanted, mut features) = (ifindex.to_ne_bytes(), None);
-    let listed = Family::open().and_then(|family| {
-        family.list(DEV_GET, &[], |attributes| {
-            if find(attributes, DEV_IFINDEX) == Some(&wanted) {
-                features = number(attributes, DEV_XSK_FEATURES);
-            }
-        })
-    });
-    listed.is_ok() && features.is_some_and(|features| features & XSK_TX_CHECKSUM != 0)
+    Family::open()?.list(DEV_GET, &[], |attributes| {
+        if find(attributes, DEV_IFINDEX) == Some(&wanted) {
+            features = number(attributes, attribute);
+        }
+    })?;
+    Ok(features)
 }
 
 /// The value of an attribute of four or eight bytes.
@@ -102,4 +107,23 @@ pub(super) fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     }
     let attributes = bytes.get(..len)?.get(HEADER + COMMAND..).unwrap_or_default();
     Some((kind, attributes, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `NETDEV_A_DEV_XDP_FEATURES`, of which every driver that runs programs has some.
+    const DEV_XDP_FEATURES: u16 = 3;
+
+    #[test]
+    fn drivers_are_asked_for_their_features() {
+        // The loopback interface is the first, has no driver that runs programs, and is there.
+        match features(1, DEV_XDP_FEATURES) {
+            Ok(features) => assert_eq!(features, Some(0)),
+            Err(error) => eprintln!("this kernel does not tell: {error}"),
+        }
+        assert!(!completes_checksums(1));
+        assert!(features(0x7fff_ffff, DEV_XDP_FEATURES).ok().flatten().is_none());
+    }
 }

@@ -88,13 +88,19 @@ impl Queues {
         stats: &Arc<PortStats>,
     ) -> Result<(Self, String)> {
         let (mut failures, mut last) = (Vec::new(), Error::from(ErrorKind::Unsupported));
+        let asked = options.tx_checksum == Some(true);
         let driver_completes = options.tx_checksum != Some(false) && netdev::completes_checksums(ifindex);
+        let takes_requests = (asked || driver_completes) && Socket::takes_requests();
+        if asked && !takes_requests {
+            let problem = "tx-checksum=on takes a kernel that knows XDP_UMEM_TX_METADATA_LEN, as Linux does since 6.11";
+            return Err(Error::new(ErrorKind::InvalidInput, problem));
+        }
         for &(name, hook, access) in ways(options.mode) {
             // A frame over several of the pool's takes support by the driver where it uses them itself.
             for multi_buffer in [true, false] {
                 let copies = access == Access::Copy;
                 // Where the kernel copies, it completes what the driver does not.
-                let tx_checksum = driver_completes || copies && options.tx_checksum == Some(true);
+                let tx_checksum = takes_requests && (driver_completes || copies);
                 let (mtu, busy_poll) = (AtomicUsize::new(mtu), options.busy_poll);
                 let shared = Arc::new(Shared { mtu, multi_buffer, busy_poll, copies, tx_checksum });
                 match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {

@@ -86,6 +86,11 @@ impl Socket {
         Ok((socket, rings))
     }
 
+    /// Whether the kernel takes requests with frames to send.
+    pub(super) fn takes_requests() -> bool {
+        Umem::new([1]).and_then(|(umem, _)| Self::open(&umem, false, true)).is_ok()
+    }
+
     fn register(&self, umem: &Umem, metadata: bool) -> Result<()> {
         let (addr, len) = umem.area();
         // SAFETY: an all-zero value is valid: no headroom, no flags.
@@ -98,9 +103,6 @@ impl Socket {
             request.tx_metadata_len = METADATA as u32;
         }
         self.set(libc::SOL_XDP, libc::XDP_UMEM_REG, &request).map_err(|e| match e.raw_os_error() {
-            Some(libc::EINVAL) if metadata => {
-                Error::new(ErrorKind::Unsupported, "tx-checksum=on takes a kernel of 6.8 or later")
-            }
             Some(libc::ENOBUFS) => {
                 let advice = "its frames cannot be kept in memory; raise RLIMIT_MEMLOCK, or add CAP_IPC_LOCK";
                 Error::new(ErrorKind::OutOfMemory, advice)

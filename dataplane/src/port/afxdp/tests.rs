@@ -235,15 +235,11 @@ fn any_super_packet_is_cut_as_the_oracle_says() {
 
 /// Options of an uplink that leaves checksums to the kernel, if that can do it.
 fn without_checksums() -> Option<Options> {
-    let (umem, _) = Umem::new([1]).unwrap();
-    match Socket::open(&umem, false, true) {
-        Ok(_) => Some(Options { tx_checksum: Some(true), ..Options::default() }),
-        Err(error) => {
-            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
-            eprintln!("left out: {error}");
-            None
-        }
+    if !Socket::takes_requests() {
+        eprintln!("left out: this kernel takes no requests with frames to send");
+        return None;
     }
+    Some(Options { tx_checksum: Some(true), ..Options::default() })
 }
 
 /// The kernel's own checksums as an oracle: it completes them for an interface that does not.
@@ -268,6 +264,12 @@ fn checksums_are_left_to_a_driver_that_completes_them() {
         let frames = [tcp(false, 1000, None), plain(100), tcp(true, 1001, None)];
         a.send(&frames);
         assert!(b.receive(3) == frames.map(|(_, bytes)| bytes));
+        // Hardware would not know what to do about a header within a tunnel's.
+        let mut inner = tcp(false, 1000, None);
+        inner.1.splice(34..34, [0; 8]);
+        inner.1[23] = 17;
+        inner.0.csum = Csum::Partial { start: 42, offset: 16 };
+        deliver(a, b, &[inner]);
     });
 }
 

@@ -162,8 +162,9 @@ impl Transmitter {
         for _ in 0..count {
             let Some(mut frame) = state.ledger.take() else { break };
             let size = left.min(state.room());
-            let bytes = self.both.umem.bytes_mut(&mut frame);
-            let bytes = bytes.get_mut(state.margin..state.margin + size).unwrap_or_default();
+            let bytes = self.both.umem.bytes_mut(&mut frame).get_mut(..state.margin + size).unwrap_or_default();
+            let (before, bytes) = bytes.split_at_mut(state.margin.min(bytes.len()));
+            request_nothing(before);
             let (front, rest) = bytes.split_at_mut(header.len().min(size));
             front.copy_from_slice(header.get(..front.len()).unwrap_or_default());
             header = header.get(front.len()..).unwrap_or_default();
@@ -213,18 +214,18 @@ impl Transmitter {
             return None;
         }
         let margin = state.margin;
-        if margin > 0 {
-            let before = self.both.umem.bytes_mut(first).get_mut(..margin)?;
+        let (before, bytes) = self.both.umem.bytes_mut(first).get_mut(..margin + *size)?.split_at_mut(margin);
+        if margin > 0 && csum.is_outermost(bytes) {
             return request_checksum(before, start, offset);
         }
         let mut sum = Sum::new();
         let mut from = usize::from(start);
         for (frame, size) in &state.pieces {
-            sum.add(self.both.umem.bytes(frame).get(from..*size)?);
+            sum.add(self.both.umem.bytes(frame).get(margin + from..margin + *size)?);
             from = 0;
         }
         let (first, _) = state.pieces.first_mut()?;
-        put_be16(self.both.umem.bytes_mut(first), field, sum.transport_checksum(offset)).map(|()| 0)
+        put_be16(self.both.umem.bytes_mut(first), margin + field, sum.transport_checksum(offset)).map(|()| 0)
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
@@ -344,14 +345,25 @@ impl State {
 /// Writes the checksum that was left open in a frame in one piece, if one was; asks for it where there is room for that
 /// `before` the frame. Returns the options of the frame's descriptor.
 fn complete_in(before: &mut [u8], bytes: &mut [u8], csum: Csum) -> Option<u32> {
+    request_nothing(before);
     let Csum::Partial { start, offset } = csum else { return Some(0) };
     let field = usize::from(start) + usize::from(offset);
-    if !before.is_empty() {
-        return if field + 2 <= bytes.len() { request_checksum(before, start, offset) } else { None };
+    if field + 2 > bytes.len() {
+        return None;
+    }
+    if !before.is_empty() && csum.is_outermost(bytes) {
+        return request_checksum(before, start, offset);
     }
     let mut sum = Sum::new();
     sum.add(bytes.get(usize::from(start)..)?);
     put_be16(bytes, field, sum.transport_checksum(offset)).map(|()| 0)
+}
+
+/// Leaves no request before a frame that one was made for before: drivers look at that, whatever the descriptor says.
+fn request_nothing(before: &mut [u8]) {
+    if let Some(request) = before.last_chunk_mut::<METADATA>() {
+        request[..8].fill(0);
+    }
 }
 
 /// Asks who sends the frame behind these bytes to complete its checksum: what is there now is the sum of the pseudo-header.
@@ -420,6 +432,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn requests_are_made_for_one_frame_each() {
+        let headers = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6]).ipv4([10; 4], [11; 4], 64).udp(1, 2);
+        let (mut before, mut bytes) = ([0xff; REQUEST_ROOM], Vec::new());
+        headers.write(&mut bytes, &[7; 20]).unwrap();
+        let mut flags = |csum| {
+            let options = complete_in(&mut before, &mut bytes, csum).unwrap();
+            (options, u64::from_ne_bytes(*before[REQUEST_ROOM - METADATA..].first_chunk().unwrap()))
+        };
+        assert_eq!(flags(Csum::None), (0, 0));
+        assert_eq!(flags(Csum::Partial { start: 34, offset: 6 }), (libc::XDP_TX_METADATA, 2));
+        assert_eq!(flags(Csum::Partial { start: 42, offset: 6 }), (0, 0));
+        assert_eq!(complete_in(&mut before, &mut bytes, Csum::Partial { start: 34, offset: 60 }), None);
+        assert_eq!(before[REQUEST_ROOM - METADATA..][..8], [0; 8]);
+    }
 
     proptest! {
         #[test]
