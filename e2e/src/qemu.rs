@@ -234,10 +234,8 @@ impl Guest {
     /// Has the guest use the switch's CPU too, or not any more.
     pub fn spread(&self, over_all: bool) -> Result<()> {
         let Cpus { switch, load } = machine::cpus()?;
-        match over_all {
-            true => self.process.set_cpus(&[switch, load].concat()),
-            false => self.process.set_cpus(&self.spec.chosen_cpus()?),
-        }
+        let cpus = if over_all { [switch, load].concat() } else { self.spec.chosen_cpus()? };
+        self.process.set_cpus(&cpus)
     }
 
     /// Waits until the guest's agent has announced itself; also after a reboot.

@@ -491,7 +491,7 @@ fn stops_in_every_state() {
     assert!(!bench.path.exists());
 }
 
-/// As it would if it paused before it looked for its frontend again.
+/// It would not if it paused before it looked for its frontend again.
 #[test]
 fn a_connected_port_stops_at_once() {
     let _shared = shared();
