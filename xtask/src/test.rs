@@ -112,14 +112,20 @@ fn stages(options: &Options) -> Vec<Stage> {
     if !options.fast {
         stages.push(Stage { name: "build", command: release_build() });
     }
-    let unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
+    let mut unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
+    // It is built before the first of them runs.
+    unit.env("SLUICE_BIN", e2e::machine::repository().join("target/debug/sluice"));
     stages.push(Stage { name: "unit", command: unit });
     if !options.fast {
-        let mut parts = cargo(&["build", "--quiet", "--bins"]);
-        parts.args(PARTS.iter().flat_map(|part| ["-p", part]));
-        stages.push(Stage { name: "parts", command: parts });
+        if options.only.is_some() {
+            // Otherwise they are there: their own tests run them.
+            let mut parts = cargo(&["build", "--quiet", "--bins"]);
+            parts.args(PARTS.iter().flat_map(|part| ["-p", part]));
+            stages.push(Stage { name: "parts", command: parts });
+        }
         for name in SYSTEMS {
-            let mut command = cargo(&["test", "-p", "e2e", "--test", name, "--quiet", "--", "--test-threads=1"]);
+            // Of the whole workspace, with whose features all dependencies are built by now.
+            let mut command = cargo(&["test", "--workspace", "--test", name, "--quiet", "--", "--test-threads=1"]);
             // The release build is what people run; backtraces of a failed test are those of the harness.
             command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
             stages.push(Stage { name, command });
