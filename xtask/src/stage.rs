@@ -85,7 +85,7 @@ pub(crate) fn run(mut command: Command, deadline: Option<Instant>, mut line: imp
     Ok(Outcome { status, late })
 }
 
-/// A command that does its work silently beside others, and is ended when this is dropped.
+/// A command that does its work silently beside others, with what these leave of the CPUs, and is ended when this is dropped.
 pub(crate) struct Beside(Child);
 
 impl Beside {
@@ -94,6 +94,8 @@ impl Beside {
         let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = quiet.process_group(0).spawn().context("cannot start a command beside others")?;
         BESIDE.store(child.id() as i32, Ordering::SeqCst);
+        // SAFETY: no pointers; the group is our child's. If it fails the child is merely not as modest.
+        unsafe { libc::setpriority(libc::PRIO_PGRP, child.id(), 19) };
         Ok(Self(child))
     }
 }

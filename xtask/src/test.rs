@@ -109,14 +109,12 @@ fn stages(options: &Options) -> Vec<Stage> {
         setup.arg("setup");
         stages.push(Stage { name: "setup", command: setup });
     }
-    if !options.fast {
-        stages.push(Stage { name: "build", command: release_build() });
-    }
     let mut unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
     // It is built before the first of them runs.
     unit.env("SLUICE_BIN", e2e::machine::repository().join("target/debug/sluice"));
     stages.push(Stage { name: "unit", command: unit });
     if !options.fast {
+        stages.push(Stage { name: "build", command: release_build() });
         if options.only.is_some() {
             // Otherwise they are there: their own tests run them.
             let mut parts = cargo(&["build", "--quiet", "--bins"]);
@@ -159,17 +157,18 @@ fn has_dpdk() -> bool {
 }
 
 /// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
-fn dpdk_stages() -> [Stage; 4] {
-    let lint =
-        cargo(&["clippy", "-p", "sluice", "--features", "dpdk", "--all-targets", "--quiet", "--", "-D", "warnings"]);
-    let unit = cargo(&["test", "-p", "sluice", "--features", "dpdk", "--lib", "--bins", "--quiet", "dpdk"]);
-    let mut systems = cargo(&["test", "-p", "e2e", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
+fn dpdk_stages() -> [Stage; 3] {
+    let mut lint = cargo(&["clippy", "--workspace", "--features", "sluice/dpdk", "--all-targets", "--quiet"]);
+    lint.args(["--", "-D", "warnings"]);
+    // The test of the repository has nothing to do with it: with a test beside it, the program is built as well.
+    let mut unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--features", "sluice/dpdk", "--quiet"]);
+    unit.args(["--lib", "--test", "repo", "dpdk"]);
+    let mut systems = cargo(&["test", "--workspace", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
     systems.args(["over_a_wire", "a_network_is_a_vlan"]);
     systems.env("SLUICE_BIN", "target/debug/sluice").env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
     [
         Stage { name: "dpdk-clippy", command: lint },
         Stage { name: "dpdk", command: unit },
-        Stage { name: "dpdk-build", command: cargo(&["build", "-p", "sluice", "--features", "dpdk", "--bins"]) },
         Stage { name: "uplink-dpdk", command: systems },
     ]
 }
