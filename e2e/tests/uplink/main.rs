@@ -46,7 +46,9 @@ fn talk(rig: &Rig, mtu: usize) -> Result<()> {
         let report = lab.guests[0].run_for(&format!("iperf3 -J -c {address} {options}"), LIMIT)?;
         let rate = rate_of(&report, what)?;
         println!("MTU {mtu}: {what} {address} {options}: {rate:.0} Mbit/s");
-        ensure!(rate > 5.0, "only {rate} Mbit/s");
+        // What is sent of UDP is the guest's affair, which may be emulated on a slow machine: that it arrives was judged.
+        let least = if what == "TCP" { 5.0 } else { 1.0 };
+        ensure!(rate > least, "only {rate} Mbit/s");
     }
     Ok(())
 }
