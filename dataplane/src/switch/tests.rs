@@ -158,6 +158,16 @@ impl Bench {
         }
     }
 
+    /// Has what comes for a port be held, which is a member of its network only if it is up. Returns the link before, too.
+    fn hold(&mut self, at: usize, state: PortState) -> (Arc<Hold>, Arc<Link>) {
+        let hold = Arc::new(Hold::new(self.stations[at].stats.clone()));
+        let before = self.relink(at, Link { hold: Some(hold.clone()), ..Link::down(state, None) });
+        if state != PortState::Up {
+            self.snapshot.networks[0].retain(|port| usize::from(port.0) != at);
+        }
+        (hold, before)
+    }
+
     /// Gives a port another link. Returns the one before.
     fn relink(&mut self, at: usize, link: Link) -> Arc<Link> {
         let view = self.snapshot.ports[at].clone().unwrap();
@@ -211,9 +221,7 @@ fn a_station_that_moves_is_followed() {
 #[test]
 fn frames_for_a_guest_that_migrates_wait_for_it_in_order() {
     let mut bench = bench(4);
-    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    let up = bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
-    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let (hold, up) = bench.hold(1, PortState::Down);
     let to_it: Vec<_> = (60..80).map(|len| frame(mac(1), mac(0), len * 20)).collect();
     bench.send(0, &to_it[..12]);
     bench.send(2, &to_it[12..]);
@@ -237,16 +245,14 @@ fn frames_for_a_guest_that_migrates_wait_for_it_in_order() {
 fn what_is_held_waits_again_where_a_ring_is_changed() {
     let mut bench = bench(3);
     bench.introduce();
-    let holds = [1, 2].map(|at| Arc::new(Hold::new(bench.stations[at].stats.clone())));
-    bench.relink(1, Link { hold: Some(holds[0].clone()), ..Link::down(PortState::Down, None) });
-    let up = bench.relink(2, Link { hold: Some(holds[1].clone()), ..Link::down(PortState::Up, None) });
-    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let (first, _) = bench.hold(1, PortState::Down);
+    let (second, up) = bench.hold(2, PortState::Up);
     let to_it: Vec<_> = (60..70).map(|len| frame(mac(1), mac(0), len * 20)).collect();
     bench.send(0, &to_it[..6]);
     bench.send(2, &[frame(BROADCAST, mac(1), 60)]);
     bench.send(0, &to_it[6..]);
-    assert_eq!([holds[0].len(), holds[1].len()], [0, 10]);
-    bench.relink(2, Link { hold: Some(holds[1].clone()), ..Link::clone(&up) });
+    assert_eq!([first.len(), second.len()], [0, 10]);
+    bench.relink(2, Link { hold: Some(second.clone()), ..Link::clone(&up) });
     bench.received(2);
     bench.forwarder.release_returned(&bench.snapshot);
     let expected: Vec<_> = to_it.iter().map(|frame| frame[12..].to_vec()).collect();
@@ -257,9 +263,7 @@ fn what_is_held_waits_again_where_a_ring_is_changed() {
 #[test]
 fn a_guest_that_is_heard_before_a_frame_for_it_is_held_gets_it() {
     let mut bench = bench(3);
-    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
-    bench.snapshot.networks[0].retain(|port| *port != PortId(1));
+    let (hold, _) = bench.hold(1, PortState::Down);
     let (to_it, from_it) = (frame(mac(1), mac(2), 60), frame(mac(0), mac(1), 60));
     bench.send(2, &[to_it.clone(), from_it]);
     assert!(bench.received(2) == [to_it[12..].to_vec()]);
@@ -270,8 +274,7 @@ fn a_guest_that_is_heard_before_a_frame_for_it_is_held_gets_it() {
 #[test]
 fn a_guest_that_is_heard_before_it_can_receive_gets_what_was_held() {
     let mut bench = bench(3);
-    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let (hold, _) = bench.hold(1, PortState::Down);
     let up = bench.relink(2, Link::down(PortState::Down, None));
     bench.snapshot.networks[0].retain(|port| *port == PortId(0));
     let to_it = frame(mac(1), mac(0), 60);
@@ -290,8 +293,7 @@ fn a_guest_that_is_heard_before_it_can_receive_gets_what_was_held() {
 #[test]
 fn what_is_held_of_a_flood_stays_with_its_port() {
     let mut bench = bench(3);
-    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    let up = bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Up, None) });
+    let (hold, up) = bench.hold(1, PortState::Up);
     // Nobody has heard this station, and then a third port does, or the second is where it was.
     let to_all = [frame(mac(7), mac(0), 60), frame(BROADCAST, mac(0), 61)];
     bench.send(0, &to_all);
@@ -309,8 +311,7 @@ fn what_is_held_of_a_flood_stays_with_its_port() {
 fn what_is_held_is_bounded_and_counted() {
     let mut bench = bench(2);
     bench.introduce();
-    let hold = Arc::new(Hold::new(bench.stations[1].stats.clone()));
-    bench.relink(1, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
+    let (hold, _) = bench.hold(1, PortState::Down);
     for _ in 0..MAX_HELD_FRAMES + 7 {
         bench.send(0, &[frame(mac(1), mac(0), 60)]);
         drop(bench.stations[0].out.returned());

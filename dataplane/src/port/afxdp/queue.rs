@@ -96,11 +96,11 @@ impl Queues {
             return Err(Error::new(ErrorKind::InvalidInput, problem));
         }
         for &(name, hook, access) in ways(options.mode) {
+            let copies = access == Access::Copy;
+            // Where the kernel copies, it completes what the driver does not.
+            let tx_checksum = takes_requests && (driver_completes || copies);
             // A frame over several of the pool's takes support by the driver where it uses them itself.
             for multi_buffer in [true, false] {
-                let copies = access == Access::Copy;
-                // Where the kernel copies, it completes what the driver does not.
-                let tx_checksum = takes_requests && (driver_completes || copies);
                 let (mtu, busy_poll) = (AtomicUsize::new(mtu), options.busy_poll);
                 let shared = Arc::new(Shared { mtu, multi_buffer, busy_poll, copies, tx_checksum });
                 match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {

@@ -194,7 +194,7 @@ impl Transmitter {
         let (front, rest) = bytes.split_at_mut(header.len().min(bytes.len()));
         front.copy_from_slice(header);
         let filled = front.len() + source.read(rest);
-        let Some(options) = complete_in(before, bytes, csum).filter(|_| filled == len) else {
+        let Some(options) = complete_in(before, bytes, [], csum).filter(|_| filled == len) else {
             state.ledger.put(place);
             return Err(DropReason::CannotConvert);
         };
@@ -207,25 +207,11 @@ impl Transmitter {
 
     /// Writes the checksum that was left open, if one was, or asks for it. Returns the options of the frame's first descriptor.
     fn complete(&self, state: &mut State, csum: Csum) -> Option<u32> {
-        let Csum::Partial { start, offset } = csum else { return Some(0) };
-        let (first, size) = state.pieces.first_mut()?;
-        let field = usize::from(start) + usize::from(offset);
-        if field + 2 > *size {
-            return None;
-        }
-        let margin = state.margin;
-        let (before, bytes) = self.both.umem.bytes_mut(first).get_mut(..margin + *size)?.split_at_mut(margin);
-        if margin > 0 && csum.is_outermost(bytes) {
-            return request_checksum(before, start, offset);
-        }
-        let mut sum = Sum::new();
-        let mut from = usize::from(start);
-        for (frame, size) in &state.pieces {
-            sum.add(self.both.umem.bytes(frame).get(margin + from..margin + *size)?);
-            from = 0;
-        }
-        let (first, _) = state.pieces.first_mut()?;
-        put_be16(self.both.umem.bytes_mut(first), margin + field, sum.transport_checksum(offset)).map(|()| 0)
+        let (umem, margin) = (&self.both.umem, state.margin);
+        let ((first, size), rest) = state.pieces.split_first_mut()?;
+        let (before, bytes) = umem.bytes_mut(first).get_mut(..margin + *size)?.split_at_mut(margin);
+        let rest = rest.iter().map(|(frame, size)| umem.bytes(frame).get(margin..margin + *size).unwrap_or_default());
+        complete_in(before, bytes, rest, csum)
     }
 
     /// Shows the kernel what was put, and asks it to send where it waits to be asked.
@@ -342,9 +328,14 @@ impl State {
     }
 }
 
-/// Writes the checksum that was left open in a frame in one piece, if one was; asks for it where there is room for that
-/// `before` the frame. Returns the options of the frame's descriptor.
-fn complete_in(before: &mut [u8], bytes: &mut [u8], csum: Csum) -> Option<u32> {
+/// Writes the checksum that was left open in a frame, if one was; asks for it where there is room for that `before` the frame,
+/// which is `bytes` and goes on in `rest`. Returns the options of the frame's first descriptor.
+fn complete_in<'a>(
+    before: &mut [u8],
+    bytes: &mut [u8],
+    rest: impl IntoIterator<Item = &'a [u8]>,
+    csum: Csum,
+) -> Option<u32> {
     request_nothing(before);
     let Csum::Partial { start, offset } = csum else { return Some(0) };
     let field = usize::from(start) + usize::from(offset);
@@ -356,6 +347,7 @@ fn complete_in(before: &mut [u8], bytes: &mut [u8], csum: Csum) -> Option<u32> {
     }
     let mut sum = Sum::new();
     sum.add(bytes.get(usize::from(start)..)?);
+    rest.into_iter().for_each(|piece| sum.add(piece));
     put_be16(bytes, field, sum.transport_checksum(offset)).map(|()| 0)
 }
 
@@ -439,13 +431,13 @@ mod tests {
         let (mut before, mut bytes) = ([0xff; REQUEST_ROOM], Vec::new());
         headers.write(&mut bytes, &[7; 20]).unwrap();
         let mut flags = |csum| {
-            let options = complete_in(&mut before, &mut bytes, csum).unwrap();
+            let options = complete_in(&mut before, &mut bytes, [], csum).unwrap();
             (options, u64::from_ne_bytes(*before[REQUEST_ROOM - METADATA..].first_chunk().unwrap()))
         };
         assert_eq!(flags(Csum::None), (0, 0));
         assert_eq!(flags(Csum::Partial { start: 34, offset: 6 }), (libc::XDP_TX_METADATA, 2));
         assert_eq!(flags(Csum::Partial { start: 42, offset: 6 }), (0, 0));
-        assert_eq!(complete_in(&mut before, &mut bytes, Csum::Partial { start: 34, offset: 60 }), None);
+        assert_eq!(complete_in(&mut before, &mut bytes, [], Csum::Partial { start: 34, offset: 60 }), None);
         assert_eq!(before[REQUEST_ROOM - METADATA..][..8], [0; 8]);
     }
 
