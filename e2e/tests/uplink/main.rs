@@ -97,6 +97,10 @@ fn listen(rig: &Rig, mtu: usize, vlan: Option<u16>, meanwhile: impl FnOnce(&Rig)
     let heard = ear.finish()?;
     println!("MTU {mtu}, VLAN {vlan:?}: Wireshark checked {} frames", heard.len());
     ensure!(heard.len() > 500, "only {} frames heard", heard.len());
+    for checksum in ["ip", "tcp", "udp"] {
+        let is_checked = heard.iter().any(|frame| frame.good_checksums.contains(&checksum));
+        ensure!(is_checked, "Wireshark has found no {checksum} checksum to be right");
+    }
     let tag = if vlan.is_some() { 4 } else { 0 };
     for frame in &heard {
         ensure!(frame.bad_checksums.is_empty(), "a wrong checksum: {frame:?}");

@@ -8,10 +8,23 @@ use e2e::wait;
 use std::path::Path;
 use std::time::Duration;
 
-/// What Wireshark says of a checksum that is not right (`proto_checksum_vals`).
+/// What Wireshark says of a checksum that is not right (`proto_checksum_vals`), and of one that is.
 const BAD: &str = "0";
+const GOOD: &str = "1";
 /// Checksums that it checks.
 const CHECKSUMS: [&str; 5] = ["ip", "tcp", "udp", "icmp", "icmpv6"];
+
+/// Payload is only that: random bytes that it takes for some protocol's can cost it minutes.
+const NO_PAYLOADS: [&str; 8] = [
+    "-d",
+    "tcp.port==1-65535,data",
+    "-d",
+    "udp.port==1-65535,data",
+    "-o",
+    "tcp.desegment_tcp_streams:FALSE",
+    "-o",
+    "tcp.analyze_sequence_numbers:FALSE",
+];
 
 /// A frame as Wireshark sees it.
 #[derive(Debug, Clone)]
@@ -19,6 +32,7 @@ pub(crate) struct Heard {
     pub(crate) length: usize,
     pub(crate) vlan: Option<u16>,
     pub(crate) bad_checksums: Vec<&'static str>,
+    pub(crate) good_checksums: Vec<&'static str>,
 }
 
 /// Listens to what interfaces receive.
@@ -53,7 +67,8 @@ impl Ear {
         let mut fields = vec!["frame.len".to_owned(), "vlan.id".to_owned()];
         fields.extend(CHECKSUMS.iter().map(|name| format!("{name}.checksum.status")));
         let check = ["ip", "tcp", "udp"].map(|name| format!("{name}.check_checksum:TRUE"));
-        let options: Vec<&str> = check.iter().flat_map(|option| ["-o", option]).collect();
+        let mut options: Vec<&str> = check.iter().flat_map(|option| ["-o", option]).collect();
+        options.extend(NO_PAYLOADS);
         let fields: Vec<&str> = fields.iter().map(String::as_str).collect();
         tshark(&self.scratch.join("wire.pcapng"), &options, "", &fields)?.iter().map(|values| heard(values)).collect()
     }
@@ -62,8 +77,13 @@ impl Ear {
 fn heard(values: &[String]) -> Result<Heard> {
     let value = |at: usize| values.get(at).map_or("", String::as_str);
     let length = value(0).parse().with_context(|| format!("tshark printed {values:?}"))?;
-    let bad = CHECKSUMS.iter().enumerate().filter(|(at, _)| value(2 + at).split(',').any(|status| status == BAD));
-    Ok(Heard { length, vlan: value(1).parse().ok(), bad_checksums: bad.map(|(_, name)| *name).collect() })
+    let checksums = |verdict: &str| -> Vec<_> {
+        let judged = CHECKSUMS.iter().enumerate();
+        let such = judged.filter(|(at, _)| value(2 + at).split(',').any(|status| status == verdict));
+        such.map(|(_, name)| *name).collect()
+    };
+    let (bad_checksums, good_checksums) = (checksums(BAD), checksums(GOOD));
+    Ok(Heard { length, vlan: value(1).parse().ok(), bad_checksums, good_checksums })
 }
 
 /// Direction (1 in, 2 out) and comment of each frame of a capture file for which a display filter holds.
