@@ -307,31 +307,39 @@ fn a_chain_keeps_what_came_before() {
     assert_eq!(Pod::new(2).call("ADD", &config).error().0, 6);
 }
 
-/// Tests share their machine, so the best of ten rounds counts; `--nocapture` shows the figures.
-#[test]
-fn two_hundred_ports_do_not_slow_it_down() {
-    let bench = Bench::new();
-    let config = |number: usize| bench.config("1.0.0", &bench.device(&format!("sock-{number:04}")));
-    for number in 0..200 {
-        Pod::new(number).add(&config(number));
-    }
+/// Adds and removes one pod after the other; what ADD takes at the median.
+fn median_add(bench: &Bench) -> Duration {
     let add_and_del = |number: usize| {
-        let (pod, config) = (Pod::new(number), config(number));
+        let config = bench.config("1.0.0", &bench.device(&format!("sock-{number:04}")));
+        let pod = Pod::new(number);
         let answer = pod.call("ADD", &config);
         let took = answer.took;
         answer.result();
         pod.call("DEL", &config).silent();
         took
     };
-    let round = || {
-        let mut times: Vec<_> = (200..231).map(add_and_del).collect();
-        times.sort_unstable();
-        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("ADD beside 200 ports: {median:?} at the median, {worst:?} at worst");
-        median
+    let mut times: Vec<_> = (200..231).map(add_and_del).collect();
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Tests share their machine, so the best of ten rounds counts, and where 20 ms are hardly enough for the first port, as
+/// with debug builds on a slow machine, the 200 may double that; `--nocapture` shows the figures.
+#[test]
+fn two_hundred_ports_do_not_slow_it_down() {
+    let (bench, empty) = (Bench::new(), Bench::new());
+    for number in 0..200 {
+        Pod::new(number).add(&bench.config("1.0.0", &bench.device(&format!("sock-{number:04}"))));
+    }
+    let is_quick = || {
+        let (beside, alone) = (median_add(&bench), median_add(&empty));
+        println!("ADD at the median: {beside:?} beside 200 ports, {alone:?} beside none");
+        beside < Duration::from_millis(20).max(2 * alone)
     };
-    let quick = (0..10).any(|_| round() < Duration::from_millis(20));
-    assert!(quick, "ADD takes 20 ms or more at the median");
+    assert!(
+        (0..10).any(|_| is_quick()),
+        "ADD takes 20 ms or more at the median beside 200 ports, and less beside none"
+    );
     let began = Instant::now();
     let mut gc = bench.config("1.1.0", "");
     gc["cni.dev/valid-attachments"] = json!([]);
