@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use crate::mem::prefetch::{prefetch_read, prefetch_write};
+use crate::mem::prefetch::{prefetch_read, prefetch_write, write_hints_pay};
 
 /// A validated range of memory that stays mapped for `'m`, to write to as well as to read from.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +81,9 @@ impl<'m> Segment<'m> {
     #[inline]
     pub fn write_from(self, from: SourceSegment<'_>) -> usize {
         let count = from.len().min(self.len());
+        if count >= LONG && write_hints_pay() {
+            (0..count).step_by(64).for_each(|at| prefetch_write(self.start().wrapping_add(at)));
+        }
         // SAFETY: both ranges are mapped and at least `count` long. They are distinct mappings, since a frame never goes
         // back to the port it came from.
         unsafe { std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.start(), count) };
@@ -150,6 +153,8 @@ impl<'m> SourceSegment<'m> {
 const CHUNK: usize = 16;
 /// Copies longer than this are left to the library, which is better at them.
 const SHORT: usize = 160;
+/// From here on it may pay to ask for all that a copy will write.
+const LONG: usize = 256;
 
 /// Copies bytes. A few moves of fixed size are faster than a call for 76 bytes; the last move overlaps the one before it, so
 /// that no byte beyond `count` is touched: it might lie in a cache line that somebody else has.
@@ -278,6 +283,19 @@ mod tests {
             assert_eq!((&memory[20..20 + len], &back[..len]), (&source[..len], &source[..len]));
             assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
             assert!(back[len..].iter().all(|byte| *byte == 0xdd));
+        }
+    }
+
+    #[test]
+    fn long_copies_touch_nothing_else() {
+        let source: Vec<u8> = (0..2000u32).map(|at| at as u8).collect();
+        for len in [LONG - 1, LONG, LONG + 1, 1450, 2000] {
+            let mut memory = vec![0xee; len + 40];
+            // SAFETY: the vector is long enough and is not touched while the segment is in use.
+            let segment = unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap();
+            assert_eq!(segment.write_from(SourceSegment::from_slice(&source)), len);
+            assert_eq!(memory[20..20 + len], source[..len]);
+            assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
         }
     }
 
