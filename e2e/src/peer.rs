@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::process::{self, Process};
 use crate::scratch::{self, Scratch};
+use crate::switch::Usage;
 use crate::{machine, wait};
 
 /// The program, as Debian installs it.
@@ -107,6 +108,11 @@ impl Ovs {
     /// Removes a port.
     pub fn del_port(&self, name: &str) -> Result<()> {
         vsctl(&self.scratch, &["del-port", name])
+    }
+
+    /// What it costs now, its database aside.
+    pub fn usage(&self) -> Result<Usage> {
+        Usage::of(self.vswitchd.pid())
     }
 
     /// What it has printed last.
