@@ -26,8 +26,8 @@ pub(crate) fn prefetch_write<T>(place: *const T) {
     let _ = place;
 }
 
-/// Whether it pays to ask for all lines that a copy will write before it begins. It does on Intel's processors, where lines that
-/// nobody asked for come one after the other (docs/performance.md); others are left as they were until measured.
+/// Whether it pays to ask for all lines that a copy will write before it begins. It did on the one of Intel's processors that was
+/// measured (docs/performance.md); those of others are left as they were until somebody measures them.
 #[inline]
 pub(crate) fn write_hints_pay() -> bool {
     static IS_INTEL: LazyLock<bool> = LazyLock::new(is_intel);

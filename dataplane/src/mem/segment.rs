@@ -4,7 +4,7 @@
 //! at any time, so they are only copied, never referred to.
 
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::ptr::NonNull;
 
 use crate::mem::prefetch::{prefetch_read, prefetch_write, write_hints_pay};
@@ -81,8 +81,8 @@ impl<'m> Segment<'m> {
     #[inline]
     pub fn write_from(self, from: SourceSegment<'_>) -> usize {
         let count = from.len().min(self.len());
-        if count >= LONG && write_hints_pay() {
-            (0..count).step_by(64).for_each(|at| prefetch_write(self.start().wrapping_add(at)));
+        if HINTED.contains(&count) && write_hints_pay() {
+            lines(self.start(), count).for_each(|line| prefetch_write(line));
         }
         // SAFETY: both ranges are mapped and at least `count` long. They are distinct mappings, since a frame never goes
         // back to the port it came from.
@@ -153,8 +153,17 @@ impl<'m> SourceSegment<'m> {
 const CHUNK: usize = 16;
 /// Copies longer than this are left to the library, which is better at them.
 const SHORT: usize = 160;
-/// From here on it may pay to ask for all that a copy will write.
-const LONG: usize = 256;
+/// Copies of so many bytes may ask for all that they will write; longer ones were not measured.
+const HINTED: RangeInclusive<usize> = 256..=2048;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// A place in each cache line of a range.
+#[inline]
+fn lines(start: *mut u8, count: usize) -> impl Iterator<Item = *mut u8> {
+    let skew = start.addr() % LINE;
+    (0..skew + count).step_by(LINE).map(move |at| start.wrapping_sub(skew).wrapping_add(at))
+}
 
 /// Copies bytes. A few moves of fixed size are faster than a call for 76 bytes; the last move overlaps the one before it, so
 /// that no byte beyond `count` is touched: it might lie in a cache line that somebody else has.
@@ -287,9 +296,18 @@ mod tests {
     }
 
     #[test]
+    fn each_line_of_a_range_is_named_once() {
+        for (start, count) in [(0, 1), (0, 64), (0, 65), (63, 1), (63, 2), (12, 384), (140, 450), (1, 2048)] {
+            let named: Vec<usize> =
+                lines(std::ptr::without_provenance_mut(start), count).map(|at| at.addr() / LINE).collect();
+            assert_eq!(named, (start / LINE..=(start + count - 1) / LINE).collect::<Vec<_>>(), "{start}, {count}");
+        }
+    }
+
+    #[test]
     fn long_copies_touch_nothing_else() {
-        let source: Vec<u8> = (0..2000u32).map(|at| at as u8).collect();
-        for len in [LONG - 1, LONG, LONG + 1, 1450, 2000] {
+        let source: Vec<u8> = (0..3000u32).map(|at| at as u8).collect();
+        for len in [255, 256, 257, 1450, 2048, 2049, 3000] {
             let mut memory = vec![0xee; len + 40];
             // SAFETY: the vector is long enough and is not touched while the segment is in use.
             let segment = unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap();
