@@ -8,13 +8,16 @@ use e2e::wait;
 use std::path::Path;
 use std::time::Duration;
 
-/// What Wireshark says of a checksum that is not right (`proto_checksum_vals`), and of one that is.
-const BAD: &str = "0";
-const GOOD: &str = "1";
+/// What Wireshark says of a checksum that is right (`proto_checksum_vals`), and of one that is wrong, not there, or zero where
+/// it must not be. The rest it could not verify: of datagrams that errors quote.
+const GOOD: [&str; 1] = ["1"];
+const BAD: [&str; 3] = ["0", "3", "4"];
 /// Checksums that it checks.
 const CHECKSUMS: [&str; 5] = ["ip", "tcp", "udp", "icmp", "icmpv6"];
 
-/// Payload is only that: random bytes that it takes for some protocol's can cost it minutes.
+/// What else is asked of a frame.
+const FRAME: [&str; 5] = ["frame.len", "vlan.id", "ipv6.dst", "ip.reassembled.length", "ipv6.reassembled.length"];
+/// Has payload taken for plain bytes: guessing a protocol in random ones can take it minutes.
 const NO_PAYLOADS: [&str; 8] = [
     "-d",
     "tcp.port==1-65535,data",
@@ -31,6 +34,9 @@ const NO_PAYLOADS: [&str; 8] = [
 pub(crate) struct Heard {
     pub(crate) length: usize,
     pub(crate) vlan: Option<u16>,
+    pub(crate) is_ipv6: bool,
+    /// The last fragment of a datagram, with which all of it is judged.
+    pub(crate) is_reassembled: bool,
     pub(crate) bad_checksums: Vec<&'static str>,
     pub(crate) good_checksums: Vec<&'static str>,
 }
@@ -64,7 +70,7 @@ impl Ear {
         std::thread::sleep(Duration::from_millis(200));
         self.dumpcap.signal(libc::SIGINT);
         self.dumpcap.wait_exit(Duration::from_secs(10))?;
-        let mut fields = vec!["frame.len".to_owned(), "vlan.id".to_owned()];
+        let mut fields: Vec<_> = FRAME.map(str::to_owned).into();
         fields.extend(CHECKSUMS.iter().map(|name| format!("{name}.checksum.status")));
         let check = ["ip", "tcp", "udp"].map(|name| format!("{name}.check_checksum:TRUE"));
         let mut options: Vec<&str> = check.iter().flat_map(|option| ["-o", option]).collect();
@@ -77,13 +83,19 @@ impl Ear {
 fn heard(values: &[String]) -> Result<Heard> {
     let value = |at: usize| values.get(at).map_or("", String::as_str);
     let length = value(0).parse().with_context(|| format!("tshark printed {values:?}"))?;
-    let checksums = |verdict: &str| -> Vec<_> {
-        let judged = CHECKSUMS.iter().enumerate();
-        let such = judged.filter(|(at, _)| value(2 + at).split(',').any(|status| status == verdict));
-        such.map(|(_, name)| *name).collect()
+    let checksums = |verdicts: &[&str]| -> Vec<_> {
+        let judged = CHECKSUMS.iter().zip(&values[FRAME.len()..]);
+        let such = judged.filter(|(_, status)| status.split(',').any(|status| verdicts.contains(&status)));
+        such.map(|(name, _)| *name).collect()
     };
-    let (bad_checksums, good_checksums) = (checksums(BAD), checksums(GOOD));
-    Ok(Heard { length, vlan: value(1).parse().ok(), bad_checksums, good_checksums })
+    Ok(Heard {
+        length,
+        vlan: value(1).parse().ok(),
+        is_ipv6: !value(2).is_empty(),
+        is_reassembled: !value(3).is_empty() || !value(4).is_empty(),
+        bad_checksums: checksums(&BAD),
+        good_checksums: checksums(&GOOD),
+    })
 }
 
 /// Direction (1 in, 2 out) and comment of each frame of a capture file for which a display filter holds.
