@@ -112,10 +112,6 @@ fn fetch_kernel(into: &Path) -> Result<()> {
     run("dpkg-deb", &["-x", &deb.to_string_lossy(), &tree.to_string_lossy()])?;
     let kernel = find_file(&tree.join("boot"), &|name| name.starts_with("vmlinuz-")).context("no kernel in it")?;
     fs::rename(kernel, part.join("vmlinuz"))?;
-    if let Err(error) = unpack_kernel(&part) {
-        println!("    the guests' kernel stays packed, and boots slower: {error:#}");
-        let _ = fs::remove_file(part.join(UNPACKED));
-    }
     fs::rename(tree.join("lib/modules"), part.join("modules"))?;
     fs::remove_dir_all(tree)?;
     fs::remove_file(deb)?;
@@ -126,27 +122,51 @@ fn fetch_kernel(into: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unpacks what is within `vmlinuz` beside it (Linux's Documentation/arch/x86/boot.rst).
-fn unpack_kernel(dir: &Path) -> Result<()> {
+/// Unpacks the kernel, if it is not yet: what is in its payload (Linux's Documentation/arch/x86/boot.rst), which Debian 12 packs
+/// with lz4. QEMU boots it by its PVH note.
+///
+/// # Errors
+/// If that cannot be; guests then boot the packed one.
+pub fn unpack_kernel() -> Result<()> {
+    let dir = kernel_dir()?;
+    let unpacked = dir.join(UNPACKED);
+    if unpacked.is_file() {
+        return Ok(());
+    }
     let packed = fs::read(dir.join("vmlinuz"))?;
     let number = |at: usize| -> Result<usize> {
         let bytes = packed.get(at..at + 4).context("it is too short")?;
         Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
     };
-    let (setup_sectors, offset, length) =
-        (usize::from(*packed.get(0x1f1).context("it is too short")?), number(0x248)?, number(0x24c)?);
+    let setup_sectors = usize::from(*packed.get(0x1f1).context("it is too short")?);
+    let (offset, length) = (number(0x248)?, number(0x24c)?);
     let start = (setup_sectors + 1) * 512 + offset;
-    // Its last four bytes are the length of what comes out.
+    // The payload's last four bytes, which the kernel's build appends, are the length of what comes out.
     let end = (start + length).checked_sub(4).context("it has no payload")?;
     let payload = packed.get(start..end).context("its payload is beyond its end")?;
-    let (unpacked, expected) = (dir.join(UNPACKED), number(end)?);
-    let file = fs::File::create(&unpacked)?;
-    let mut lz4 = Command::new("lz4").args(["-d", "-c", "-q"]).stdin(Stdio::piped()).stdout(file).spawn()?;
-    let written = lz4.stdin.take().context("no pipe to lz4")?.write_all(payload);
-    let status = lz4.wait()?;
-    let size = fs::metadata(&unpacked)?.len();
-    ensure!(status.success() && size == expected as u64, "lz4 ended with {status} after {size} of {expected} bytes");
-    Ok(written?)
+    let expected = number(end)?;
+    let part = unpacked.with_extension(format!("part{}", std::process::id()));
+    let outcome = unlz4(payload, &part).and_then(|size| {
+        ensure!(size == expected as u64, "{size} bytes came out instead of {expected}");
+        Ok(fs::rename(&part, &unpacked)?)
+    });
+    if outcome.is_err() {
+        let _ = fs::remove_file(part);
+    }
+    outcome
+}
+
+/// Returns how many bytes came out.
+fn unlz4(packed: &[u8], into: &Path) -> Result<u64> {
+    let file = fs::File::create(into)?;
+    let mut command = Command::new("lz4");
+    command.args(["-d", "-c", "-q"]).stdin(Stdio::piped()).stdout(file).stderr(Stdio::piped());
+    let mut lz4 = command.spawn().context("cannot start lz4")?;
+    // What it does not take it complains of.
+    let _ = lz4.stdin.take().context("no pipe to lz4")?.write_all(packed);
+    let output = lz4.wait_with_output()?;
+    ensure!(output.status.success(), "lz4: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(fs::metadata(into)?.len())
 }
 
 fn find_file(dir: &Path, wanted: &dyn Fn(&str) -> bool) -> Option<PathBuf> {

@@ -106,6 +106,9 @@ pub(crate) fn ensure() -> Result<()> {
         apt_get(&["update", "-q"])?;
     }
     image::ensure()?;
+    if let Err(error) = image::unpack_kernel() {
+        println!("    the guests' kernel stays packed, and boots slower: {error:#}");
+    }
     Ok(())
 }
 
