@@ -41,6 +41,7 @@ struct Tally {
     passed: u64,
     failed: u64,
     failed_stages: Vec<String>,
+    left_out: Vec<String>,
 }
 
 impl Tally {
@@ -149,7 +150,12 @@ fn advisories() -> Option<Stage> {
     None
 }
 
-/// Asked when its stages come: the stage `setup` installs it.
+/// Whether a stage can only be run with libdpdk.
+fn needs_dpdk(stage: &str) -> bool {
+    stage.contains("dpdk")
+}
+
+/// Asked only when its stages come, since the stage `setup` installs it.
 fn has_dpdk() -> bool {
     let query = Command::new("pkg-config").args(["--exists", "libdpdk >= 22.11"]).status();
     query.is_ok_and(|status| status.success())
@@ -185,6 +191,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         if !names.contains(&only.as_str()) {
             bail!("no stage is called {only}; there are {}", names.join(", "));
         }
+        if needs_dpdk(only) && !has_dpdk() {
+            bail!("there is no libdpdk for the stage {only}; `cargo xtask setup` installs it");
+        }
         let is_system = SYSTEMS.contains(&only.as_str());
         stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build" | "parts"));
     }
@@ -202,6 +211,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !tally.failed_stages.is_empty() {
         println!("failed: {}", tally.failed_stages.join(", "));
     }
+    if !tally.left_out.is_empty() {
+        println!("left out, since there is no libdpdk: {}", tally.left_out.join(", "));
+    }
     println!("all stages took {} s", start.elapsed().as_secs());
     println!("{} passed, {} failed", tally.passed, tally.failed);
     if tally.failed > 0 { bail!("not everything is well") } else { Ok(()) }
@@ -210,8 +222,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// Runs a stage; gives whether the later ones make sense.
 fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) -> Result<bool> {
     let Stage { name, mut command } = stage;
-    if name.contains("dpdk") && !has_dpdk() {
+    if needs_dpdk(name) && !has_dpdk() {
         println!("==> {place} {name}: left out, since there is no libdpdk");
+        tally.left_out.push(name.to_owned());
         return Ok(true);
     }
     println!("==> {place} {name}");
