@@ -323,22 +323,28 @@ fn median_add(bench: &Bench) -> Duration {
     times[times.len() / 2]
 }
 
-/// Tests share their machine, so the best of ten rounds counts, and where 20 ms are hardly enough for the first port, as
-/// with debug builds on a slow machine, the 200 may double that; `--nocapture` shows the figures.
+/// Tests share their machine, so the best of ten rounds counts. Debug builds on a slow machine may need 20 ms for the first port:
+/// there the 200 may double what it takes without them. `--nocapture` shows the figures.
 #[test]
 fn two_hundred_ports_do_not_slow_it_down() {
     let (bench, empty) = (Bench::new(), Bench::new());
     for number in 0..200 {
         Pod::new(number).add(&bench.config("1.0.0", &bench.device(&format!("sock-{number:04}"))));
     }
-    let is_quick = || {
-        let (beside, alone) = (median_add(&bench), median_add(&empty));
-        println!("ADD at the median: {beside:?} beside 200 ports, {alone:?} beside none");
-        beside < Duration::from_millis(20).max(2 * alone)
+    let mut least_alone = Duration::MAX;
+    let mut is_quick = || {
+        let beside = median_add(&bench);
+        println!("ADD beside 200 ports: {beside:?} at the median");
+        if beside < Duration::from_millis(20) {
+            return true;
+        }
+        least_alone = least_alone.min(median_add(&empty));
+        println!("ADD beside none: {least_alone:?} at best");
+        beside < 2 * least_alone
     };
     assert!(
         (0..10).any(|_| is_quick()),
-        "ADD takes 20 ms or more at the median beside 200 ports, and less beside none"
+        "ADD beside 200 ports takes 20 ms or more, and twice what it takes beside none"
     );
     let began = Instant::now();
     let mut gc = bench.config("1.1.0", "");
