@@ -55,7 +55,7 @@ pub fn measure(rounds: u32, seconds: u32, quick: bool, mut told: impl FnMut(&str
     let metrics = metrics.map(|(name, unit, plot)| Metric { name: name.to_owned(), unit: unit.to_owned(), plot });
     let how = format!(
         "Two guests ({} acceleration) on one CPU, the switch on the other; iperf3, what the receiver got. \"On any CPU\": \
-         guests also use what the switch leaves of its CPU, of which OVS, which polls, leaves none.",
+         guests share the switch's CPU with it; OVS, which polls, never gives it up by itself.",
         e2e::machine::accelerator()?
     );
     let mut set = Set {
@@ -73,7 +73,7 @@ pub fn measure(rounds: u32, seconds: u32, quick: bool, mut told: impl FnMut(&str
             for fabric in FABRICS.into_iter().filter(|fabric| *fabric == FABRICS[0] || has_ovs) {
                 let got = with_guests(fabric, mtu, seconds, quick, |row, values| {
                     told(&format!(
-                        "iperf {round}/{rounds}  {row:>28}  {fabric:<12} {:9.0} {:9.1}",
+                        "iperf {round}/{rounds}  {row:>38}  {fabric:<12} {:9.0} {:9.1}",
                         values[0], values[1]
                     ));
                     let cell = cell(&mut set, row, fabric);
