@@ -195,7 +195,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             bail!("there is no libdpdk for the stage {only}; `cargo xtask setup` installs it");
         }
         let is_system = SYSTEMS.contains(&only.as_str());
-        stages.retain(|stage| stage.name == only || is_system && matches!(stage.name, "setup" | "build" | "parts"));
+        stages.retain(|stage| match stage.name {
+            "setup" | "build" | "parts" if is_system => true,
+            // It builds the switch that the other one runs.
+            "dpdk" if only == "uplink-dpdk" => true,
+            name => name == only,
+        });
     }
     let limit = if options.asan || options.tsan { SANITIZED_LIMIT } else { LIMIT };
     let count = stages.len();
