@@ -8,9 +8,8 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use crate::machine;
@@ -133,40 +132,31 @@ pub fn unpack_kernel() -> Result<()> {
     if unpacked.is_file() {
         return Ok(());
     }
-    let packed = fs::read(dir.join("vmlinuz"))?;
+    let image = fs::read(dir.join("vmlinuz"))?;
     let number = |at: usize| -> Result<usize> {
-        let bytes = packed.get(at..at + 4).context("it is too short")?;
+        let bytes = image.get(at..at + 4).context("it is too short")?;
         Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
     };
-    let setup_sectors = usize::from(*packed.get(0x1f1).context("it is too short")?);
+    let setup_sectors = usize::from(*image.get(0x1f1).context("it is too short")?);
     let (offset, length) = (number(0x248)?, number(0x24c)?);
     let start = (setup_sectors + 1) * 512 + offset;
     // The payload's last four bytes, which the kernel's build appends, are the length of what comes out.
     let end = (start + length).checked_sub(4).context("it has no payload")?;
-    let payload = packed.get(start..end).context("its payload is beyond its end")?;
+    let payload = image.get(start..end).context("its payload is beyond its end")?;
     let expected = number(end)?;
-    let part = unpacked.with_extension(format!("part{}", std::process::id()));
-    let outcome = unlz4(payload, &part).and_then(|size| {
+    let [packed, part] = ["lz4", "part"].map(|kind| unpacked.with_extension(format!("{kind}{}", std::process::id())));
+    let unpack = || -> Result<()> {
+        fs::write(&packed, payload)?;
+        run("lz4", &["-d", "-q", &packed.to_string_lossy(), &part.to_string_lossy()])?;
+        let size = fs::metadata(&part)?.len();
         ensure!(size == expected as u64, "{size} bytes came out instead of {expected}");
         Ok(fs::rename(&part, &unpacked)?)
-    });
-    if outcome.is_err() {
-        let _ = fs::remove_file(part);
+    };
+    let outcome = unpack();
+    for file in [packed, part] {
+        let _ = fs::remove_file(file);
     }
     outcome
-}
-
-/// Returns how many bytes came out.
-fn unlz4(packed: &[u8], into: &Path) -> Result<u64> {
-    let file = fs::File::create(into)?;
-    let mut command = Command::new("lz4");
-    command.args(["-d", "-c", "-q"]).stdin(Stdio::piped()).stdout(file).stderr(Stdio::piped());
-    let mut lz4 = command.spawn().context("cannot start lz4")?;
-    // What it does not take it complains of.
-    let _ = lz4.stdin.take().context("no pipe to lz4")?.write_all(packed);
-    let output = lz4.wait_with_output()?;
-    ensure!(output.status.success(), "lz4: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(fs::metadata(into)?.len())
 }
 
 fn find_file(dir: &Path, wanted: &dyn Fn(&str) -> bool) -> Option<PathBuf> {

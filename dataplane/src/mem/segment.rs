@@ -279,18 +279,25 @@ mod tests {
         assert_eq!(&out[..8], b"abc12\0xy");
     }
 
+    /// What is written to so many bytes, with nothing beside them touched.
+    fn written(len: usize, write: impl FnOnce(Segment<'_>)) -> Vec<u8> {
+        let mut memory = vec![0xee; len + 40];
+        // SAFETY: the vector is long enough and is not touched while the segment is in use.
+        write(unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap());
+        assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
+        memory[20..20 + len].to_vec()
+    }
+
     #[test]
     fn copies_touch_nothing_else() {
         let source: Vec<u8> = (0..400u32).map(|at| at as u8).collect();
         for len in 0..=SHORT + 20 {
-            let mut memory = vec![0xee; len + 40];
-            // SAFETY: the vector is long enough and is not touched while the segment is in use.
-            let segment = unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap();
-            assert_eq!(segment.write(&source), len);
             let mut back = vec![0xdd; len + 20];
-            assert_eq!(segment.source().read(&mut back), len);
-            assert_eq!((&memory[20..20 + len], &back[..len]), (&source[..len], &source[..len]));
-            assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
+            let memory = written(len, |segment| {
+                assert_eq!(segment.write(&source), len);
+                assert_eq!(segment.source().read(&mut back), len);
+            });
+            assert_eq!((&memory[..], &back[..len]), (&source[..len], &source[..len]));
             assert!(back[len..].iter().all(|byte| *byte == 0xdd));
         }
     }
@@ -308,12 +315,10 @@ mod tests {
     fn long_copies_touch_nothing_else() {
         let source: Vec<u8> = (0..3000u32).map(|at| at as u8).collect();
         for len in [255, 256, 257, 1450, 2048, 2049, 3000] {
-            let mut memory = vec![0xee; len + 40];
-            // SAFETY: the vector is long enough and is not touched while the segment is in use.
-            let segment = unsafe { Segment::new(memory[20..].as_mut_ptr(), len as u32) }.unwrap();
-            assert_eq!(segment.write_from(SourceSegment::from_slice(&source)), len);
-            assert_eq!(memory[20..20 + len], source[..len]);
-            assert!(memory[..20].iter().chain(&memory[20 + len..]).all(|byte| *byte == 0xee));
+            let memory = written(len, |segment| {
+                assert_eq!(segment.write_from(SourceSegment::from_slice(&source)), len);
+            });
+            assert_eq!(memory, source[..len]);
         }
     }
 

@@ -16,7 +16,7 @@ const BAD: [&str; 3] = ["0", "3", "4"];
 const CHECKSUMS: [&str; 5] = ["ip", "tcp", "udp", "icmp", "icmpv6"];
 
 /// What else is asked of a frame.
-const FRAME: [&str; 5] = ["frame.len", "vlan.id", "ipv6.dst", "ip.reassembled.length", "ipv6.reassembled.length"];
+const FRAME: [&str; 3] = ["frame.len", "vlan.id", "ipv6.reassembled.length"];
 /// Has payload taken for plain bytes: guessing a protocol in random ones can take it minutes.
 const NO_PAYLOADS: [&str; 8] = [
     "-d",
@@ -34,8 +34,7 @@ const NO_PAYLOADS: [&str; 8] = [
 pub(crate) struct Heard {
     pub(crate) length: usize,
     pub(crate) vlan: Option<u16>,
-    pub(crate) is_ipv6: bool,
-    /// The last fragment of a datagram, with which all of it is judged.
+    /// The last fragment of a datagram by IPv6, with which all of it is judged.
     pub(crate) is_reassembled: bool,
     pub(crate) bad_checksums: Vec<&'static str>,
     pub(crate) good_checksums: Vec<&'static str>,
@@ -91,8 +90,7 @@ fn heard(values: &[String]) -> Result<Heard> {
     Ok(Heard {
         length,
         vlan: value(1).parse().ok(),
-        is_ipv6: !value(2).is_empty(),
-        is_reassembled: !value(3).is_empty() || !value(4).is_empty(),
+        is_reassembled: !value(2).is_empty(),
         bad_checksums: checksums(&BAD),
         good_checksums: checksums(&GOOD),
     })
