@@ -72,8 +72,7 @@ impl Ear {
         let mut fields: Vec<_> = FRAME.map(str::to_owned).into();
         fields.extend(CHECKSUMS.iter().map(|name| format!("{name}.checksum.status")));
         let check = ["ip", "tcp", "udp"].map(|name| format!("{name}.check_checksum:TRUE"));
-        let mut options: Vec<&str> = check.iter().flat_map(|option| ["-o", option]).collect();
-        options.extend(NO_PAYLOADS);
+        let options: Vec<&str> = check.iter().flat_map(|option| ["-o", option]).collect();
         let fields: Vec<&str> = fields.iter().map(String::as_str).collect();
         tshark(&self.scratch.join("wire.pcapng"), &options, "", &fields)?.iter().map(|values| heard(values)).collect()
     }
@@ -108,6 +107,7 @@ pub(crate) fn direction_and_comment(file: &Path, filter: &str) -> Result<Vec<(St
 fn tshark(file: &Path, options: &[&str], filter: &str, fields: &[&str]) -> Result<Vec<Vec<String>>> {
     let file = file.to_string_lossy();
     let mut arguments = vec!["-n", "-r", &file, "-T", "fields", "-E", "separator=|"];
+    arguments.extend(NO_PAYLOADS);
     arguments.extend(options);
     if !filter.is_empty() {
         arguments.extend(["-Y", filter]);
