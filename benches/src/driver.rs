@@ -37,15 +37,17 @@ impl Driver {
     /// # Errors
     /// If memory cannot be had.
     pub fn new(size: u16, frame: Option<&[u8]>) -> std::io::Result<Self> {
-        Self::spread(size, frame, 1)
+        let sent = |_| frame.unwrap_or_default().to_vec();
+        Self::spread(size, frame.is_some().then_some(&sent), 1)
     }
 
-    /// A ring of `size` descriptors, a power of two, each with a buffer of its own: of `frame` bytes and a header to send, or of
-    /// [`BUFFER`] bytes to receive into. Two that follow each other in the ring are an odd number of buffers apart in memory.
+    /// A ring of `size` descriptors, a power of two, each with a buffer of its own: of a header and the frame that `sent` gives
+    /// for it to send, or of [`BUFFER`] bytes to receive into. Two that follow each other in the ring are an odd number of
+    /// buffers apart in memory.
     ///
     /// # Errors
     /// If memory cannot be had.
-    pub fn spread(size: u16, frame: Option<&[u8]>, spread: u16) -> std::io::Result<Self> {
+    pub fn spread(size: u16, sent: Option<&dyn Fn(u16) -> Vec<u8>>, spread: u16) -> std::io::Result<Self> {
         let len = (BUFFERS + u64::from(size) * STRIDE).next_multiple_of(2 << 20) as usize;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         let (file, base) = unsafe {
@@ -65,7 +67,8 @@ impl Driver {
         let mut driver = Self { base, len, file, size, avail: 0, used: 0, log: false };
         for index in 0..size {
             let at = BUFFERS + u64::from(index.wrapping_mul(spread) % size) * STRIDE;
-            let (len, flags) = frame.map_or((BUFFER as u32, WRITE), |frame| (12 + frame.len() as u32, 0));
+            let frame = sent.map(|sent| sent(index));
+            let (len, flags) = frame.as_ref().map_or((BUFFER as u32, WRITE), |frame| (12 + frame.len() as u32, 0));
             let descriptor = [at, u64::from(len) | (u64::from(flags) << 32)];
             driver.put(0x1000 + 16 * u64::from(index), &descriptor);
             driver.put(driver.avail_at() + 4 + 2 * u64::from(index), &index);

@@ -21,9 +21,10 @@ use crate::driver::Driver;
 const VERSION_1: u64 = 1 << 32;
 const MRG_RXBUF: u64 = 1 << 15;
 
-/// A frame of `len` bytes from one side (0 or 1) to the other.
-fn frame(from: u8, to: u8, len: usize) -> Vec<u8> {
-    let mut bytes = vec![2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x08, 0x00];
+/// A frame of `len` bytes from a station on one side (0 or 1) to the one of the same number on the other.
+fn frame(from: u8, to: u8, station: u16, len: usize) -> Vec<u8> {
+    let [high, low] = station.to_be_bytes();
+    let mut bytes = vec![2, 0, 0, to, high, low, 2, 0, 0, from, high, low, 0x08, 0x00];
     bytes.resize(len, 0x55);
     bytes
 }
@@ -44,16 +45,19 @@ pub struct How {
     pub logged: bool,
     /// Buffers between two that follow each other in a ring.
     pub spread: u16,
+    /// Stations on each side, that take turns frame by frame.
+    pub stations: u16,
 }
 
 impl Default for How {
     fn default() -> Self {
-        Self { ring: 1024, logged: false, spread: 1 }
+        Self { ring: 1024, logged: false, spread: 1, stations: 1 }
     }
 }
 
 fn side(id: u8, len: usize, how: How) -> io::Result<Side> {
-    let mut out = Driver::spread(how.ring, Some(&frame(id, 1 - id, len)), how.spread)?;
+    let sent = |index: u16| frame(id, 1 - id, index % how.stations, len);
+    let mut out = Driver::spread(how.ring, Some(&sent), how.spread)?;
     let mut into = Driver::spread(how.ring, None, how.spread)?;
     if how.logged {
         out.migrate();

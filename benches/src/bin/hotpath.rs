@@ -9,15 +9,20 @@ const ROUNDS: u32 = 8000;
 
 fn main() -> std::io::Result<()> {
     let lens = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect::<Vec<usize>>();
+    let mixed = std::env::args().any(|arg| arg == "mixed");
     let migrating = std::env::args().any(|arg| arg == "migrating");
     for len in if lens.is_empty() { vec![64, 512, 1514] } else { lens } {
         let how = |ring| How { ring, ..How::default() };
         let (near, far) = (measure(len, how(64))?, measure(len, how(1024))?);
         println!("{len:>6} B  {near:6.1} ns/frame from the core's own cache, {far:6.1} from the shared one");
+        for stations in [2, 8, 64, 512].into_iter().filter(|_| mixed) {
+            let cost = measure(len, How { stations, ..How::default() })?;
+            println!("{len:>6} B  {cost:6.1} ns/frame with {stations} pairs of stations in turn");
+        }
         for (name, spread) in [("in a row", 1), ("anywhere", 37)].into_iter().filter(|_| migrating) {
             for ring in [64, 1024] {
-                let normal = measure(len, How { ring, logged: false, spread })?;
-                let logged = measure(len, How { ring, logged: true, spread })?;
+                let normal = measure(len, How { ring, spread, ..How::default() })?;
+                let logged = measure(len, How { ring, spread, logged: true, ..How::default() })?;
                 let share = 100.0 * normal / logged;
                 println!(
                     "{len:>6} B  {ring} buffers {name}: {logged:.1} ns/frame while logged, {share:.0} % of normal"

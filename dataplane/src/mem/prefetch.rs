@@ -27,7 +27,7 @@ pub(crate) fn prefetch_write<T>(place: *const T) {
 }
 
 /// Whether it pays to ask for all lines that a copy will write before it begins. It did on the one of Intel's processors that was
-/// measured (docs/performance.md); those of others are left as they were until somebody measures them.
+/// measured, and cost something on AMD's (docs/performance.md).
 #[inline]
 pub(crate) fn write_hints_pay() -> bool {
     static IS_INTEL: LazyLock<bool> = LazyLock::new(is_intel);
