@@ -1,7 +1,7 @@
 //! The keeper's side: one thread, which waits.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -29,18 +29,21 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Keeps what switches give. Returns when one has ended by itself, or none has come back in time, and there is no other; or
-/// never, if `stays`.
+/// Keeps what switches give. Returns once `stop` is readable; and unless it `stays`, when one has ended by itself, or none has
+/// come back in time, and there is no other.
 ///
 /// # Errors
 /// If the listener fails.
-pub fn serve(listener: &UnixListener, stays: bool) -> io::Result<()> {
+pub fn serve(listener: &UnixListener, stop: BorrowedFd<'_>, stays: bool) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let mut keeper = Keeper::default();
     let mut lonely = Some(Instant::now());
     loop {
-        let ready = keeper.wait(listener, lonely)?;
-        let gone = keeper.hear_all(&ready[1..]);
+        let ready = keeper.wait(listener, stop, lonely)?;
+        if ready[1] {
+            return Ok(());
+        }
+        let gone = keeper.hear_all(&ready[2..]);
         if ready[0] {
             keeper.accept(listener);
         }
@@ -88,14 +91,19 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Waits for the listener and the switches, at most until something is over. Returns which are ready.
-    fn wait(&self, listener: &UnixListener, lonely: Option<Instant>) -> io::Result<Vec<bool>> {
+    /// Waits for the listener, the end and the switches, at most until something is over. Returns which are ready.
+    fn wait(
+        &self,
+        listener: &UnixListener,
+        stop: BorrowedFd<'_>,
+        lonely: Option<Instant>,
+    ) -> io::Result<Vec<bool>> {
         let since = self.entries.iter().filter_map(|entry| entry.owner.err()).chain(lonely).min();
         let left = since.map(|since| (since + GRACE).saturating_duration_since(Instant::now()));
         // A little longer, so that it is over then.
         let left = left.and_then(|left| Timespec::try_from(left + Duration::from_millis(1)).ok());
         let streams = self.switches.iter().map(|switch| switch.stream.as_fd());
-        let mut polled: Vec<_> = [listener.as_fd()]
+        let mut polled: Vec<_> = [listener.as_fd(), stop]
             .into_iter()
             .chain(streams)
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))

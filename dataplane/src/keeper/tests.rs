@@ -11,13 +11,15 @@ use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
 struct Bench {
     dir: tempfile::TempDir,
     thread: JoinHandle<std::io::Result<()>>,
+    stop: UnixStream,
 }
 
 impl Bench {
     fn new(stays: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = bind(&socket(dir.path())).unwrap();
-        Self { dir, thread: std::thread::spawn(move || serve(&listener, stays)) }
+        let (stop, told) = UnixStream::pair().unwrap();
+        Self { dir, thread: std::thread::spawn(move || serve(&listener, told.as_fd(), stays)), stop }
     }
 
     fn switch(&self, version: u32, alone: bool) -> (UnixStream, Answer, Fds) {
@@ -140,6 +142,14 @@ fn it_ends_with_its_switch() {
     let (keeper, kept) = Keeper::find(bench.dir.path(), true).unwrap();
     assert!(kept.is_empty());
     keeper.end();
+    bench.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn it_ends_when_it_is_told_to() {
+    let bench = Bench::new(true);
+    let (_switch, ..) = bench.switch(handover::VERSION, true);
+    std::io::Write::write_all(&mut &bench.stop, b"x").unwrap();
     bench.thread.join().unwrap().unwrap();
 }
 

@@ -1,5 +1,8 @@
 //! The keeper, as a child of the switch.
 
+use std::process::Command;
+use std::time::{Duration, Instant};
+
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::daemon::Daemon;
@@ -13,6 +16,33 @@ fn a_keeper_that_ends_first_is_forgotten() {
     daemon.eventually("end of the keeper", |daemon| children(daemon.pid()).is_empty());
     let (mut a, mut b) = (daemon.boot("a", 1), daemon.boot("b", 2));
     daemon.pass(&mut a, &mut b, "hello");
+}
+
+/// A signal ends a keeper by itself, also where it is process 1, as in its container: the kernel does not do it there.
+#[test]
+fn a_signal_ends_it_as_the_first_process_too() {
+    let state = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_sluice");
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", program, "keep", "--state"]).arg(state.path());
+    let mut unshare = command.spawn().unwrap();
+    let socket = state.path().join("keeper.sock");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !socket.exists() {
+        assert!(Instant::now() < deadline, "the keeper does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let [keeper] = children(unshare.id())[..] else { panic!("no keeper, or more than that") };
+    kill_process(Pid::from_raw(keeper).unwrap(), Signal::TERM).unwrap();
+    while unshare.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            kill_process(Pid::from_raw(keeper).unwrap(), Signal::KILL).unwrap();
+            panic!("the keeper goes on");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(unshare.wait().unwrap().success());
+    assert!(!socket.exists(), "it has left its socket behind");
 }
 
 /// Those that the process has started, zombies among them.
