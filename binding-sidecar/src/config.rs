@@ -11,7 +11,10 @@ Environment:
   SLUICE_LINKS            how the paths in the domain are kept the same on each node [default: userdata]
                             userdata   links in the hook directory (KubeVirt 1.6 and later)
                             shared     links in a directory that a webhook mounts in both containers
-                            none       no links; the device plugin mounts at a path that is the same everywhere
+                            none       no links, for SLUICE_LAYOUT=fixed: the path is the same everywhere
+  SLUICE_LAYOUT           as it is set for the device plugin [default: by-id]
+                            by-id      socket directories are at <container root>/<device id>
+                            fixed      the container root is the one socket directory, on every node
   SLUICE_LINKS_DIR        that directory, for 'shared' [default: /var/run/kubevirt/vhostuser]
   SLUICE_CONTAINER_ROOT   where the compute container has the socket directories [default: /var/run/vhostuser]
   SLUICE_SOCKET_NAME      name in device-info that stands for the name of the pod's interface, which the device plugin
@@ -36,6 +39,15 @@ pub enum Links {
     None,
 }
 
+/// Where the device plugin has socket directories mounted in the compute container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// At `<container root>/<device id>`.
+    ById,
+    /// At the container root itself. A CNI plugin does not know of it, and tells a path as if it were by id.
+    Fixed,
+}
+
 /// The configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -43,6 +55,8 @@ pub struct Config {
     pub bindings: Vec<String>,
     /// Where links go.
     pub links: Links,
+    /// Where socket directories are.
+    pub layout: Layout,
     /// Parent of the socket directories, as the compute container sees it.
     pub container_root: PathBuf,
     /// Name of a socket in device-info that stands for the name of the pod's interface.
@@ -90,6 +104,7 @@ impl Config {
         Ok(Self {
             bindings: bindings.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect(),
             links: links(&get)?,
+            layout: layout(&get)?,
             socket_name: get("SLUICE_SOCKET_NAME").unwrap_or_else(|| "vhost.sock".into()),
             container_root: path(&get, "SLUICE_CONTAINER_ROOT", "/var/run/vhostuser")?,
             queue_size: number(&get, "SLUICE_QUEUE_SIZE", 1024, "must be 256, 512 or 1024", |size| {
@@ -116,6 +131,18 @@ fn hooks_dir(lookup: Lookup<'_>) -> PathBuf {
 
 fn container_name(lookup: Lookup<'_>) -> Option<String> {
     lookup("CONTAINER_NAME").filter(|name| !name.is_empty())
+}
+
+fn layout(get: &dyn Fn(&'static str) -> Option<String>) -> Result<Layout, ConfigError> {
+    match get("SLUICE_LAYOUT").as_deref() {
+        None | Some("by-id") => Ok(Layout::ById),
+        Some("fixed") => Ok(Layout::Fixed),
+        Some(other) => Err(ConfigError::Invalid {
+            variable: "SLUICE_LAYOUT",
+            value: other.into(),
+            problem: "must be by-id or fixed",
+        }),
+    }
 }
 
 fn links(get: &dyn Fn(&'static str) -> Option<String>) -> Result<Links, ConfigError> {

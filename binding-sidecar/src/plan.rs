@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::config::{Config, Links};
+use crate::config::{Config, Layout, Links};
 use crate::domain::{Model, Nic, PciAddress};
 use crate::links::Link;
 use crate::network_info::NetworkInfo;
@@ -101,16 +101,20 @@ fn socket(network: &str, vmi: &Vmi, info: &NetworkInfo, config: &Config) -> Resu
         return Err(format!("the path of its device, '{}', is not an absolute one without '..'", path.display()));
     };
     let pod_interface = || vmi.pod_interface_name(network).map_or_else(|| pod_interface_name(network), String::from);
+    let name = path.file_name().and_then(|name| name.to_str()).ok_or("the name of its socket is not UTF-8")?;
     // The switch names sockets after the pod's interfaces, which a device plugin does not know: it tells the directory
     // alone, or a name that stands for any.
-    if parent == config.container_root {
-        return Ok((path.clone(), checked_name(&pod_interface())?.into()));
-    }
-    match path.file_name().and_then(|name| name.to_str()) {
-        Some(name) if name == config.socket_name => Ok((parent.into(), checked_name(&pod_interface())?.into())),
-        Some(name) => Ok((parent.into(), name.into())),
-        None => Err("the name of its socket is not UTF-8".into()),
-    }
+    let (dir, name) = match name {
+        name if name == config.socket_name => (parent, None),
+        _ if parent == config.container_root => (path.as_path(), None),
+        name => (parent, Some(name)),
+    };
+    let name = name.map_or_else(|| checked_name(&pod_interface()).map(String::from), |name| Ok(name.into()))?;
+    let dir = match config.layout {
+        Layout::ById => dir,
+        Layout::Fixed => &config.container_root,
+    };
+    Ok((dir.into(), name))
 }
 
 /// The name that KubeVirt gives the pod's side of a network.

@@ -83,6 +83,18 @@ fn layouts() {
 }
 
 #[test]
+fn a_fixed_path_is_the_same_whatever_device_it_is() {
+    let fixed = Config { links: Links::None, layout: Layout::Fixed, ..config() };
+    let path = |path| with_path(path, &fixed).unwrap().nics[0].path.clone();
+    // As the device plugin tells it (its test `a_fixed_path_is_for_one`), and as the CNI plugin does.
+    assert_eq!(path("/var/run/vhostuser/vhost.sock"), "/var/run/vhostuser/pod16477688c0e");
+    assert_eq!(path("/var/run/vhostuser/sock-3/pod16477688c0e"), "/var/run/vhostuser/pod16477688c0e");
+    let linked = Config { layout: Layout::Fixed, ..config() };
+    let plan = with_path("/var/run/vhostuser/sock-3/a", &linked).unwrap();
+    assert_eq!(plan.links[0].target, Path::new("/var/run/vhostuser"));
+}
+
+#[test]
 fn refuses_paths_that_lead_elsewhere() {
     for path in ["relative/s3/a", "/var/run/vhostuser/../../etc/a", "/"] {
         assert!(with_path(path, &config()).unwrap_err().contains("is not an absolute one"), "{path}");
