@@ -1,5 +1,6 @@
-//! What the switch and the device plugin have in common as processes: [`pages`] for those who watch over them, and
-//! [`capabilities`] that they give up.
+//! What the switch and the other daemons have in common as processes: [`pages`] for those who watch over them, the
+//! [`listener`] for that, and [`capabilities`] that they give up.
 
 pub mod capabilities;
+pub mod listener;
 pub mod pages;

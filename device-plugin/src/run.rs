@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use sluice_daemon::listener;
 use sluice_daemon::pages::{self, Pages};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -61,8 +62,8 @@ pub async fn run(config: Config) -> Result<()> {
     let mut registrars = JoinSet::new();
     let mut others = JoinSet::new();
     if let Some(address) = config.metrics {
-        let failed = || format!("cannot listen on {address}; choose another with --metrics");
-        let listener = TcpListener::bind(address).await.with_context(failed)?;
+        let failed = || format!("cannot listen on {address}; choose another with --metrics, or SLUICE_METRICS");
+        let listener = listener::listen(address).and_then(TcpListener::from_std).with_context(failed)?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "metrics");
         let told = Arc::new(Told { metrics: metrics.clone(), links: links.clone() });
         others.spawn(pages::serve(listener, told));

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
+use sluice_daemon::listener;
 use sluice_webhook::server::serve;
 use sluice_webhook::tls::Certificate;
 use tokio::net::TcpListener;
@@ -54,8 +55,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let listener = TcpListener::bind(cli.listen).await;
-        let listener = listener.with_context(|| format!("cannot listen on {}", cli.listen))?;
+        let listener = listener::listen(cli.listen).and_then(TcpListener::from_std);
+        let failed = || format!("cannot listen on {}; choose another with --listen, or SLUICE_LISTEN", cli.listen);
+        let listener = listener.with_context(failed)?;
         tracing::info!("listening on {}", listener.local_addr()?);
         tokio::select! {
             () = serve(listener, tls, cli.links_dir) => {}

@@ -15,6 +15,7 @@ use sluice::keeper::{Keeper, Kept};
 use sluice::sandbox::{self, DEFAULT_KINDS, Needs, Sandbox, SandboxMode};
 use sluice::switch::Switch;
 use sluice::virtq::journal::Journal;
+use sluice_daemon::listener;
 use tokio::runtime::{self, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -98,10 +99,7 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
     let (control, lock) = takeover.control().zip(takeover.state_lock()).ok_or_else(incomplete)?;
     let store = StateStore::adopt(&setup.about.state_dir, lock).map_err(Failure::failed)?;
     let metrics = match (setup.metrics, takeover.metrics().map(TcpListener::from)) {
-        // Whoever asks for any port is content with the one there is.
-        (Some(wanted), Some(given))
-            if given.local_addr().is_ok_and(|at| at == wanted || wanted.port() == 0 && at.ip() == wanted.ip()) =>
-        {
+        (Some(wanted), Some(given)) if given.local_addr().is_ok_and(|at| listener::is_wanted(at, wanted)) => {
             Some(given)
         }
         (Some(wanted), _) => Some(listen(wanted)?),
@@ -297,12 +295,11 @@ fn new_runtime() -> Result<Runtime, Failure> {
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
-    let listener = TcpListener::bind(address).and_then(|listener| {
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    listener.map_err(|error| {
-        Failure::Failed(format!("cannot listen on {address} for metrics: {error}; choose another with --metrics"))
+    listener::listen(address).map_err(|error| {
+        Failure::Failed(format!(
+            "cannot listen on {address} for metrics: {error}; choose another with --metrics, or `listen` in `[metrics]` of the \
+             configuration file"
+        ))
     })
 }
 
