@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 use std::fs;
+use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -126,9 +127,11 @@ async fn other_requests_are_refused() {
     assert_eq!(webhook.post(&root, b"{}").await.0, 400);
     assert_eq!(webhook.call(&root, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap().0, 404);
     let large = format!("POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", 100 << 20);
-    let (status, body) =
-        webhook.call(&root, &[large.as_bytes(), &vec![b' '; 9 << 20]].concat()).await.unwrap_or((400, vec![]));
-    assert_eq!(status, 400, "{}", String::from_utf8_lossy(&body));
+    match webhook.call(&root, &[large.as_bytes(), &vec![b' '; 9 << 20]].concat()).await {
+        Ok((status, body)) => assert_eq!(status, 400, "{}", String::from_utf8_lossy(&body)),
+        // It may hang up before all is sent, and what it said is lost then.
+        Err(error) => assert!(matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof), "{error}"),
+    }
     // Somebody who does not speak TLS harms nobody.
     let mut stranger = TcpStream::connect(webhook.address).await.unwrap();
     stranger.write_all(b"GET /healthz HTTP/1.1\r\n\r\n").await.unwrap();

@@ -74,8 +74,11 @@ impl Cluster {
         }
         wait::until_true("folders and device-info files to be empty", RECLAIM_LIMIT, || {
             let folders = fs::read_dir(self.node.root())?.flatten();
-            let folders_empty = folders.map(|folder| folder.path()).all(|folder| is_empty(&folder));
-            Ok(folders_empty && ["dp", "cni"].iter().all(|kind| is_empty(&self.multus.device_info.join(kind))))
+            let info = ["dp", "cni"].iter().map(|kind| self.multus.device_info.join(kind));
+            folders
+                .map(|folder| folder.path())
+                .chain(info)
+                .try_fold(true, |empty, folder| Ok(empty && is_empty(&folder)?))
         })?;
         self.kubelet.wait_for_capacity(SOCKETS, DEVICES).await;
         Ok(())
@@ -84,7 +87,7 @@ impl Cluster {
     /// Waits until the folder of a device is empty.
     pub(crate) fn wait_reclaimed(&self, device: &str) -> Result<()> {
         let folder = self.node.root().join(device);
-        wait::until_true(&format!("{device} to be empty"), RECLAIM_LIMIT, || Ok(is_empty(&folder)))
+        wait::until_true(&format!("{device} to be empty"), RECLAIM_LIMIT, || is_empty(&folder))
     }
 
     /// What helps to see why something did not work.
@@ -95,8 +98,9 @@ impl Cluster {
     }
 }
 
-fn is_empty(folder: &Path) -> bool {
-    fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
+fn is_empty(folder: &Path) -> Result<bool> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot look into {}", folder.display()));
+    Ok(entries?.next().is_none())
 }
 
 /// Lets KubeVirt's user go through a folder that was made for us alone.
