@@ -92,12 +92,7 @@ struct Keeper {
 
 impl Keeper {
     /// Waits for the listener, the end and the switches, at most until something is over. Returns which are ready.
-    fn wait(
-        &self,
-        listener: &UnixListener,
-        stop: BorrowedFd<'_>,
-        lonely: Option<Instant>,
-    ) -> io::Result<Vec<bool>> {
+    fn wait(&self, listener: &UnixListener, stop: BorrowedFd<'_>, lonely: Option<Instant>) -> io::Result<Vec<bool>> {
         let since = self.entries.iter().filter_map(|entry| entry.owner.err()).chain(lonely).min();
         let left = since.map(|since| (since + GRACE).saturating_duration_since(Instant::now()));
         // A little longer, so that it is over then.
