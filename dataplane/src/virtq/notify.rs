@@ -2,14 +2,14 @@
 //!
 //! The frontend shares the descriptors that it gives us, and with them the mode they are in. It can make one blocking
 //! again and fill its counter at any moment, so that a write to it waits, and the kernel has no way of writing to one
-//! that never does. Therefore a worker shows in its [`Pulse`] when it is within such a write, and a watchdog
+//! that never does. Therefore a thread shows in its [`Pulse`] when it is within such a write, and a watchdog
 //! (`worker/watchdog.rs`) gets it out again by a signal.
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -69,14 +69,20 @@ impl EventFd {
     /// Wakes the frontend, or the guest. `false` if the frontend made us wait, and the watchdog ended that.
     #[inline]
     pub fn notify(&self) -> bool {
-        PULSE.with_borrow(|pulse| {
-            let Some(pulse) = pulse else { return self.write() };
-            let writes = pulse.writes.load(Ordering::Relaxed);
-            pulse.writes.store(writes.wrapping_add(1), Ordering::Relaxed);
-            let done = self.write();
-            pulse.writes.store(writes.wrapping_add(2), Ordering::Relaxed);
-            done
+        PULSE.with_borrow(|pulse| match pulse {
+            Some(pulse) => pulse.around(|| self.write()),
+            None => self.notify_in_passing(),
         })
+    }
+
+    /// The same by a thread that is no worker, and has a pulse for as long as this takes.
+    #[cold]
+    fn notify_in_passing(&self) -> bool {
+        let pulse = Arc::new(Pulse::of_this_thread());
+        lock(&PASSING).push(pulse.clone());
+        let done = pulse.around(|| self.write());
+        lock(&PASSING).retain(|other| !Arc::ptr_eq(other, &pulse));
+        done
     }
 
     /// Adds one to the counter. `false` if that was interrupted.
@@ -113,20 +119,34 @@ impl AsRawFd for EventFd {
 }
 
 thread_local! {
-    /// Of this thread, if it is a worker.
+    /// Of this thread, if it is a worker's.
     static PULSE: RefCell<Option<Arc<Pulse>>> = const { RefCell::new(None) };
 }
 
-/// What a worker shows of its writes to descriptors of frontends.
+/// Those of threads that are no workers, and are within a write now.
+static PASSING: Mutex<Vec<Arc<Pulse>>> = Mutex::new(Vec::new());
+
+fn lock(pulses: &Mutex<Vec<Arc<Pulse>>>) -> MutexGuard<'_, Vec<Arc<Pulse>>> {
+    pulses.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a thread shows of its writes to descriptors of frontends.
 #[derive(Debug, Default)]
 pub struct Pulse {
     /// Its kernel id; 0 until it runs.
     thread: AtomicI32,
     /// Begun and ended writes in sum: odd within one.
     writes: AtomicU32,
+    /// What the watchdog saw of that last.
+    seen: AtomicU32,
 }
 
 impl Pulse {
+    fn of_this_thread() -> Self {
+        // SAFETY: the call has no conditions.
+        Self { thread: AtomicI32::new(unsafe { libc::gettid() }), ..Self::default() }
+    }
+
     /// Makes it that of this thread.
     pub fn begin(self: &Arc<Self>) {
         // SAFETY: the call has no conditions.
@@ -134,14 +154,36 @@ impl Pulse {
         PULSE.set(Some(self.clone()));
     }
 
-    /// A number that is odd within a write, and another one for each.
-    pub fn writes(&self) -> u32 {
-        self.writes.load(Ordering::Relaxed)
+    /// Those of threads that are no workers.
+    pub fn passing() -> Vec<Arc<Self>> {
+        lock(&PASSING).clone()
+    }
+
+    /// Shows a write.
+    #[inline]
+    fn around(&self, write: impl FnOnce() -> bool) -> bool {
+        let writes = self.writes.load(Ordering::Relaxed);
+        self.writes.store(writes.wrapping_add(1), Ordering::Relaxed);
+        let done = write();
+        self.writes.store(writes.wrapping_add(2), Ordering::Relaxed);
+        done
+    }
+
+    /// For the watchdog, from time to time: interrupts a write that was there the last time. Returns whether there is one, or
+    /// was one since.
+    pub fn look(&self) -> bool {
+        let now = self.writes.load(Ordering::Relaxed);
+        let before = self.seen.swap(now, Ordering::Relaxed);
+        let is_within = now % 2 == 1;
+        if is_within && now == before {
+            self.interrupt();
+        }
+        is_within || now != before
     }
 
     /// Interrupts the thread, should it be waiting. The thread must be running; any other system call that this hits
     /// is either not one that waits or one that is repeated.
-    pub fn interrupt(&self) {
+    fn interrupt(&self) {
         let thread = self.thread.load(Ordering::Acquire);
         if thread != 0 {
             // SAFETY: sends a signal, which has a handler, to a thread of our own.

@@ -1,4 +1,4 @@
-//! Gets workers out of writes that a frontend makes them wait in; see [`crate::virtq::notify`].
+//! Gets threads out of writes that a frontend makes them wait in; see [`crate::virtq::notify`].
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -11,26 +11,17 @@ const BUSY: Duration = Duration::from_millis(10);
 /// The same while none are. With [`BUSY`], how long a frontend can hold up a worker, once.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// Watches the workers until `stop` says to end. Unparking the thread makes it look.
+/// Watches the workers, and who else notifies, until `stop` says to end. Unparking the thread makes it look.
 ///
 /// # Errors
 /// If the process has no thread left.
 pub fn start(pulses: Vec<Arc<Pulse>>, stop: impl Fn() -> bool + Send + 'static) -> std::io::Result<JoinHandle<()>> {
     allow_interrupts();
     let watch = move || {
-        let mut known: Vec<u32> = pulses.iter().map(|pulse| pulse.writes()).collect();
         let mut pause = IDLE;
         while !stop() {
             thread::park_timeout(pause);
-            let mut busy = false;
-            for (pulse, known) in pulses.iter().zip(&mut known) {
-                let now = pulse.writes();
-                if now == *known && now % 2 == 1 {
-                    pulse.interrupt();
-                }
-                busy |= now != *known || now % 2 == 1;
-                *known = now;
-            }
+            let busy = pulses.iter().chain(&Pulse::passing()).fold(false, |busy, pulse| busy | pulse.look());
             pause = if busy { BUSY } else { IDLE };
         }
     };
@@ -59,14 +50,19 @@ mod tests {
             assert_eq!(libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0), 0);
             assert_eq!(libc::write(event.as_raw_fd(), full.as_ptr().cast(), 8), 8);
         }
-        let worker = thread::spawn(move || {
-            pulse.begin();
+        let notify = move |event: &EventFd| {
             for _ in 0..3 {
                 let began = Instant::now();
                 assert!(!event.notify());
                 // The bound of the design, and what a loaded machine adds.
                 assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
             }
+        };
+        // A thread that is no worker, and one that is.
+        thread::scope(|scope| scope.spawn(|| notify(&event)).join()).unwrap();
+        let worker = thread::spawn(move || {
+            pulse.begin();
+            notify(&event);
             event.drain();
             assert!(event.notify());
         });

@@ -8,6 +8,7 @@ use e2e::hostile::memory::UVA;
 use e2e::hostile::message::*;
 use e2e::hostile::queue::{Layout, Places};
 use e2e::hostile::{eventfd, memfd};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -355,19 +356,32 @@ fn memory_cut_off() -> Result<()> {
     arena.finish()
 }
 
+/// Has the ring's guest called through an eventfd that is blocking and full.
+fn blocking_call(evil: &mut Frontend) -> Result<File> {
+    let mut call = eventfd()?;
+    evil.channel.send(&Message::number(SET_VRING_CALL, 1).with(&[call.as_raw_fd()]));
+    evil.settle()?;
+    // The switch calls once at every new descriptor, in case a call got lost; if so, that is taken out again.
+    let _ = std::io::Read::read(&mut call, &mut [0; 8]);
+    std::io::Write::write_all(&mut call, &(u64::MAX - 1).to_ne_bytes())?;
+    // SAFETY: a plain flag change on a descriptor that is open.
+    ensure!(unsafe { libc::fcntl(call.as_raw_fd(), libc::F_SETFL, 0) } == 0, "still non-blocking");
+    Ok(call)
+}
+
 /// The eventfd through which the guest is called is made blocking after it was checked, and its counter is full.
 #[test]
 fn a_call_that_blocks() -> Result<()> {
     let mut arena = Arena::start("")?;
+    // The ring begins anew, for which the guest is called once by the port's own thread.
     let act = |evil: &mut Frontend| {
-        let mut call = eventfd()?;
-        evil.channel.send(&Message::number(SET_VRING_CALL, 1).with(&[call.as_raw_fd()]));
-        evil.settle()?;
-        // The switch calls once at every new descriptor, in case a call got lost; if so, that is taken out again.
-        let _ = std::io::Read::read(&mut call, &mut [0; 8]);
-        std::io::Write::write_all(&mut call, &(u64::MAX - 1).to_ne_bytes())?;
-        // SAFETY: a plain flag change on a descriptor that is open.
-        ensure!(unsafe { libc::fcntl(call.as_raw_fd(), libc::F_SETFL, 0) } == 0, "still non-blocking");
+        let _call = blocking_call(evil)?;
+        evil.channel.send(&Message::ring(SET_VRING_BASE, 1, 0));
+        evil.settle()
+    };
+    arena.case("a call that blocks the port", PLAIN, act, Unharmed, Recover::Reconnect)?;
+    let act = |evil: &mut Frontend| {
+        let _call = blocking_call(evil)?;
         // The guest asks to be called.
         evil.memory.half(evil.tx.places.driver).store(0, std::sync::atomic::Ordering::SeqCst);
         for _ in 0..10 {

@@ -109,7 +109,8 @@ impl Ring {
     /// the guest of them, or told somebody who has gone.
     pub(super) fn remind(&self) {
         if let Some(call) = &self.call {
-            call.signal();
+            // A frontend that made us wait for it has had its reminder.
+            let _ = call.notify();
         }
     }
 
