@@ -228,8 +228,9 @@ impl Run {
             && self.packet_len + candidate.data <= MAX_PACKET
             && self.candidate.headers.same_network(first, head)
             && (is_v6 || self.id_fits(first, head, l3))
-            // Acknowledgement; options.
-            && same(first, head, l4 + 8..l4 + 12)
+            // Acknowledgement; header length and a bit of congestion marks (RFC 9768); window; options.
+            && same(first, head, l4 + 8..l4 + 13)
+            && same(first, head, l4 + 14..l4 + 16)
             && same(first, head, l4 + 20..len)
     }
 

@@ -22,6 +22,9 @@ struct Piece {
     sack: bool,
     /// Congestion was met.
     ece: bool,
+    /// The third bit of congestion marks (RFC 9768).
+    ae: bool,
+    window: u16,
     push: bool,
     fin: bool,
     ttl: u8,
@@ -43,6 +46,8 @@ impl Piece {
             data,
             sack: false,
             ece: false,
+            ae: false,
+            window: 500,
             push: false,
             fin: false,
             ttl: 64,
@@ -76,7 +81,7 @@ impl Piece {
             Some(vid) => link.single_vlan(VlanId::try_new(vid).unwrap()).ip(ip),
             None => link.ip(ip),
         };
-        let mut tcp = builder.tcp(self.flow, 80, self.seq, 500).ack(self.ack).options(&options).unwrap();
+        let mut tcp = builder.tcp(self.flow, 80, self.seq, self.window).ack(self.ack).options(&options).unwrap();
         if self.push {
             tcp = tcp.psh();
         }
@@ -85,6 +90,9 @@ impl Piece {
         }
         if self.ece {
             tcp = tcp.ece();
+        }
+        if self.ae {
+            tcp = tcp.ns();
         }
         let mut bytes = Vec::new();
         tcp.write(&mut bytes, &self.data).unwrap();
@@ -196,7 +204,7 @@ fn a_stream_becomes_one_frame() {
 #[test]
 fn what_does_not_continue_is_left_alone() {
     type Change = fn(&mut Piece);
-    let changes: [(&str, Change); 9] = [
+    let changes: [(&str, Change); 11] = [
         ("a gap", |piece| piece.seq += 1),
         ("longer than the first", |piece| piece.data.push(0)),
         ("another time to live", |piece| piece.ttl = 63),
@@ -205,6 +213,8 @@ fn what_does_not_continue_is_left_alone() {
         ("another VLAN", |piece| piece.vlan = Some(9)),
         ("a wrong checksum", |piece| piece.corrupt = true),
         ("no data", |piece| piece.data.clear()),
+        ("another window", |piece| piece.window = 0),
+        ("another congestion mark", |piece| piece.ae = true),
         ("another protocol", |piece| piece.v6 = true),
     ];
     for (what, change) in changes {
