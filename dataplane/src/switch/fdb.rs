@@ -213,15 +213,21 @@ impl Fdb {
         }
     }
 
-    /// Adds or moves an entry.
+    /// Adds or moves an entry, unless somebody else is at the table: the station will be heard again.
     #[cold]
     pub fn insert(&self, station: Station, port: PortId, is_static: bool) -> Learned {
-        self.insert_aged(station, port, is_static, 0)
+        let Some(_change) = self.change.try_lock() else { return Learned::No };
+        self.put(station, port, is_static, 0)
     }
 
-    /// As [`Fdb::insert`], last heard some seconds ago.
-    pub fn insert_aged(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
-        let Some(_change) = self.change.try_lock() else { return Learned::No };
+    /// Adds or moves an entry of a station that was last heard some seconds ago. Not for workers: it waits for its turn.
+    pub fn set(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
+        let _change = self.change.lock();
+        self.put(station, port, is_static, age)
+    }
+
+    /// The same with the lock held.
+    fn put(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
         let second = u64::from(self.now.load(Ordering::Relaxed)).saturating_sub(age);
         let fresh = Place::new(port, station.network, second as u32, is_static);
         if let Some((bucket, way, place)) = self.find(station) {
@@ -404,6 +410,22 @@ mod tests {
         }
         assert!(fdb.len() <= 64, "{}", fdb.len());
         assert!(fdb.len() >= 48, "{}", fdb.len());
+    }
+
+    /// Workers come back to a station that they hear again; what is configured comes once.
+    #[test]
+    fn what_is_set_waits_for_its_turn() {
+        let fdb = fdb(64, 64);
+        let change = fdb.change.lock();
+        assert_eq!(fdb.insert(station(1), PortId(1), false), Learned::No);
+        std::thread::scope(|scope| {
+            let set = scope.spawn(|| fdb.set(station(1), PortId(1), true, 0));
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            assert!(!set.is_finished());
+            drop(change);
+            assert_eq!(set.join().unwrap(), Learned::Yes);
+        });
+        assert!(fdb.is_static(station(1)));
     }
 
     #[test]

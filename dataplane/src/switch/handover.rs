@@ -306,7 +306,7 @@ impl Switch {
             // Configured stations are configured again; of several ports that may have one, it is behind this.
             let configured = self.inner.fdb.is_static(station);
             if configured == is_static && (!configured || entry.config.mac.is_some_and(|own| own.to_u64() == mac)) {
-                self.inner.fdb.insert_aged(station, entry.id, is_static, age);
+                self.inner.fdb.set(station, entry.id, is_static, age);
             }
         }
     }

@@ -41,7 +41,7 @@ use crate::port::tap::TapPort;
 use crate::port::vhost::{Setup, SocketPlace, VhostPort};
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
-use fdb::{Fdb, Station};
+use fdb::{Fdb, Learned, Station};
 use policer::Policers;
 use tables::{Driver, Entry, Slot, Tables};
 use vlan::VlanPolicy;
@@ -315,7 +315,12 @@ impl Inner {
                 return;
             }
             self.fdb.forget(station);
-            self.fdb.insert(station, id, true);
+            if self.fdb.set(station, id, true, 0) == Learned::No {
+                tracing::warn!(
+                    port = config.name,
+                    "no room for its address in the table of stations, others can claim it"
+                );
+            }
         }
     }
 
