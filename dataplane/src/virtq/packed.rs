@@ -553,6 +553,16 @@ impl<'r> Work<'r> for PackedWork<'r> {
         (self.cursor, self.taken) = (mark.cursor, mark.taken);
     }
 
+    fn most_chains(&self) -> usize {
+        PENDING
+    }
+
+    fn begin_frame(&mut self, chains: usize) {
+        if self.pending.count + chains > PENDING {
+            self.flush();
+        }
+    }
+
     #[inline]
     fn complete(&mut self, chain: Chain, len: u32) {
         if self.pending.is_full() {

@@ -154,6 +154,30 @@ fn one_after_the_other() {
     assert_eq!(ring.moved_to(driver.memory.clone()).unwrap().base(), ring.base());
 }
 
+/// A frame in several buffers is seen as a whole or not at all, however many came before it in the burst.
+#[test]
+fn a_frame_becomes_visible_at_once() {
+    let mut driver = Driver::new(256);
+    let ring = driver.ring();
+    for index in 0..130u32 {
+        assert!(driver.post(&[100], false, WRITE), "{index}");
+    }
+    let mut work = ring.lock(Direction::ToGuest);
+    let complete = |work: &mut <PackedRing as Ring>::Work<'_>, count: usize| {
+        let chains: Vec<_> = (0..count).map(|_| work.take(|_| ()).unwrap().unwrap().0).collect();
+        work.begin_frame(count);
+        chains.into_iter().for_each(|chain| work.complete(chain, 1));
+    };
+    let mut seen = 0;
+    for (frame, before) in [(43, 0), (43, 43), (work.most_chains().min(44), 86)] {
+        complete(&mut work, frame);
+        seen += driver.reap().len();
+        assert_eq!(seen, before, "of frames before the one at hand");
+    }
+    assert!(work.publish());
+    assert_eq!(seen + driver.reap().len(), 130);
+}
+
 #[test]
 fn chains_that_break_rules() {
     let fault = |slots: &[(u64, u32, u16)]| {

@@ -91,8 +91,19 @@ pub trait Work<'r>: Sized {
     /// Gives back what was taken after the mark. None of it may have been completed.
     fn rewind(&mut self, mark: Self::Mark);
 
-    /// Completes a chain, into which `len` bytes were written. In the order in which chains were taken. The driver does
-    /// not see it before [`Work::publish`] (at least not the first).
+    /// Chains that one frame may take: as many as can become visible to the driver at the same time.
+    fn most_chains(&self) -> usize {
+        usize::MAX
+    }
+
+    /// Sees to it that the driver sees nothing of the next `chains`, at most [`Work::most_chains`], before all of them are
+    /// completed: they are one frame. What was completed before may become visible now.
+    fn begin_frame(&mut self, chains: usize) {
+        let _ = chains;
+    }
+
+    /// Completes a chain, into which `len` bytes were written. In the order in which chains were taken. The driver need not
+    /// see it before [`Work::publish`].
     fn complete(&mut self, chain: Chain, len: u32);
 
     /// Writes down that what was completed is about to be delivered, for the next process should this one die.

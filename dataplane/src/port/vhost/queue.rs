@@ -349,6 +349,9 @@ impl<R: Ring> GuestRx<R> {
             work.rewind(mark);
             return Ok(Err(reason));
         }
+        if filled.len() > 1 {
+            work.begin_frame(filled.len());
+        }
         for &(chain, len) in filled.iter() {
             work.complete(chain, len);
         }
@@ -384,7 +387,8 @@ impl<R: Ring> GuestRx<R> {
                 break;
             }
             // A chain without room would never end; one that is not mergeable has to hold it all.
-            if !self.mergeable || capacity == 0 || filled.len() == filled.capacity() {
+            let most = work.most_chains().min(filled.capacity());
+            if !self.mergeable || capacity == 0 || filled.len() >= most {
                 return Ok(Err(DropReason::BufferTooSmall));
             }
         }
