@@ -17,6 +17,10 @@ const HEADROOM: usize = 28;
 const HEADER: usize = VirtioNetHdr::LEN;
 /// Length of the Ethernet header without a tag.
 pub const ETHERNET_HEADER: usize = 14;
+/// Priority bits of a tag.
+const PRIORITY: u16 = 0xf000;
+/// The frame carries no tag of its VLAN, whatever it begins with.
+const BARE: u16 = 1;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
 const NEEDS_CSUM: u8 = 1;
 
@@ -36,6 +40,14 @@ impl Likeness {
     }
 }
 
+/// The VLAN that a frame belongs to, and what its bytes do not tell of the tag that it came with.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameVlan {
+    /// Within its network; 0 for none.
+    pub vid: u16,
+    priority: u16,
+}
+
 /// One frame.
 #[derive(Debug, Clone)]
 #[repr(C, align(64))]
@@ -49,7 +61,7 @@ pub struct Frame {
     offload: Offload,
     /// VLAN that the frame belongs to within its network; 0 for none.
     pub vid: u16,
-    /// Priority bits of the tag it came with, in place.
+    /// Priority bits of the tag it came with, in place; and [`BARE`].
     priority: u16,
 }
 
@@ -155,9 +167,19 @@ impl Frame {
         // A frame that ends before the EtherType behind its tag has none: without it, it would be no frame.
         let room = self.end - self.start >= (ETHERNET_HEADER + TAG_LEN) as u16;
         match *self.ethernet() {
-            [.., 0x81, 0x00, high, low] if room => Some(u16::from_be_bytes([high, low])),
+            [.., 0x81, 0x00, high, low] if room && self.priority & BARE == 0 => Some(u16::from_be_bytes([high, low])),
             _ => None,
         }
+    }
+
+    /// Where the frame belongs, to be kept with its bytes.
+    pub fn vlan(&self) -> FrameVlan {
+        FrameVlan { vid: self.vid, priority: self.priority }
+    }
+
+    /// What was kept of a frame with these bytes.
+    pub fn set_vlan(&mut self, FrameVlan { vid, priority }: FrameVlan) {
+        (self.vid, self.priority) = (vid, priority);
     }
 
     /// Makes the frame carry a tag of its VLAN, or none. Priority bits are kept.
@@ -174,18 +196,22 @@ impl Frame {
     fn retag(&mut self, current: Option<u16>, tagged: bool) {
         let start = usize::from(self.start);
         if let Some(tci) = current {
-            self.priority = tci & 0xf000;
+            self.priority = tci & PRIORITY;
         }
         if current.is_some()
             && let Some((stripped, _)) = vlan::strip_tag(&mut self.buffer, start)
         {
             self.start = stripped as u16;
             self.shift_offload(-(TAG_LEN as i16));
+            // What comes to light behind the tag is the sender's own.
+            self.priority |= BARE;
         }
         let start = usize::from(self.start);
-        if tagged && let Some(inserted) = vlan::insert_tag(&mut self.buffer, start, self.priority | self.vid) {
+        if tagged && let Some(inserted) = vlan::insert_tag(&mut self.buffer, start, self.priority & PRIORITY | self.vid)
+        {
             self.start = inserted as u16;
             self.shift_offload(TAG_LEN as i16);
+            self.priority &= !BARE;
         }
         self.write_header();
     }

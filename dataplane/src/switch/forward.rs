@@ -235,11 +235,11 @@ impl Forwarder {
         // Those of the burst at hand are not those of what is delivered in its midst.
         let flooded = std::mem::take(&mut self.flooded);
         let whither = |label| whither(label).filter(receives);
-        hold.release(whither, |to, vid, bytes| {
+        hold.release(whither, |to, vlan, bytes| {
             let mut burst = storage.begin();
             let mut frame = burst.start(VirtioNetHdr::LEN);
             if frame.push(SourceSegment::from_slice(bytes)) && frame.finish().is_ok() {
-                burst.frame_mut(0).vid = vid;
+                burst.frame_mut(0).set_vlan(vlan);
                 let mut only = Places::EMPTY;
                 only.push(0);
                 self.deliver(snapshot, to, to, &mut burst, only, false);

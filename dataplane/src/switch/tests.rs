@@ -431,6 +431,50 @@ fn vlans_access_and_trunk() {
     assert_eq!(bench.drops(0, DropReason::VlanDenied), 1);
 }
 
+/// A tag behind that of the VLAN is the sender's own: all receivers get it, whatever form the others before them took.
+#[test]
+fn tags_behind_that_of_the_vlan_reach_everyone() {
+    let trunk = || Port { vlan: VlanMode::Trunk { native: None, allowed: vec![5] }, ..Port::default() };
+    let access = || Port { vlan: VlanMode::Access(5), ..Port::default() };
+    // One whose number is the VLAN's could be mistaken for the VLAN's own.
+    for inner in [5, 7] {
+        let mut bench = Bench::new(&[trunk(), access(), access(), trunk(), access(), trunk()]);
+        (1..6).for_each(|at| bench.post(at, 8, 2048));
+        let mut stacked = frame(BROADCAST, mac(0), 60);
+        stacked.splice(24..24, [0x81, 0x00, 0xa0, 5, 0x81, 0x00, 0x60, inner]);
+        bench.send(0, std::slice::from_ref(&stacked));
+        let bare = [&stacked[12..24], &stacked[28..]].concat();
+        for (at, expected) in [(1, &bare[..]), (2, &bare), (3, &stacked[12..]), (4, &bare), (5, &stacked[12..])] {
+            assert_eq!(bench.received(at), [expected], "port {at}, tag {inner}");
+        }
+    }
+}
+
+/// What is kept for a guest keeps the tag that came with it, and the form that it had by then.
+#[test]
+fn what_is_held_keeps_its_tags() {
+    let vlan = |trunk| match trunk {
+        true => VlanMode::Trunk { native: None, allowed: vec![5] },
+        false => VlanMode::Access(5),
+    };
+    for held in [false, true] {
+        let ports = [true, false, held].map(|trunk| Port { vlan: vlan(trunk), ..Port::default() });
+        let mut bench = Bench::new(&ports);
+        bench.post(1, 8, 2048);
+        bench.post(2, 8, 2048);
+        let (hold, up) = bench.hold(2, PortState::Up);
+        let mut stacked = frame(BROADCAST, mac(0), 60);
+        stacked.splice(24..24, [0x81, 0x00, 0xa0, 5, 0x81, 0x00, 0x60, 7]);
+        bench.send(0, std::slice::from_ref(&stacked));
+        let bare = [&stacked[12..24], &stacked[28..]].concat();
+        assert_eq!(bench.received(1), [&bare[..]]);
+        assert_eq!(hold.len(), 1);
+        bench.relink(2, Link { hold: Some(hold), ..Link::clone(&up) });
+        bench.forwarder.release_returned(&bench.snapshot);
+        assert_eq!(bench.received(2), [if held { &stacked[12..] } else { &bare }], "to a trunk: {held}");
+    }
+}
+
 #[test]
 fn tagged_and_untagged_frames_of_a_burst_keep_their_vlans() {
     for mtu in [1500, usize::MAX / 2] {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::frame::Burst;
+use crate::frame::{Burst, FrameVlan};
 use crate::limits::{MAX_FRAME, MAX_HELD_BYTES, MAX_HELD_FRAMES};
 use crate::port::stats::PortStats;
 use crate::switch::DropReason;
@@ -38,6 +38,7 @@ struct Held {
 #[derive(Debug, Clone, Copy)]
 struct HeldFrame {
     label: Label,
+    vlan: FrameVlan,
     first: usize,
     len: usize,
 }
@@ -100,14 +101,14 @@ impl Hold {
 
     /// Hands the frames for which `whither` knows a place to `deliver`: place, VLAN, and bytes with the virtio-net header in
     /// front. Those that are too old are dropped instead.
-    pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, u16, &[u8])) {
+    pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, FrameVlan, &[u8])) {
         let mut held = self.held.lock();
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {
             let Some(place) = whither(frame.label) else { return true };
             match bytes.get(frame.first..frame.first + frame.len).filter(|_| !late) {
-                Some(bytes) => deliver(place, frame.label.vid, bytes),
+                Some(bytes) => deliver(place, frame.vlan, bytes),
                 None => self.stats.drop_frames(DropReason::LinkDown, 1),
             }
             false
@@ -144,7 +145,7 @@ impl Held {
         let len = self.bytes.len() - first;
         let is_flooded = flooded & 1 << (u32::from(place) % u64::BITS) != 0;
         let label = Label { mac: frame.destination(), vid: frame.vid, is_flooded };
-        self.frames.push(HeldFrame { label, first, len });
+        self.frames.push(HeldFrame { label, vlan: frame.vlan(), first, len });
         true
     }
 }
