@@ -35,9 +35,6 @@ pub enum HandoverError {
     /// A port cannot be handed over or taken over.
     #[error("port {0}: {1}")]
     Port(String, String),
-    /// Workers could not be shown that there is nothing to do.
-    #[error("cannot stop the workers: the process has no descriptors left")]
-    Workers,
 }
 
 /// A port that stands still, as its driver gives it away.
@@ -118,18 +115,14 @@ impl Switch {
     pub(crate) fn freeze(&self) -> Result<Frozen<'_>, HandoverError> {
         let mut tables = lock(&self.inner.tables);
         tables.frozen = true;
-        let shown = self.inner.publish(&mut tables);
+        self.inner.publish(&mut tables);
         let held = tables.slots.iter().filter_map(Slot::view).any(|view| {
             let hold = view.link.hold.as_ref();
             hold.is_some_and(|hold| !hold.is_empty())
         });
         drop(tables);
         let frozen = Frozen(self);
-        match (shown, held) {
-            (false, _) => Err(HandoverError::Workers),
-            (_, true) => Err(HandoverError::Migrating),
-            _ => Ok(frozen),
-        }
+        if held { Err(HandoverError::Migrating) } else { Ok(frozen) }
     }
 
     /// Gives the workers their queues, all at once.

@@ -200,7 +200,7 @@ impl Inner {
             };
             tables.queues().map(describe).collect()
         };
-        let (before, old) = (owners(tables), tables.placement.clone());
+        let before = owners(tables);
         change(&mut tables.placement);
         let mut moves = owners(tables);
         moves.retain(|id, (_, to)| before.get(id).is_none_or(|(_, from)| from != to));
@@ -208,10 +208,7 @@ impl Inner {
             return;
         }
         tables.placement.moving = moves.keys().copied().collect();
-        if !self.publish(tables) {
-            tables.placement = old;
-            return;
-        }
+        self.publish(tables);
         tables.placement.moving.clear();
         self.publish(tables);
         for (id, (port, to)) in moves {

@@ -160,6 +160,43 @@ fn pin(text: &str) -> Pin {
     text.parse().unwrap()
 }
 
+/// Tells which thread frees it.
+#[derive(Debug)]
+struct Last(std::sync::mpsc::Sender<String>);
+
+impl TxQueue for Last {
+    fn send(&self, _burst: &Burst<'_>, _frames: &[u8], _scratch: &mut Scratch) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        let _ = self.0.send(std::thread::current().name().unwrap_or_default().into());
+    }
+}
+
+#[test]
+fn no_worker_frees_what_was_published() {
+    let config = SwitchConfig { workers: vec![None, None], mode: WorkerMode::Poll, ..SwitchConfig::default() };
+    let switch = Switch::start(&config).unwrap();
+    let (told, freed) = std::sync::mpsc::channel();
+    for number in 0..20 {
+        let link = Link { tx: vec![Arc::new(Last(told.clone()))], ..Link::down(PortState::Up, None) };
+        let name = format!("p{number}");
+        publish(&switch, &format!("{name}=tap:unused-{number}"), link);
+        let (id, stats) = {
+            let tables = lock(&switch.inner.tables);
+            (tables.ports[&name].id, tables.ports[&name].stats.clone())
+        };
+        PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats }.publish(Link::down(PortState::Down, None));
+        // By the time that it is published.
+        let thread = freed.try_recv().unwrap();
+        assert!(!thread.starts_with("sl-worker"), "{thread}");
+    }
+    switch.stop();
+}
+
 #[test]
 fn frames_stay_in_order_while_their_queue_moves() {
     for mode in [WorkerMode::Interrupt, WorkerMode::Poll] {

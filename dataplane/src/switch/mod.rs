@@ -150,7 +150,8 @@ impl Switch {
         });
         inner.fdb.set_now(report::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
-        let first = Arc::new(inner.snapshot(&lock(&inner.tables))?);
+        let first = Arc::new(inner.snapshot(&lock(&inner.tables)));
+        lock(&inner.tables).shown = Some(first.clone());
         for (id, shared) in inner.workers.iter().enumerate() {
             let thread = worker::start(id, shared.clone(), config, inner.fdb.clone(), first.clone());
             let cpu = shared.cpu;

@@ -18,17 +18,11 @@ use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 
 impl Inner {
-    /// Shows the tables to the workers and waits until all use them. Returns whether they do.
-    pub(super) fn publish(&self, tables: &mut Tables) -> bool {
+    /// Shows the tables to the workers and waits until all use them, or end.
+    pub(super) fn publish(&self, tables: &mut Tables) {
         tables.epoch += 1;
         let announcement = if tables.frozen { None } else { tables.announcement.take() };
-        let snapshot = match self.snapshot(tables) {
-            Ok(snapshot) => Arc::new(Snapshot { announcement, ..snapshot }),
-            Err(e) => {
-                tracing::error!(error = %e, "cannot publish a change to the workers; it takes effect with the next one");
-                return false;
-            }
-        };
+        let snapshot = Arc::new(Snapshot { announcement, ..self.snapshot(tables) });
         for worker in &self.workers {
             worker.mailbox.put(snapshot.clone());
             worker.wake.signal();
@@ -43,10 +37,11 @@ impl Inner {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        true
+        // What nobody uses any more is freed here, and by no worker.
+        tables.shown = Some(snapshot);
     }
 
-    pub(super) fn snapshot(&self, tables: &Tables) -> std::io::Result<Snapshot> {
+    pub(super) fn snapshot(&self, tables: &Tables) -> Snapshot {
         let slots = if tables.frozen { &[][..] } else { &tables.slots };
         let ports: Vec<_> = slots.iter().map(Slot::view).collect();
         let mut networks = vec![Vec::new(); tables.networks.len()];
@@ -57,12 +52,11 @@ impl Inner {
                 members.push(port.id);
             }
         }
-        let plans = self.plans(tables)?;
-        Ok(Snapshot { epoch: tables.epoch, ports, networks, plans, announcement: None })
+        Snapshot { epoch: tables.epoch, ports, networks, plans: self.plans(tables), announcement: None }
     }
 
     /// Spreads the receive queues over the workers.
-    fn plans(&self, tables: &Tables) -> std::io::Result<Vec<Plan>> {
+    fn plans(&self, tables: &Tables) -> Vec<Plan> {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
         let count = queues.len();
         for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
@@ -75,8 +69,13 @@ impl Inner {
             }
         }
         let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
-            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()))?;
-            Ok(Plan { queues, epoll })
+            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()));
+            let epoll = epoll.inspect_err(|error| {
+                tracing::error!(
+                    "workers look for frames every millisecond, since they cannot be woken by them: {error}"
+                );
+            });
+            Plan { queues, epoll: epoll.ok() }
         };
         self.workers.iter().zip(queues).map(with_epoll).collect()
     }

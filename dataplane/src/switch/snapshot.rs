@@ -70,8 +70,9 @@ pub struct Plan {
     /// Queues to serve.
     pub queues: Vec<Served>,
     /// An epoll instance over their notifications (the event's data is the queue's place) and the worker's own wake-up
-    /// (`u64::MAX`). Made by the control side, so that a worker makes no system calls to take a plan up.
-    pub epoll: OwnedFd,
+    /// (`u64::MAX`). Made by the control side, so that a worker makes no system calls to take a plan up. `None` if the
+    /// process has no descriptor left: the plan holds all the same, and the worker wakes by itself.
+    pub epoll: Option<OwnedFd>,
 }
 
 /// A station that is behind a port from now on.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::policer::Policers;
-use super::snapshot::{Announcement, PortView};
+use super::snapshot::{Announcement, PortView, Snapshot};
 use super::{PortError, load, totals};
 use crate::config::PortConfig;
 use crate::limits::MAX_NETWORKS;
@@ -26,6 +26,8 @@ pub(super) struct Tables {
     pub(super) networks: Vec<String>,
     pub(super) placement: load::Placement,
     pub(super) epoch: u64,
+    /// What workers use, kept so that it is not a worker that frees it.
+    pub(super) shown: Option<Arc<Snapshot>>,
     /// For the next snapshot.
     pub(super) announcement: Option<Announcement>,
     /// Workers are shown nothing, since the ports belong to another process.

@@ -13,6 +13,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -31,6 +32,8 @@ use patience::Patience;
 use stats::{Clock, WorkerStats};
 use turns::Turns;
 
+/// How long a worker sleeps that nothing wakes.
+const BLIND_SLEEP: Duration = Duration::from_millis(1);
 /// Event data of a worker's own wake-up in its epoll instance.
 pub const WAKE: u64 = u64::MAX;
 /// Events taken from the kernel at a time.
@@ -300,9 +303,13 @@ fn sleep(plan: &Plan, wake: &EventFd, turns: &mut Turns) {
     // A queue without a notification descriptor can only be polled.
     let blind =
         plan.queues.iter().any(|served| served.queue.event_fd().is_none() && served.port.stats.fault().is_none());
-    let timeout = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    let Some(epoll) = &plan.epoll else {
+        std::thread::sleep(BLIND_SLEEP);
+        return wake.drain();
+    };
+    let timeout = Timespec { tv_sec: 0, tv_nsec: BLIND_SLEEP.subsec_nanos().into() };
     let mut events = [const { MaybeUninit::uninit() }; EVENTS];
-    let Ok((events, _)) = epoll::wait(&plan.epoll, &mut events, blind.then_some(&timeout)) else { return };
+    let Ok((events, _)) = epoll::wait(epoll, &mut events, blind.then_some(&timeout)) else { return };
     for event in events {
         let data = event.data.u64();
         if data == WAKE {

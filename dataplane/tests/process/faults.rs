@@ -1,6 +1,9 @@
 //! What one frontend does to the process must not harm the others.
 
 use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::daemon::Daemon;
 
@@ -30,6 +33,29 @@ fn truncated_memory_stops_one_port_and_not_the_process() {
     daemon.pass(&mut a, &mut b, "here again");
     daemon.pass(&mut b, &mut c, "and me");
     daemon.eventually("line in the log", |daemon| daemon.log().contains("port stopped after a fault"));
+}
+
+/// Workers cannot be woken by frames then, but what changes for them holds all the same.
+#[test]
+fn changes_hold_where_no_descriptors_are_left() {
+    let mut daemon = Daemon::start(&["--mode", "interrupt"]);
+    let (mut a, mut b) = (daemon.boot("a", 1), daemon.boot("b", 2));
+    daemon.pass(&mut a, &mut b, "hello");
+    let pid = Pid::from_raw(daemon.pid() as i32);
+    let limit = |current| prlimit(pid, Resource::Nofile, Rlimit { current, maximum: Some(1024) }).unwrap();
+    daemon.eventually("line in the log", |daemon| {
+        // The lowest number that is free is the next one: connections of ours may only just have been closed.
+        let is_open = |fd: &u64| Path::new(&format!("/proc/{}/fd/{fd}", daemon.pid())).exists();
+        limit((0..).find(|fd| !is_open(fd)));
+        b.change_ring();
+        daemon.log().contains("look for frames every millisecond")
+    });
+    daemon.pass(&mut a, &mut b, "through the new one");
+    daemon.pass(&mut b, &mut a, "and back");
+    limit(Some(1024));
+    b.change_ring();
+    daemon.pass(&mut a, &mut b, "as it was");
+    daemon.wait_up("a");
 }
 
 #[test]

@@ -72,6 +72,15 @@ impl Vm {
         &self.session().call
     }
 
+    /// Has its receive ring taken from the workers and given back.
+    pub(crate) fn change_ring(&self) {
+        let peer = &self.session().peer;
+        for enabled in [0, 1] {
+            peer.raw(SET_VRING_ENABLE, 0x1, &words(&[RX as u32, enabled]), &[]);
+        }
+        peer.settle();
+    }
+
     pub(crate) fn kick(&self) {
         self.session().kick.write(1).unwrap();
     }
