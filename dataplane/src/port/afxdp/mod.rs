@@ -65,6 +65,8 @@ struct Queue {
     /// Not zero if the kernel did not take all that was to be sent: whoever receives asks it again. Counts how often
     /// that was looked at in vain.
     unsent: AtomicU32,
+    /// Wakes who receives for that.
+    alarm: EventFd,
     /// Frames that the driver has refused and that still count as sent.
     refused: AtomicU64,
 }

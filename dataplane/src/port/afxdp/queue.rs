@@ -16,6 +16,7 @@ use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
 use crate::port::{Link, RxEntry, TxQueue};
 use crate::status::PortState;
+use crate::virtq::notify::EventFd;
 
 /// The queues of an interface, open. Dropping it gives the interface back to the kernel.
 #[derive(Debug)]
@@ -57,6 +58,14 @@ impl Queue {
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
         kick != Kick::Done
+    }
+
+    /// Has the receiving worker ask the kernel again.
+    pub(super) fn leave_unsent(&self) {
+        if self.unsent.swap(1, Ordering::Relaxed) == 0 {
+            // Another worker's: it may be asleep.
+            self.alarm.signal();
+        }
     }
 
     /// Looks after what is unsent: at once, and then ever less often, since the worker's other queues wait for the call.
@@ -130,7 +139,8 @@ impl Queues {
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
             let (unsent, refused) = (AtomicU32::new(0), AtomicU64::new(0));
-            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
+            let alarm = EventFd::new()?;
+            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, alarm, refused });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
             both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
             program.set_socket(queue, both.socket.as_raw_fd())?;

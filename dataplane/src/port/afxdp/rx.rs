@@ -63,7 +63,8 @@ impl Receiver {
             state.fill.push(address);
         }
         state.fill.publish();
-        Ok(Self { both, bell: Bell::new()?, state: SpinLock::new(state) })
+        let bell = Bell::new(&both.alarm)?;
+        Ok(Self { both, bell, state: SpinLock::new(state) })
     }
 
     /// Where the frames are. Not for a queue in use: it would miss a turn.
@@ -137,7 +138,9 @@ impl RxQueue for Receiver {
         Some(self.bell.as_raw_fd())
     }
 
-    fn drain_event(&self) {}
+    fn drain_event(&self) {
+        self.both.alarm.drain();
+    }
 }
 
 impl State {
