@@ -258,18 +258,32 @@ impl Switch {
 
     /// Lets the ports that were taken over serve their frontends.
     pub fn start_adopted(&self) {
-        for name in self.port_configs().into_iter().map(|config| config.name) {
+        for config in self.port_configs() {
+            let name = config.name.clone();
             let driver = match self.exchange(&name, |driver| driver.take()) {
                 Some(Driver::Adopted(adopted)) => match adopted.start() {
                     Ok(port) => Some(Driver::Vhost(port)),
                     Err(error) => {
-                        tracing::error!(port = name, "cannot serve its frontend: {error}");
-                        None
+                        tracing::error!(
+                            port = name,
+                            "cannot go on serving its frontend, which has to connect anew: {error}"
+                        );
+                        self.begin_anew(config);
+                        continue;
                     }
                 },
                 other => other,
             };
             self.exchange(&name, |place| *place = driver);
+        }
+    }
+
+    /// Removes a port that has no driver, and adds it as if it were new.
+    fn begin_anew(&self, config: PortConfig) {
+        let name = config.name.clone();
+        self.inner.release(&mut lock(&self.inner.tables), &name);
+        if let Err(error) = self.add_port(config) {
+            tracing::error!(port = name, "cannot be added again, remove and add it: {error}");
         }
     }
 
