@@ -104,3 +104,22 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
         assert_eq!((&after["connects"], &after["state"]), (&json!(1), &json!("up")));
     }
 }
+
+/// The new process cannot find the folder of a socket that it is to listen at. That is no reason to be stuck with the port.
+#[test]
+fn a_port_whose_folder_has_gone_begins_anew() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT_EVENTS, false);
+    let folder = bench.path("sub");
+    std::fs::create_dir(&folder).unwrap();
+    let port = |path: std::path::PathBuf| format!("s=vhost-user:{},mode=server", path.display());
+    bench.json(&["port", "add", &port(folder.join("s.sock"))]);
+    std::fs::remove_dir_all(&folder).unwrap();
+    bench.take_over();
+    let shown = bench.json(&["port", "show", "s"]);
+    assert!(shown["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{shown}\n{}", bench.log());
+    bench.json(&["port", "del", "s"]);
+    bench.json(&["port", "add", &port(bench.path("s.sock"))]);
+    assert!(bench.path("s.sock").exists());
+    bench.stream(Duration::from_millis(50));
+}
