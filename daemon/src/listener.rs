@@ -15,11 +15,12 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Whether who listens there listens where he wanted to.
+/// Whether what listens there can be what [`listen`] gave for the address.
 pub fn is_wanted(at: SocketAddr, wanted: SocketAddr) -> bool {
-    let all = at.ip().is_unspecified() && wanted.ip().is_unspecified();
+    let is_all = |ip: IpAddr| ip.is_ipv4() && ip.is_unspecified();
+    let without_ipv6 = is_all(at.ip()) && wanted.is_ipv6() && wanted.ip().is_unspecified();
     // Whoever asks for any port is content with the one there is.
-    (all || at.ip() == wanted.ip()) && (at.port() == wanted.port() || wanted.port() == 0)
+    (at.ip() == wanted.ip() || without_ipv6) && (at.port() == wanted.port() || wanted.port() == 0)
 }
 
 fn bind<L>(address: SocketAddr, bind: impl Fn(SocketAddr) -> io::Result<L>) -> io::Result<L> {
@@ -56,6 +57,7 @@ mod tests {
         let wanted = |at: &str, wanted: &str| is_wanted(at.parse().unwrap(), wanted.parse().unwrap());
         assert!(wanted("127.0.0.1:9471", "127.0.0.1:9471") && wanted("127.0.0.1:9471", "127.0.0.1:0"));
         assert!(wanted("0.0.0.0:9471", "[::]:9471"), "there is no IPv6");
+        assert!(!wanted("[::]:9471", "0.0.0.0:9471"), "that would be more than what was asked for");
         assert!(!wanted("127.0.0.1:9471", "127.0.0.1:9472") && !wanted("127.0.0.1:9471", "[::]:9471"));
     }
 }

@@ -161,13 +161,19 @@ impl Frame {
         u64::from_be_bytes([a, b, c, d, e, f, g, h]) >> 16
     }
 
-    /// The 802.1Q tag control information, if the frame carries a tag at the moment.
+    /// The 802.1Q tag control information, if the frame carries a tag of its VLAN at the moment.
     #[inline]
     pub fn tag(&self) -> Option<u16> {
+        self.first_tag().filter(|_| self.priority & BARE == 0)
+    }
+
+    /// The tag that the frame begins with, its VLAN's or the sender's own.
+    #[inline]
+    fn first_tag(&self) -> Option<u16> {
         // A frame that ends before the EtherType behind its tag has none: without it, it would be no frame.
         let room = self.end - self.start >= (ETHERNET_HEADER + TAG_LEN) as u16;
         match *self.ethernet() {
-            [.., 0x81, 0x00, high, low] if room && self.priority & BARE == 0 => Some(u16::from_be_bytes([high, low])),
+            [.., 0x81, 0x00, high, low] if room => Some(u16::from_be_bytes([high, low])),
             _ => None,
         }
     }
@@ -236,7 +242,8 @@ impl Frame {
     /// Length of the layer-3 packet, of each segment for a super-packet, in bytes.
     #[inline]
     pub fn packet_len(&self) -> usize {
-        let tag = if self.tag().is_some() { TAG_LEN } else { 0 };
+        // Also one of the sender's own: links take a tag beside their MTU.
+        let tag = if self.first_tag().is_some() { TAG_LEN } else { 0 };
         match self.offload.gso {
             None => self.len() - ETHERNET_HEADER - tag,
             Some(gso) => self.segment_header() + usize::from(gso.size) - ETHERNET_HEADER - tag,

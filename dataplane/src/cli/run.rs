@@ -80,12 +80,14 @@ fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     let switch = start_switch(&config, &store, &keeper)?;
     let controller = Controller::new(switch.clone(), store, setup.about.clone());
     let brought_up = controller.bring_up(&setup.file_ports, &setup.argument_ports, kept).map_err(Failure::failed);
-    let resumed = brought_up.inspect_err(|_| switch.stop())?;
+    let mut resumed = brought_up.inspect_err(|_| switch.stop())?;
     if !resumed.is_empty() {
         tracing::info!(ports = resumed.len(), "going on with connections that were kept");
     }
-    switch.start_adopted();
+    let anew = switch.start_adopted();
     if let Some(keeper) = &keeper {
+        // What was kept of those has to end for their frontends, too.
+        resumed.retain(|port| !anew.contains(port));
         keeper.settled(resumed);
     }
     switch.open();

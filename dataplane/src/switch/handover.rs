@@ -256,8 +256,9 @@ impl Switch {
         outcome.map_err(|error| HandoverError::Port(name.into(), error.to_string()))
     }
 
-    /// Lets the ports that were taken over serve their frontends.
-    pub fn start_adopted(&self) {
+    /// Lets the ports that were taken over serve their frontends. Returns those that cannot: they begin anew.
+    pub fn start_adopted(&self) -> Vec<String> {
+        let mut anew = Vec::new();
         for config in self.port_configs() {
             let name = config.name.clone();
             let driver = match self.exchange(&name, |driver| driver.take()) {
@@ -269,6 +270,7 @@ impl Switch {
                             "cannot go on serving its frontend, which has to connect anew: {error}"
                         );
                         self.begin_anew(config);
+                        anew.push(name);
                         continue;
                     }
                 },
@@ -276,6 +278,7 @@ impl Switch {
             };
             self.exchange(&name, |place| *place = driver);
         }
+        anew
     }
 
     /// Removes a port that has no driver, and adds it as if it were new.

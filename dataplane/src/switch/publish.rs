@@ -41,6 +41,14 @@ impl Inner {
         tables.shown = Some(snapshot);
     }
 
+    /// Shows the tables again if workers cannot be woken: there may be descriptors by now.
+    pub(super) fn wake_the_blind(&self) {
+        let mut tables = lock(&self.tables);
+        if is_blind(&tables) {
+            self.publish(&mut tables);
+        }
+    }
+
     pub(super) fn snapshot(&self, tables: &Tables) -> Snapshot {
         let slots = if tables.frozen { &[][..] } else { &tables.slots };
         let ports: Vec<_> = slots.iter().map(Slot::view).collect();
@@ -70,11 +78,11 @@ impl Inner {
         }
         let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
             let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()));
-            let epoll = epoll.inspect_err(|error| {
-                tracing::error!(
-                    "workers look for frames every millisecond, since they cannot be woken by them: {error}"
-                );
-            });
+            if let Err(error) = &epoll
+                && !is_blind(tables)
+            {
+                tracing::error!("workers look for frames every millisecond, as frames cannot wake them: {error}");
+            }
             Plan { queues, epoll: epoll.ok() }
         };
         self.workers.iter().zip(queues).map(with_epoll).collect()
@@ -86,6 +94,11 @@ impl Inner {
         publisher.publish(Link::down(PortState::Connecting, None));
         publisher
     }
+}
+
+/// Whether there is a worker that was last shown a plan in which nothing wakes it.
+fn is_blind(tables: &Tables) -> bool {
+    tables.shown.as_ref().is_some_and(|shown| shown.plans.iter().any(|plan| plan.epoll.is_none()))
 }
 
 /// A port's way to the workers.

@@ -54,6 +54,7 @@ pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
             inner.fdb.set_now(EPOCH + began.elapsed().as_secs() as u32);
             inner.fdb.age();
             inner.end_holds();
+            inner.wake_the_blind();
             sampler.round(&inner);
             sampler.rebalance(&inner);
             log_faults(&lock(&inner.tables), &mut faults);

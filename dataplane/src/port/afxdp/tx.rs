@@ -254,7 +254,7 @@ impl Transmitter {
 
     /// Asks the kernel again for what it did not send.
     pub(super) fn retry(&self) {
-        if self.both.unsent.load(Ordering::Relaxed) > 0 {
+        if self.both.unsent.get().1 > 0 {
             self.both.kick();
         }
     }

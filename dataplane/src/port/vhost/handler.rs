@@ -495,9 +495,10 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let stats = self.publisher.stats().clone();
         self.rewire(index, fd, |ring, event| {
             ring.call = event.map(Arc::new);
-            ring.remind();
+            ring.remind(&stats);
         })?;
         Ok(())
     }

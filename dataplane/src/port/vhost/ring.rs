@@ -10,7 +10,7 @@ use crate::port::{RxEntry, TxQueue};
 use crate::virtq::chain::Direction;
 use crate::virtq::journal::{self, Journal};
 use crate::virtq::notify::EventFd;
-use crate::virtq::{Journaled, RingConfig, RingError, Vring};
+use crate::virtq::{Fault, Journaled, RingConfig, RingError, Vring};
 
 /// Where the parts of a ring lie, in the frontend's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,10 +107,11 @@ impl Ring {
 
     /// Notifies the guest, whatever it says: who worked the ring before us may have died between its last frames and telling
     /// the guest of them, or told somebody who has gone.
-    pub(super) fn remind(&self) {
-        if let Some(call) = &self.call {
-            // A frontend that made us wait for it has had its reminder.
-            let _ = call.notify();
+    pub(super) fn remind(&self, stats: &PortStats) {
+        let Some(call) = &self.call else { return };
+        // A frontend makes us wait for it once, and not for each of its rings.
+        if stats.fault() != Some(Fault::NotifyBlocked) && !call.notify() {
+            stats.set_fault(Fault::NotifyBlocked);
         }
     }
 
@@ -185,7 +186,7 @@ impl Ring {
         let vring = vring.map_err(|error| error.to_string())?;
         (self.known, self.kept) = (true, false);
         self.vring = Some(vring);
-        self.remind();
+        self.remind(around.stats);
         Ok(())
     }
 
