@@ -195,7 +195,7 @@ impl Pulse {
 /// A signal that nobody else sends: by default it is ignored.
 const INTERRUPT: libc::c_int = libc::SIGURG;
 
-/// Lets the signal of [`Pulse::interrupt`] end a wait, and do nothing else.
+/// Lets the signal by which [`Pulse::look`] interrupts end a wait, and do nothing else.
 pub fn allow_interrupts() {
     extern "C" fn nothing(_signal: libc::c_int) {}
     static ONCE: std::sync::Once = std::sync::Once::new();

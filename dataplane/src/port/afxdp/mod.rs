@@ -30,7 +30,7 @@ mod umem;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ use crate::virtq::notify::EventFd;
 use device::{Device, Promiscuous, State};
 use napi::Deferral;
 use netlink::Netlink;
-use queue::{Queues, Unsent};
+use queue::Queues;
 use socket::Socket;
 use umem::Umem;
 
@@ -62,10 +62,9 @@ struct Queue {
     umem: Umem,
     shared: Arc<Shared>,
     stats: Arc<PortStats>,
-    /// What the kernel did not take of what was to be sent: whoever receives asks it again.
-    unsent: Unsent,
-    /// Wakes who receives for that.
-    alarm: EventFd,
+    /// Not zero if the kernel did not take all that was to be sent: whoever receives asks it again. Counts how often
+    /// that was looked at in vain.
+    unsent: AtomicU32,
     /// Frames that the driver has refused and that still count as sent.
     refused: AtomicU64,
 }

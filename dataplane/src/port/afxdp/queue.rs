@@ -3,7 +3,7 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::netdev;
 use super::program::{Hook, Program};
@@ -16,7 +16,6 @@ use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
 use crate::port::{Link, RxEntry, TxQueue};
 use crate::status::PortState;
-use crate::virtq::notify::EventFd;
 
 /// The queues of an interface, open. Dropping it gives the interface back to the kernel.
 #[derive(Debug)]
@@ -60,54 +59,21 @@ impl Queue {
         kick != Kick::Done
     }
 
-    /// Has the receiving worker ask the kernel again.
-    pub(super) fn leave_unsent(&self) {
-        self.unsent.begin();
-        // It may be another worker's, and asleep.
-        self.alarm.signal();
-    }
-
     /// Looks after what is unsent: at once, and then ever less often, since the worker's other queues wait for the call.
     #[inline]
     pub(super) fn look_after_unsent(&self) {
-        let (what, looks) = self.unsent.get();
+        let looks = self.unsent.load(Ordering::Relaxed);
         if looks > 0 {
             let is_due = looks.is_power_of_two() || looks.is_multiple_of(LOOKS_PER_KICK);
-            self.unsent.looked(what, is_due && !self.kick());
+            let left = if is_due && !self.kick() { 0 } else { looks.wrapping_add(1).max(1) };
+            // Whoever sends may have left something new.
+            let _ = self.unsent.compare_exchange(looks, left, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 
     /// Whether there is something unsent that a worker has to stay awake for.
     pub(super) fn is_unsent(&self) -> bool {
-        (1..MAX_LOOKS).contains(&self.unsent.get().1)
-    }
-}
-
-/// Whether something is unsent: how often that was looked at, from 1 on, in the lower half, and in the upper one which
-/// time it is.
-#[derive(Debug, Default)]
-pub(super) struct Unsent(AtomicU64);
-
-impl Unsent {
-    /// There is something, or more.
-    fn begin(&self) {
-        let next = |value: u64| Some((value >> 32).wrapping_add(1) << 32 | 1);
-        // It cannot fail.
-        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
-    }
-
-    /// All of it, and the looks; none if there is nothing.
-    #[inline]
-    pub(super) fn get(&self) -> (u64, u32) {
-        let value = self.0.load(Ordering::Relaxed);
-        (value, value as u32)
-    }
-
-    /// It was looked at, and is gone or not; unless there is something new since.
-    fn looked(&self, what: u64, is_gone: bool) {
-        let looks = if is_gone { 0 } else { (what as u32).saturating_add(1) };
-        let left = what >> 32 << 32 | u64::from(looks);
-        let _ = self.0.compare_exchange(what, left, Ordering::Relaxed, Ordering::Relaxed);
+        (1..MAX_LOOKS).contains(&self.unsent.load(Ordering::Relaxed))
     }
 }
 
@@ -163,9 +129,8 @@ impl Queues {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
-            let (unsent, refused) = (Unsent::default(), AtomicU64::new(0));
-            let alarm = EventFd::new()?;
-            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, alarm, refused });
+            let (unsent, refused) = (AtomicU32::new(0), AtomicU64::new(0));
+            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
             both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
             program.set_socket(queue, both.socket.as_raw_fd())?;
@@ -207,33 +172,5 @@ impl Queues {
     /// Where all frames are: for each queue, those to receive into and those to send from.
     pub(super) fn audit(&self) -> Vec<[Audit; 2]> {
         self.queues.iter().map(|(rx, tx)| [rx.audit(), tx.audit()]).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_left_meanwhile_is_not_forgotten() {
-        let unsent = Unsent::default();
-        assert_eq!(unsent.get().1, 0);
-        unsent.begin();
-        let (what, looks) = unsent.get();
-        assert_eq!(looks, 1);
-        unsent.looked(what, false);
-        assert_eq!(unsent.get().1, 2);
-        unsent.begin();
-        let (what, looks) = unsent.get();
-        assert_eq!(looks, 1);
-        // Another worker leaves something just when this one is through.
-        unsent.begin();
-        unsent.looked(what, true);
-        let (what, looks) = unsent.get();
-        assert_eq!(looks, 1);
-        unsent.looked(what, true);
-        assert_eq!(unsent.get().1, 0);
-        unsent.looked(u64::from(u32::MAX), false);
-        assert_eq!(unsent.get().1, 0, "that was long ago");
     }
 }

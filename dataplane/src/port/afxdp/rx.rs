@@ -63,8 +63,7 @@ impl Receiver {
             state.fill.push(address);
         }
         state.fill.publish();
-        let bell = Bell::new(&both.alarm)?;
-        Ok(Self { both, bell, state: SpinLock::new(state) })
+        Ok(Self { both, bell: Bell::new()?, state: SpinLock::new(state) })
     }
 
     /// Where the frames are. Not for a queue in use: it would miss a turn.
@@ -138,9 +137,7 @@ impl RxQueue for Receiver {
         Some(self.bell.as_raw_fd())
     }
 
-    fn drain_event(&self) {
-        self.both.alarm.drain();
-    }
+    fn drain_event(&self) {}
 }
 
 impl State {

@@ -89,7 +89,7 @@ impl Transmitter {
         self.write(state, &[], &mut source, frame.len(), frame.offload().csum)
     }
 
-    /// All segments of a super-packet, or none if there is no room for all; those before one that cannot be made are sent.
+    /// All segments of a super-packet, or none.
     fn put_segments(&self, state: &mut State, frame: &Frame, mut source: Source<'_, '_>) -> Result<(), DropReason> {
         let mut headers = [0u8; MAX_SEGMENT_HEADER];
         let count = source.clone().read(&mut headers);
@@ -234,7 +234,7 @@ impl Transmitter {
         while wakeup && self.both.kick() {
             calls -= 1;
             if calls == 0 {
-                self.both.leave_unsent();
+                self.both.unsent.store(1, Ordering::Relaxed);
                 break;
             }
         }
@@ -254,7 +254,7 @@ impl Transmitter {
 
     /// Asks the kernel again for what it did not send.
     pub(super) fn retry(&self) {
-        if self.both.unsent.get().1 > 0 {
+        if self.both.unsent.load(Ordering::Relaxed) > 0 {
             self.both.kick();
         }
     }
