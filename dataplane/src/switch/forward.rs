@@ -213,8 +213,9 @@ impl Forwarder {
             return;
         }
         let (fdb, network) = (self.fdb.clone(), from.network);
-        self.release(snapshot, from, |Label { mac, vid, is_flooded }| {
-            let now = fdb.lookup(Station { mac, vid, network }).filter(|now| *now != from.id && !is_flooded)?;
+        self.release(snapshot, from, |Label { mac, vlan, is_flooded }| {
+            let now =
+                fdb.lookup(Station { mac, vid: vlan.vid, network }).filter(|now| *now != from.id && !is_flooded)?;
             snapshot.port(now).filter(|now| now.network == network)
         });
     }
@@ -383,8 +384,8 @@ impl Forwarder {
             && let Some(before) = snapshot.port(before).filter(|before| before.network == network)
         {
             // In all VLANs that it may be in there, of which it will hardly be heard in each.
-            self.release(snapshot, before, |Label { mac, vid, is_flooded }| {
-                let is_its = mac == source && !is_flooded && ingress.vlan.egress(vid).is_some();
+            self.release(snapshot, before, |Label { mac, vlan, is_flooded }| {
+                let is_its = mac == source && !is_flooded && ingress.vlan.egress(vlan.vid).is_some();
                 is_its.then_some(ingress)
             });
         }

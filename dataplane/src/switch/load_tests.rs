@@ -150,10 +150,12 @@ impl Bench {
 }
 
 /// A port without anything behind it.
-fn publish(switch: &Switch, spec: &str, link: Link) {
+fn publish(switch: &Switch, spec: &str, link: Link) -> PortPublisher {
     let config: PortConfig = spec.parse().unwrap();
     let (id, stats) = switch.inner.reserve(&config).unwrap();
-    PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats }.publish(link);
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats };
+    publisher.publish(link);
+    publisher
 }
 
 fn pin(text: &str) -> Pin {
@@ -183,13 +185,8 @@ fn no_worker_frees_what_was_published() {
     let (told, freed) = std::sync::mpsc::channel();
     for number in 0..20 {
         let link = Link { tx: vec![Arc::new(Last(told.clone()))], ..Link::down(PortState::Up, None) };
-        let name = format!("p{number}");
-        publish(&switch, &format!("{name}=tap:unused-{number}"), link);
-        let (id, stats) = {
-            let tables = lock(&switch.inner.tables);
-            (tables.ports[&name].id, tables.ports[&name].stats.clone())
-        };
-        PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats }.publish(Link::down(PortState::Down, None));
+        let publisher = publish(&switch, &format!("p{number}=tap:unused-{number}"), link);
+        publisher.publish(Link::down(PortState::Down, None));
         // By the time that it is published.
         let thread = freed.try_recv().unwrap();
         assert!(!thread.starts_with("sl-worker"), "{thread}");

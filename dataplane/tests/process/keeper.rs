@@ -1,7 +1,7 @@
 //! The keeper, as a child of the switch.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -27,20 +27,15 @@ fn a_signal_ends_it_as_the_first_process_too() {
     command.args(["--pid", "--fork", program, "keep", "--state"]).arg(state.path());
     let mut unshare = command.spawn().unwrap();
     let socket = state.path().join("keeper.sock");
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !socket.exists() {
-        assert!(Instant::now() < deadline, "the keeper does not listen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let limit = Duration::from_secs(10);
+    e2e::wait::until_true("the keeper to listen", limit, || Ok(socket.exists())).unwrap();
     let [keeper] = children(unshare.id())[..] else { panic!("no keeper, or more than that") };
     kill_process(Pid::from_raw(keeper).unwrap(), Signal::TERM).unwrap();
-    while unshare.try_wait().unwrap().is_none() {
-        if Instant::now() > deadline {
-            kill_process(Pid::from_raw(keeper).unwrap(), Signal::KILL).unwrap();
-            panic!("the keeper goes on");
-        }
-        std::thread::sleep(Duration::from_millis(5));
+    let ended = e2e::wait::until_true("the keeper to end", limit, || Ok(unshare.try_wait()?.is_some()));
+    if ended.is_err() {
+        kill_process(Pid::from_raw(keeper).unwrap(), Signal::KILL).unwrap();
     }
+    ended.unwrap();
     assert!(unshare.wait().unwrap().success());
     assert!(!socket.exists(), "it has left its socket behind");
 }

@@ -38,7 +38,6 @@ struct Held {
 #[derive(Debug, Clone, Copy)]
 struct HeldFrame {
     label: Label,
-    vlan: FrameVlan,
     first: usize,
     len: usize,
 }
@@ -49,7 +48,7 @@ pub struct Label {
     /// Its destination.
     pub mac: u64,
     /// Its VLAN.
-    pub vid: u16,
+    pub vlan: FrameVlan,
     /// It goes to all; others have got it.
     pub is_flooded: bool,
 }
@@ -108,7 +107,7 @@ impl Hold {
         frames.retain(|frame| {
             let Some(place) = whither(frame.label) else { return true };
             match bytes.get(frame.first..frame.first + frame.len).filter(|_| !late) {
-                Some(bytes) => deliver(place, frame.vlan, bytes),
+                Some(bytes) => deliver(place, frame.label.vlan, bytes),
                 None => self.stats.drop_frames(DropReason::LinkDown, 1),
             }
             false
@@ -144,8 +143,8 @@ impl Held {
         }
         let len = self.bytes.len() - first;
         let is_flooded = flooded & 1 << (u32::from(place) % u64::BITS) != 0;
-        let label = Label { mac: frame.destination(), vid: frame.vid, is_flooded };
-        self.frames.push(HeldFrame { label, vlan: frame.vlan(), first, len });
+        let label = Label { mac: frame.destination(), vlan: frame.vlan(), is_flooded };
+        self.frames.push(HeldFrame { label, first, len });
         true
     }
 }
