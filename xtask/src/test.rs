@@ -250,7 +250,7 @@ fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) ->
     let (start, passed, failed) = (Instant::now(), tally.passed, tally.failed);
     let outcome = stage::run(command, Some(deadline), |line| tally.take(line))?;
     let seconds = start.elapsed().as_secs();
-    let is_vain = selects_by_name(name) && tally.passed == passed;
+    let is_vain = outcome.status.success() && selects_by_name(name) && tally.passed == passed;
     if outcome.status.success() && !is_vain {
         println!("==> {place} {name}: ok, {seconds} s");
         return Ok(true);
@@ -260,10 +260,12 @@ fn run_stage(stage: Stage, place: &str, deadline: Instant, tally: &mut Tally) ->
         tally.left_out.push(name.to_owned());
         return Ok(true);
     }
-    let why = match () {
-        () if outcome.late => "out of time".to_owned(),
-        () if outcome.status.success() => "no test has the names that it asks for".to_owned(),
-        () => outcome.status.to_string(),
+    let why = if outcome.late {
+        "out of time".to_owned()
+    } else if is_vain {
+        "no test has the names that it asks for".to_owned()
+    } else {
+        outcome.status.to_string()
     };
     println!("==> {place} {name}: FAILED ({why}), {seconds} s");
     tally.failed_stages.push(name.to_owned());
