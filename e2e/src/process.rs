@@ -69,22 +69,25 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where its standard error goes, if not to the log.
+    errors: Option<PathBuf>,
 }
 
 impl Process {
     /// Starts `command` on the given CPUs (anywhere if none), its output going to the file `log`.
     pub fn start(name: &str, mut command: Command, log: &Path, cpus: &[usize]) -> Result<Self> {
         command.stdin(Stdio::null());
-        Self::start_prepared(name, command, log, cpus)
+        Self::start_prepared(name, command, log, None, cpus)
     }
 
-    fn start_prepared(name: &str, mut command: Command, log: &Path, cpus: &[usize]) -> Result<Self> {
-        let out = File::options()
-            .create(true)
-            .append(true)
-            .open(log)
-            .with_context(|| format!("cannot write {}", log.display()))?;
-        command.stdout(out.try_clone()?).stderr(out);
+    fn start_prepared(
+        name: &str,
+        mut command: Command,
+        log: &Path,
+        errors: Option<PathBuf>,
+        cpus: &[usize],
+    ) -> Result<Self> {
+        command.stdout(append(log)?).stderr(append(errors.as_deref().unwrap_or(log))?);
         // SAFETY: getpid has no conditions.
         let parent = unsafe { libc::getpid() };
         let cpus = cpus.to_vec();
@@ -94,10 +97,11 @@ impl Process {
         unsafe { command.pre_exec(move || prepare_child(parent, &cpus)) };
         let program = command.get_program().to_string_lossy().into_owned();
         let child = spawn(command).with_context(|| format!("cannot start {program}"))?;
-        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned(), errors })
     }
 
-    /// [`Process::start`] with a pipe to its standard input.
+    /// [`Process::start`] with a pipe to its standard input. Its standard error goes to a file of its own: other threads
+    /// of the program tell there what would else stand in the midst of its answers.
     pub fn start_interactive(
         name: &str,
         mut command: Command,
@@ -105,7 +109,8 @@ impl Process {
         cpus: &[usize],
     ) -> Result<(Self, ChildStdin)> {
         command.stdin(Stdio::piped());
-        let mut process = Self::start_prepared(name, command, log, cpus)?;
+        let errors = log.with_extension("errors");
+        let mut process = Self::start_prepared(name, command, log, Some(errors), cpus)?;
         let stdin = process.child.stdin.take().context("no pipe to the program's input")?;
         Ok((process, stdin))
     }
@@ -150,14 +155,17 @@ impl Process {
         }
     }
 
-    /// Everything the program has printed.
+    /// Everything the program has printed; without its standard error if it is interactive.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
     /// The end of what the program has printed.
     pub fn log_tail(&self) -> String {
-        tail(&self.log)
+        match &self.errors {
+            None => tail(&self.log),
+            Some(errors) => format!("{}\n--- standard error:\n{}", tail(&self.log), tail(errors)),
+        }
     }
 
     /// Sends a signal.
@@ -196,6 +204,12 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.terminate(Duration::from_secs(3));
     }
+}
+
+/// Opens a file to write on at its end.
+fn append(path: &Path) -> Result<File> {
+    let file = File::options().create(true).append(true).open(path);
+    file.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The end of a text file, for error messages.

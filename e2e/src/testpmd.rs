@@ -87,6 +87,7 @@ impl Testpmd {
             let answer = log.get(before..).unwrap_or_default();
             Ok(answer.contains(PROMPT).then(|| answer.to_owned()))
         })
+        .with_context(|| format!("testpmd said: {}", self.process.log_tail()))
     }
 
     /// Sends bursts of 32 frames from each queue of each port; from then on what arrives is sent back.
@@ -140,6 +141,8 @@ fn command(spec: &TestpmdSpec, cpu: usize) -> Command {
         command.args(["--vdev", &device]);
     }
     command.args(["--", "-i", "--nb-cores=1", "--total-num-mbufs=16384", "--no-lsc-interrupt", "--port-topology=loop"]);
+    // Another thread would print them into the midst of an answer, or of the prompt that ends it.
+    command.args(["--mask-event", "all"]);
     command.args([format!("--rxq={}", spec.queues), format!("--txq={}", spec.queues)]);
     command.args([format!("--rxd={RING}"), format!("--txd={RING}"), format!("--txpkts={}", spec.length)]);
     for index in 0..spec.ports.len() {
