@@ -91,6 +91,7 @@ impl Attachment {
             rate_rx: settings.rate_rx,
             rate_tx: settings.rate_tx,
             owner: Some(owner.clone()),
+            networks: Vec::new(),
         };
         Ok(Self { port, owner, mac, device_folder, socket, pod_socket })
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::RateLimit;
+use crate::config::{Carried, RateLimit};
 
 /// State of a port's link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -30,12 +30,14 @@ pub struct PortStatus {
     pub kind: &'static str,
     /// Socket path or interface.
     pub target: String,
-    /// Bridge domain.
+    /// Bridge domain; empty for one that carries several.
     pub network: String,
     /// Access or native VLAN.
     pub vlan: Option<u16>,
     /// Tagged VLANs that pass; `None` for all.
     pub trunk: Option<Vec<u16>>,
+    /// Networks that it carries.
+    pub networks: Vec<Carried>,
     /// Configured MTU.
     pub mtu: Option<u16>,
     /// Configured station address.

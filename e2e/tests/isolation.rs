@@ -102,13 +102,23 @@ fn access_vlans_are_separate_and_untagged() -> Result<()> {
 
 #[test]
 fn a_trunk_carries_its_vlans_tagged_and_no_others() -> Result<()> {
+    carried(["trunk=10,20-21", "vlan=10", "vlan=20"])
+}
+
+#[test]
+fn a_port_carries_its_networks_as_vlans_and_no_others() -> Result<()> {
+    carried(["networks=blue:10,red:20", "network=blue", "network=red"])
+}
+
+/// The first port carries VLAN 10 of the second, and VLAN 20 of the third.
+fn carried(settings: [&str; 3]) -> Result<()> {
     LAB.test(|lab| {
         let tagged = "for v in 10 20 30; do ip link add link eth0 name eth0.$v type vlan id $v; \
             ip link set eth0.$v up; ip addr add 10.0.$v.1/24 dev eth0.$v; done";
         lab.guests[0].run(tagged)?;
         lab.guests[1].run("ip addr add 10.0.10.2/24 dev eth0")?;
         lab.guests[2].run("ip addr add 10.0.20.3/24 dev eth0")?;
-        let result = trunk(lab);
+        let result = trunk(lab, settings);
         lab.guests[0].run("for v in 10 20 30; do ip link del eth0.$v; done")?;
         lab.guests[1].run("ip addr del 10.0.10.2/24 dev eth0")?;
         lab.guests[2].run("ip addr del 10.0.20.3/24 dev eth0")?;
@@ -116,8 +126,8 @@ fn a_trunk_carries_its_vlans_tagged_and_no_others() -> Result<()> {
     })
 }
 
-fn trunk(lab: &mut Lab) -> Result<()> {
-    arrange(lab, ["trunk=10,20-21", "vlan=10", "vlan=20"], &[(0, "10.0.10.2"), (2, "10.0.20.1")])?;
+fn trunk(lab: &mut Lab, settings: [&str; 3]) -> Result<()> {
+    arrange(lab, settings, &[(0, "10.0.10.2"), (2, "10.0.20.1")])?;
     ensure!(!lab.reaches(1, "10.0.0.3"), "VLANs 10 and 20 talk");
     watch_all(lab)?;
     send(lab, 1, EVERYBODY, &mac(2), None)?;

@@ -20,6 +20,7 @@ A port is written NAME=KIND:TARGET[,key=value]..., for example
   vm2=vhost-user:/run/vm2.sock,mode=server,mtu=9000
   host=tap:sluice0,network=blue,trunk=10,20-29
   up=afxdp:eth1                                    takes the interface over as an uplink
+  up=afxdp:eth1,networks=blue:100,red:200          one for two networks, each with its VLAN
   up=dpdk:net_tap0,iface=up0                       a device of DPDK's with its arguments, if built in
 
 Keys:
@@ -29,6 +30,8 @@ Keys:
   network=NAME         bridge domain, 'default' unless given
   vlan=1..4094         access VLAN; with trunk, the VLAN of untagged frames
   trunk=10,20-29       tagged VLANs that pass
+  networks=blue:100,red
+                       carries whole networks, each as a VLAN or one untagged, in place of network, vlan and trunk
   mtu=68..65535        largest layer-3 packet
   queues=1..256        queue pairs at most
   mac=ADDRESS          the station's address

@@ -48,7 +48,7 @@ fn row(port: &proto::PortStatus) -> Vec<String> {
         port.name.clone(),
         port.kind.clone(),
         port.state().word().into(),
-        port.network.clone(),
+        network(port),
         vlans(port),
         port.queues.len().to_string(),
         port.rx_frames.to_string(),
@@ -56,6 +56,16 @@ fn row(port: &proto::PortStatus) -> Vec<String> {
         port.drops.values().sum::<u64>().to_string(),
         port.target.clone(),
     ]
+}
+
+/// The network, or those that the port carries, as SPEC has them.
+fn network(port: &proto::PortStatus) -> String {
+    let text = |carried: &proto::CarriedNetwork| match carried.vlan {
+        Some(vlan) => format!("{}:{vlan}", carried.network),
+        None => carried.network.clone(),
+    };
+    let carried: Vec<_> = port.networks.iter().map(text).collect();
+    if carried.is_empty() { port.network.clone() } else { carried.join(",") }
 }
 
 /// VLAN membership as SPEC has it.
@@ -87,7 +97,7 @@ fn describe(port: &proto::PortStatus) -> String {
         ("kind", port.kind.clone()),
         ("target", port.target.clone()),
         ("state", state),
-        ("network", port.network.clone()),
+        ("network", network(port)),
         ("vlan", vlans(port)),
         ("mtu", or_dash(port.mtu)),
         ("mac", or_dash(port.mac.as_ref())),

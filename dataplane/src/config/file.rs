@@ -185,6 +185,7 @@ struct PortSection {
     network: Option<Spanned<Word>>,
     vlan: Option<Spanned<Word>>,
     trunk: Option<Spanned<Word>>,
+    networks: Option<Spanned<Word>>,
     mtu: Option<Spanned<Word>>,
     queues: Option<Spanned<Word>>,
     mac: Option<Spanned<Word>>,
@@ -270,6 +271,7 @@ impl PortSection {
             "network" => self.network.as_ref(),
             "vlan" => self.vlan.as_ref(),
             "trunk" => self.trunk.as_ref(),
+            "networks" => self.networks.as_ref(),
             "mtu" => self.mtu.as_ref(),
             "queues" => self.queues.as_ref(),
             "mac" => self.mac.as_ref(),
@@ -431,6 +433,7 @@ mod tests {
             replace = true
             busy-poll = true
             tx-checksum = false
+            networks = ["green:100", "red"]
             "#,
         )
         .unwrap();
@@ -448,7 +451,7 @@ mod tests {
                 "vm1=vhost-user:/run/vm1.sock,mode=server,network=blue,vlan=7,trunk=10,20-22,mtu=9000,queues=4,\
                  mac=52:54:00:12:34:56,spoofcheck=on,rate-rx=1G,burst-rx=2M,rate-tx=500M,burst-tx=1M,owner=me",
                 "host=tap:sluice0,trunk=10,20",
-                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on,tx-checksum=off",
+                "up=afxdp:eth1,mode=copy,replace=on,busy-poll=on,tx-checksum=off,networks=green:100,red",
             ]
         );
     }

@@ -19,7 +19,7 @@ mod spec;
 pub use file::{FileConfig, FileError};
 pub use pin::{Pin, PortQueue, parse_worker};
 pub use rules::MissingFolder;
-pub use spec::{PortText, bits, vlan_list};
+pub use spec::{PortText, bits, network_list, vlan_list};
 
 /// The network of ports that name none.
 pub const DEFAULT_NETWORK: &str = "default";
@@ -47,9 +47,9 @@ pub struct PortConfig {
     pub name: String,
     /// What the port connects to.
     pub target: PortTarget,
-    /// Bridge domain; ports of different networks never exchange a frame.
+    /// Bridge domain; ports of different networks never exchange a frame. Empty if the port carries several.
     pub network: String,
-    /// VLAN membership.
+    /// VLAN membership, or the networks it carries.
     pub vlan: VlanMode,
     /// Largest layer-3 packet in bytes, 68 to 65,535; `None` means that the port imposes no limit.
     pub mtu: Option<u16>,
@@ -215,6 +215,25 @@ pub enum VlanMode {
         /// VLANs that pass with their tag, sorted, without duplicates.
         allowed: Vec<u16>,
     },
+    /// Whole networks pass, each as a VLAN: the trunk of an uplink.
+    Networks(Vec<Carried>),
+}
+
+/// A network that a port carries.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Carried {
+    /// The network.
+    pub network: String,
+    /// Its VLAN there; `None` for untagged.
+    pub vlan: Option<u16>,
+}
+
+impl fmt::Display for Carried {
+    /// As SPEC writes it: `blue:100`, or `blue`.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.network)?;
+        self.vlan.map_or(Ok(()), |vlan| write!(out, ":{vlan}"))
+    }
 }
 
 /// How workers wait for work.

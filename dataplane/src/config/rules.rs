@@ -1,10 +1,11 @@
 //! The rules of a port's configuration, each in one place.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::{InvalidPort, PortConfig, PortTarget, RateLimit, VlanMode};
+use super::{Carried, InvalidPort, PortConfig, PortTarget, RateLimit, VlanMode};
 use crate::limits::{
     MAX_DEVICE, MAX_INTERFACE_NAME, MAX_NAME, MAX_OWNER, MAX_QUEUE_PAIRS, MAX_RATE, MAX_SOCKET_PATH, MAX_VLAN, MIN_MTU,
     MIN_RATE,
@@ -14,7 +15,7 @@ impl PortConfig {
     /// Checks that a port can be beside others, which are given together with it.
     ///
     /// # Errors
-    /// If it has the name or the target of one of them.
+    /// If it has the name or the target of one of them, or [`PortConfig::network_conflict`] has.
     pub fn check_beside<'a>(&self, others: impl IntoIterator<Item = &'a Self>) -> Result<(), InvalidPort> {
         for other in others {
             if self.name == other.name {
@@ -25,8 +26,38 @@ impl PortConfig {
                 let problem = format!("ports {} and {} have the same target; give each its own", other.name, self.name);
                 return Err(InvalidPort::new("target", problem));
             }
+            if let Some(problem) = self.network_conflict(other) {
+                let key = if matches!(self.vlan, VlanMode::Networks(_)) { "networks" } else { "network" };
+                return Err(InvalidPort::new(key, problem));
+            }
         }
         Ok(())
+    }
+
+    /// The networks that the port carries, if it is one that does.
+    pub fn carried(&self) -> &[Carried] {
+        match &self.vlan {
+            VlanMode::Networks(carried) => carried,
+            _ => &[],
+        }
+    }
+
+    /// Why this port and another cannot be there both, if it is for the networks that one of them carries.
+    pub fn network_conflict(&self, other: &Self) -> Option<String> {
+        let carries = |port: &Self, network: &str| port.carried().iter().any(|carried| carried.network == network);
+        if let Some(Carried { network, .. }) = self.carried().iter().find(|mine| carries(other, &mine.network)) {
+            return Some(format!("network {network} is carried by port {} already", other.name));
+        }
+        let (carrier, inside) = if self.carried().is_empty() { (other, self) } else { (self, other) };
+        let has_vlans = inside.vlan != VlanMode::All;
+        (has_vlans && carries(carrier, &inside.network)).then(|| {
+            let (inside, network) = (&inside.name, &inside.network);
+            format!(
+                "port {} carries network {network} as one VLAN, in which port {inside} cannot have VLANs of its own; \
+                 leave out its vlan and trunk, or use trunk instead of networks",
+                carrier.name
+            )
+        })
     }
 
     /// Checks every rule that does not depend on the state of the host.
@@ -40,8 +71,10 @@ impl PortConfig {
             PortTarget::Tap { interface } | PortTarget::Afxdp { interface, .. } => check_interface(interface)?,
             PortTarget::Dpdk { device } => check_device(device)?,
         }
-        check_name("network", &self.network)?;
         self.check_vlans()?;
+        if self.carried().is_empty() {
+            check_name("network", &self.network)?;
+        }
         if let Some(mtu) = self.mtu {
             check_range("mtu", mtu, MIN_MTU, u16::MAX)?;
         }
@@ -56,6 +89,10 @@ impl PortConfig {
 
     fn check_vlans(&self) -> Result<(), InvalidPort> {
         match &self.vlan {
+            VlanMode::Networks(_) if !self.network.is_empty() => {
+                Err(InvalidPort::new("network", "networks takes the place of network; leave one of them out"))
+            }
+            VlanMode::Networks(networks) => check_carried(networks),
             VlanMode::All => Ok(()),
             VlanMode::Access(vlan) => check_range("vlan", *vlan, 1, MAX_VLAN),
             VlanMode::Trunk { native, allowed } => {
@@ -99,6 +136,31 @@ impl PortConfig {
             Err(error) => error,
         };
         Err(MissingFolder { port: self.name.clone(), folder: folder.to_owned(), source })
+    }
+}
+
+fn check_carried(networks: &[Carried]) -> Result<(), InvalidPort> {
+    let wrong = |problem| Err(InvalidPort::new("networks", problem));
+    let (mut names, mut vlans) = (BTreeSet::new(), BTreeSet::new());
+    for Carried { network, vlan } in networks {
+        check_name("networks", network)?;
+        if let Some(vlan) = vlan {
+            check_range("networks", *vlan, 1, MAX_VLAN)?;
+        }
+        if !names.insert(network) {
+            return wrong(format!("network {network} is given twice; it can have one VLAN"));
+        }
+        if !vlans.insert(vlan) {
+            return wrong(match vlan {
+                Some(vlan) => format!("VLAN {vlan} is given twice; each network needs its own"),
+                None => format!("only one network can be without a VLAN; write {network}:VLAN"),
+            });
+        }
+    }
+    if networks.is_empty() {
+        wrong("networks needs at least one, like networks=blue:100,red:200".into())
+    } else {
+        Ok(())
     }
 }
 

@@ -4,7 +4,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::{AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number};
+use super::{
+    AfxdpMode, Carried, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number,
+};
 use crate::limits::{MAX_QUEUE_PAIRS, MAX_VLAN, MIN_MTU};
 
 /// A port's configuration as words, before any of them is understood. SPEC and the file both fill this, so that they
@@ -28,6 +30,7 @@ impl PortText {
         "network",
         "vlan",
         "trunk",
+        "networks",
         "mtu",
         "queues",
         "mac",
@@ -69,7 +72,7 @@ impl PortText {
                 Ok(())
             }
             (Some((key, value)), _) => self.set(key, value),
-            (None, Some(("trunk", list))) => {
+            (None, Some(("trunk" | "networks", list))) => {
                 list.push(',');
                 list.push_str(part);
                 Ok(())
@@ -112,11 +115,13 @@ impl PortText {
     /// # Errors
     /// The first rule that is broken.
     pub fn parse(&self) -> Result<PortConfig, InvalidPort> {
+        let vlan = self.parse_vlans()?;
+        let network = if matches!(vlan, VlanMode::Networks(_)) { "" } else { DEFAULT_NETWORK };
         let config = PortConfig {
             name: self.name.clone(),
             target: self.parse_target()?,
-            network: self.get("network").unwrap_or(DEFAULT_NETWORK).into(),
-            vlan: self.parse_vlans()?,
+            network: self.get("network").unwrap_or(network).into(),
+            vlan,
             mtu: self.parse_number("mtu", MIN_MTU, u16::MAX)?,
             queues: self.parse_number("queues", 1, MAX_QUEUE_PAIRS as u16)?,
             mac: self.get("mac").map(parse_mac).transpose()?,
@@ -168,6 +173,12 @@ impl PortText {
     }
 
     fn parse_vlans(&self) -> Result<VlanMode, InvalidPort> {
+        if let Some(list) = self.get("networks") {
+            if let Some(key) = ["vlan", "trunk"].into_iter().find(|key| self.get(key).is_some()) {
+                return Err(InvalidPort::new(key, format!("networks takes the place of {key}; leave one of them out")));
+            }
+            return list.split(',').map(parse_carried).collect::<Result<_, _>>().map(VlanMode::Networks);
+        }
         let vlan = self.parse_number("vlan", 1, MAX_VLAN)?;
         match (vlan, self.get("trunk")) {
             (None, None) => Ok(VlanMode::All),
@@ -251,6 +262,18 @@ fn parse_vlan_list(list: &str) -> Result<Vec<u16>, InvalidPort> {
     Ok(vlans)
 }
 
+/// `blue:100`, or `blue` for one without a tag.
+fn parse_carried(text: &str) -> Result<Carried, InvalidPort> {
+    let (network, vlan) = text.split_once(':').map_or((text, None), |(network, vlan)| (network, Some(vlan)));
+    let vlan = vlan.map(|vlan| number("the VLAN of a network", vlan, 1..=MAX_VLAN)).transpose();
+    Ok(Carried { network: network.into(), vlan: vlan.map_err(|problem| InvalidPort::new("networks", problem))? })
+}
+
+/// Networks in the way of SPEC's `networks`.
+pub fn network_list(networks: &[Carried]) -> String {
+    networks.iter().map(Carried::to_string).collect::<Vec<_>>().join(",")
+}
+
 /// VLANs, sorted, in the way of SPEC's `trunk`: with ranges where there are any.
 pub fn vlan_list(vlans: &[u16]) -> String {
     let runs = vlans.chunk_by(|a, b| a + 1 == *b);
@@ -299,7 +322,7 @@ impl fmt::Display for PortConfig {
                 }
             }
         }
-        if self.network != DEFAULT_NETWORK {
+        if !["", DEFAULT_NETWORK].contains(&self.network.as_str()) {
             write!(out, ",network={}", self.network)?;
         }
         match &self.vlan {
@@ -311,6 +334,7 @@ impl fmt::Display for PortConfig {
                 }
                 write!(out, ",trunk={}", vlan_list(allowed))?;
             }
+            VlanMode::Networks(networks) => write!(out, ",networks={}", network_list(networks))?,
         }
         write_option(out, "mtu", self.mtu)?;
         write_option(out, "queues", self.queues)?;
@@ -463,6 +487,28 @@ mod tests {
     }
 
     #[test]
+    fn networks_that_a_port_carries() {
+        let port: PortConfig = "up=afxdp:eth1,networks=blue:100,red,mtu=9000".parse().unwrap();
+        let carried = |network: &str, vlan| Carried { network: network.into(), vlan };
+        assert_eq!(port.vlan, VlanMode::Networks(vec![carried("blue", Some(100)), carried("red", None)]));
+        assert_eq!((port.network.as_str(), port.mtu), ("", Some(9000)));
+        for (settings, expected) in [
+            ("networks=", "networks must be 1 to 64 letters"),
+            ("networks=blue:0", "the VLAN of a network must be a number from 1 to 4094, not '0'"),
+            ("networks=blue:", "the VLAN of a network must be a number from 1 to 4094, not ''"),
+            ("networks=blue:7,blue:8", "network blue is given twice"),
+            ("networks=blue:7,red:7", "VLAN 7 is given twice"),
+            ("networks=blue,red", "only one network can be without a VLAN; write red:VLAN"),
+            ("networks=blue:7,network=red", "networks takes the place of network"),
+            ("vlan=7,networks=blue:7", "networks takes the place of vlan"),
+            ("trunk=7,networks=blue:7", "networks takes the place of trunk"),
+        ] {
+            let problem = problem(&format!("up=afxdp:eth1,{settings}"));
+            assert!(problem.starts_with(expected), "{settings}: {problem}");
+        }
+    }
+
+    #[test]
     fn bounds_are_inclusive() {
         let name = "n".repeat(64);
         let path = format!("/{}", "x".repeat(106));
@@ -485,11 +531,17 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_vlan_mode()(kind in 0..3, one in 1..=MAX_VLAN, native in proptest::option::of(1..=MAX_VLAN),
-            allowed in proptest::collection::btree_set(1..=MAX_VLAN, 1..50)) -> VlanMode {
+        fn any_vlan_mode()(kind in 0..4, one in 1..=MAX_VLAN, native in proptest::option::of(1..=MAX_VLAN),
+            allowed in proptest::collection::btree_set(1..=MAX_VLAN, 1..50),
+            networks in proptest::collection::btree_set("[A-Za-z0-9._-]{1,64}", 50)) -> VlanMode {
             match kind {
                 0 => VlanMode::All,
                 1 => VlanMode::Access(one),
+                2 => {
+                    let vlans = native.is_some().then_some(None).into_iter().chain(allowed.into_iter().map(Some));
+                    let carried = networks.into_iter().zip(vlans).map(|(network, vlan)| Carried { network, vlan });
+                    VlanMode::Networks(carried.collect())
+                }
                 _ => VlanMode::Trunk { native, allowed: allowed.into_iter().collect() },
             }
         }
@@ -529,6 +581,7 @@ mod tests {
             rate_tx in any_rate(), owner in proptest::option::of("[!-+.-~]{1,256}")) -> PortConfig {
             let mac = mac.map(|[b, c, d, e, f]| MacAddr([0x52, b, c, d, e, f]));
             let spoofcheck = spoofcheck && mac.is_some();
+            let network = if matches!(vlan, VlanMode::Networks(_)) { String::new() } else { network };
             PortConfig { name, target, network, vlan, mtu, queues, mac, spoofcheck, rate_rx, rate_tx, owner }
         }
     }
@@ -546,7 +599,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_accepted_is_valid(spec in "[a-c]=(tap:t|afxdp:t|vhost-user:/x)(,(vlan|trunk|mtu|queues|mac|mode|replace)=[0-9a-f:,-]{0,9}){0,3}") {
+        fn what_is_accepted_is_valid(spec in "[a-c]=(tap:t|afxdp:t|vhost-user:/x)(,(vlan|trunk|networks?|mtu|queues|mac|mode|replace)=[0-9a-f:,-]{0,9}){0,3}") {
             if let Ok(port) = spec.parse::<PortConfig>() {
                 prop_assert_eq!(port.validate(), Ok(()));
                 prop_assert_eq!(port.to_string().parse::<PortConfig>(), Ok(port));

@@ -6,7 +6,8 @@ use super::ControlError;
 use crate::capture::filter::InvalidFilter;
 use crate::capture::{CaptureOptions, Captured, Direction};
 use crate::config::{
-    AfxdpMode, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode, VlanMode,
+    AfxdpMode, Carried, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode,
+    VlanMode,
 };
 use crate::status::{
     CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, TotalsStatus,
@@ -49,6 +50,7 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         VlanMode::All => (None, None),
         VlanMode::Access(vlan) => (Some(*vlan), None),
         VlanMode::Trunk { native, allowed } => (*native, Some(allowed)),
+        VlanMode::Networks(_) => (None, None),
     };
     proto::PortConfig {
         name: port.name.clone(),
@@ -63,11 +65,44 @@ pub fn port_to_proto(port: &PortConfig) -> proto::PortConfig {
         rate_rx: port.rate_rx.map(rate_limit),
         rate_tx: port.rate_tx.map(rate_limit),
         owner: port.owner.clone(),
+        networks: carried_networks(port.carried()),
     }
+}
+
+fn carried_networks(networks: &[Carried]) -> Vec<proto::CarriedNetwork> {
+    let convert = |one: &Carried| proto::CarriedNetwork { network: one.network.clone(), vlan: one.vlan.map(u32::from) };
+    networks.iter().map(convert).collect()
+}
+
+fn vlans_from_proto(port: &proto::PortConfig) -> Result<VlanMode, InvalidPort> {
+    let vlan = port.vlan.map(|vlan| small("vlan", vlan)).transpose()?;
+    if !port.networks.is_empty() {
+        if vlan.is_some() || port.trunk.is_some() {
+            return Err(InvalidPort::new("networks", "networks takes the place of vlan and trunk; leave those out"));
+        }
+        let carried = |one: &proto::CarriedNetwork| {
+            let vlan = one.vlan.map(|vlan| small("networks", vlan)).transpose()?;
+            Ok(Carried { network: one.network.clone(), vlan })
+        };
+        return port.networks.iter().map(carried).collect::<Result<_, _>>().map(VlanMode::Networks);
+    }
+    Ok(match (vlan, &port.trunk) {
+        (None, None) => VlanMode::All,
+        (Some(vlan), None) => VlanMode::Access(vlan),
+        (native, Some(set)) => {
+            let mut allowed = set.vlans.iter().map(|vlan| small("trunk", *vlan)).collect::<Result<Vec<_>, _>>()?;
+            allowed.sort_unstable();
+            allowed.dedup();
+            VlanMode::Trunk { native, allowed }
+        }
+    })
 }
 
 /// A configuration as it came over the socket. Its rules are still to be checked, except that numbers fit.
 pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, InvalidPort> {
+    let vlan = vlans_from_proto(&port)?;
+    let network = if port.network.is_empty() && port.networks.is_empty() { DEFAULT_NETWORK } else { &port.network };
+    let network = network.to_owned();
     let target = match port.target {
         Some(proto::port_config::Target::VhostUser(target)) => PortTarget::VhostUser {
             mode: match target.mode() {
@@ -92,17 +127,6 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
         },
         None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
     };
-    let vlan = port.vlan.map(|vlan| small("vlan", vlan)).transpose()?;
-    let vlan = match (vlan, port.trunk) {
-        (None, None) => VlanMode::All,
-        (Some(vlan), None) => VlanMode::Access(vlan),
-        (native, Some(set)) => {
-            let mut allowed = set.vlans.iter().map(|vlan| small("trunk", *vlan)).collect::<Result<Vec<_>, _>>()?;
-            allowed.sort_unstable();
-            allowed.dedup();
-            VlanMode::Trunk { native, allowed }
-        }
-    };
     let parse_mac = |text: String| {
         let problem = || format!("mac must be an address like 52:54:00:12:34:56, not '{text}'");
         text.parse().map_err(|_| InvalidPort::new("mac", problem()))
@@ -110,7 +134,7 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
     Ok(PortConfig {
         name: port.name,
         target,
-        network: if port.network.is_empty() { DEFAULT_NETWORK.into() } else { port.network },
+        network,
         vlan,
         mtu: port.mtu.map(|mtu| small("mtu", mtu)).transpose()?,
         queues: port.queues.map(|queues| small("queues", queues)).transpose()?,
@@ -162,7 +186,7 @@ impl From<ControlError> for tonic::Status {
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
             ControlError::Folder(_)
             | ControlError::OtherOwner { .. }
-            | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) } => {
+            | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) | PortError::Networks(_) } => {
                 tonic::Code::FailedPrecondition
             }
             ControlError::State(_) => tonic::Code::Internal,
@@ -195,6 +219,7 @@ pub(super) fn port_status(port: PortStatus) -> proto::PortStatus {
         network: port.network,
         vlan: port.vlan.map(u32::from),
         trunk: port.trunk.as_deref().map(vlan_set),
+        networks: carried_networks(&port.networks),
         mtu: port.mtu.map(u32::from),
         mac: port.mac,
         spoofcheck: port.spoofcheck,
@@ -354,6 +379,7 @@ mod tests {
             network: "blue".into(),
             vlan: Some(1),
             trunk: Some(vec![2, 3]),
+            networks: vec![Carried { network: "blue".into(), vlan: Some(7) }],
             mtu: Some(9000),
             mac: Some("52:54:00:00:00:01".into()),
             spoofcheck: true,
@@ -487,6 +513,7 @@ mod tests {
             "host=tap:sluice0,vlan=5",
             "up=afxdp:eth1",
             "up=afxdp:eth1,mode=zerocopy,replace=on,trunk=5",
+            "up=afxdp:eth1,networks=blue:100,red",
             "up=afxdp:eth1,mode=copy,busy-poll=on",
             "up=afxdp:eth1,tx-checksum=on",
             "up=afxdp:eth1,tx-checksum=off",

@@ -309,7 +309,7 @@ impl Switch {
             let port = ports.get(usize::from(port)).copied().flatten();
             let (Some(network), Some(entry)) = (network, port) else { continue };
             // Its configuration may have changed.
-            if tables.networks.get(usize::from(network)) != Some(&entry.config.network) {
+            if tables.networks.get(usize::from(network)).is_none_or(|name| *name != tables.domain(&entry.config).0) {
                 continue;
             }
             let station = Station { mac, vid, network };

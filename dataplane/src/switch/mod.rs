@@ -4,6 +4,8 @@
 //! one changes, `publish` shows the workers a new [`snapshot::Snapshot`].
 
 mod balance;
+#[cfg(test)]
+mod carried_tests;
 pub mod convert;
 mod departed;
 mod drops;
@@ -25,6 +27,7 @@ mod tests;
 mod totals;
 pub mod vlan;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -44,7 +47,6 @@ use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Learned, Station};
 use policer::Policers;
 use tables::{Driver, Entry, Slot, Tables};
-use vlan::VlanPolicy;
 
 pub use drops::DropReason;
 pub use handover::HandoverError;
@@ -81,6 +83,9 @@ pub enum PortError {
         /// The other port.
         port: String,
     },
+    /// A port carries its network, or is to carry another's.
+    #[error("{0}")]
+    Networks(String),
     /// A bound of the switch is reached.
     #[error("the switch has reached its limit of {limit} {what}")]
     Limit {
@@ -281,11 +286,15 @@ impl Inner {
             let (target, port) = (config.target.to_string(), other.config.name.clone());
             return Err(PortError::TargetInUse { target, port });
         }
+        if let Some(problem) = tables.ports.values().find_map(|entry| config.network_conflict(&entry.config)) {
+            return Err(PortError::Networks(problem));
+        }
         let free = tables.slots.iter().position(|slot| matches!(slot, Slot::Free)).unwrap_or(tables.slots.len());
         if free >= MAX_PORTS {
             return Err(PortError::Limit { what: "ports", limit: MAX_PORTS });
         }
-        tables.network(&config.network)?;
+        let domain = tables.domain(config).0.into_owned();
+        tables.network(&domain)?;
         if free == tables.slots.len() {
             tables.slots.push(Slot::Free);
         }
@@ -301,15 +310,33 @@ impl Inner {
         };
         tables.order.push(config.name.clone());
         tables.ports.insert(config.name.clone(), entry);
+        let moved = tables.carry(config);
+        if !moved.is_empty() {
+            self.publish(&mut tables);
+        }
+        self.forget_moved(&tables, &moved);
         self.add_static(&tables, config, id);
         Ok((id, stats))
+    }
+
+    /// Forgets the stations of ports that are in another bridge domain now, but for their configured addresses. After the
+    /// last worker has seen it: nobody learns in the old one any more.
+    fn forget_moved(&self, tables: &Tables, moved: &BTreeSet<PortId>) {
+        if moved.is_empty() {
+            return;
+        }
+        self.fdb.retain(|entry| moved.contains(&entry.port));
+        for entry in tables.ports.values().filter(|entry| moved.contains(&entry.id)) {
+            self.add_static(tables, &entry.config, entry.id);
+        }
     }
 
     /// A configured address is known from the start, and nobody else can claim it. Unless another port has it already:
     /// then this one is where its guest may migrate to, and the entry stays until the guest is heard here.
     fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
-        let network = tables.networks.iter().position(|name| *name == config.network);
-        let vid = VlanPolicy::from(&config.vlan).untagged();
+        let (domain, vlan) = tables.domain(config);
+        let network = tables.networks.iter().position(|name| *name == domain);
+        let vid = vlan.untagged();
         if let (Some(mac), Some(network), Some(vid)) = (config.mac, network, vid) {
             let station = Station { mac: mac.to_u64(), vid, network: network as u16 };
             if self.fdb.is_static(station) {
@@ -366,11 +393,13 @@ impl Inner {
         let Some(entry) = tables.ports.remove(name) else { return };
         tables.order.retain(|other| other != name);
         tables.slots[usize::from(entry.id.0)] = Slot::Reserved;
+        let moved = tables.carry_no_more(&entry.config);
         self.publish(tables);
         tables.removed.add(entry.stats.clone());
         tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain_of(entry.id, |_| true);
+        self.forget_moved(tables, &moved);
         for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
             self.add_static(tables, &other.config, other.id);
         }

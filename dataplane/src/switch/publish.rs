@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use super::snapshot::{Announcement, Plan, PortView, Served, Snapshot};
 use super::tables::{Entry, Slot, Tables};
-use super::vlan::VlanPolicy;
 use super::{Inner, departed, lock};
 use crate::keeper::Keeper;
 use crate::port::stats::PortStats;
@@ -120,11 +119,13 @@ impl Publisher for PortPublisher {
         else {
             return;
         };
-        let Ok(network) = tables.network(&config.network) else { return };
+        let (domain, vlan) = tables.domain(&config);
+        let domain = domain.into_owned();
+        let Ok(network) = tables.network(&domain) else { return };
         let view = PortView {
             id: self.id,
             network,
-            vlan: VlanPolicy::from(&config.vlan),
+            vlan,
             mtu: config.mtu.map_or(usize::MAX / 2, usize::from),
             mac: config.mac.map(|mac| mac.to_u64()),
             only_source: config.mac.filter(|_| config.spoofcheck).map(|mac| mac.to_u64()),

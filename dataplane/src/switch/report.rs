@@ -14,7 +14,7 @@ use crate::port::Link;
 use crate::port::stats::PortStats;
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
 use crate::switch::load::Sampler;
-use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, lock};
+use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, fdb, lock};
 use crate::virtq::Fault;
 use crate::wire::MacAddr;
 
@@ -130,6 +130,7 @@ impl Switch {
             VlanMode::All => (None, None),
             VlanMode::Access(vid) => (Some(*vid), None),
             VlanMode::Trunk { native, allowed } => (*native, Some(allowed.clone())),
+            VlanMode::Networks(_) => (None, None),
         };
         let queues = self.queues(tables, entry, &link);
         let sum = |read: fn(&QueueStatus) -> u64| queues.iter().map(read).sum();
@@ -140,6 +141,7 @@ impl Switch {
             network: entry.config.network.clone(),
             vlan,
             trunk,
+            networks: entry.config.carried().to_vec(),
             mtu: entry.config.mtu,
             mac: entry.config.mac.map(|mac| mac.to_string()),
             spoofcheck: entry.config.spoofcheck,
@@ -186,20 +188,23 @@ impl Switch {
     /// The forwarding table, sorted by network, VLAN and address.
     pub fn fdb(&self) -> Vec<FdbEntryStatus> {
         let tables = lock(&self.inner.tables);
-        let names: HashMap<_, _> = tables.ports.values().map(|entry| (entry.id, entry.config.name.as_str())).collect();
-        let mut entries: Vec<_> = self.inner.fdb.entries();
-        entries.sort_by_key(|entry| (entry.station.network, entry.station.vid, entry.station.mac));
-        let describe = |entry: &crate::switch::fdb::Entry| {
+        let configs = tables.configs();
+        let describe = |entry: &fdb::Entry| {
+            let config = configs.get(&entry.port)?;
+            let (network, vlan) = tables.network_of(config, entry.station.vid)?;
             Some(FdbEntryStatus {
                 mac: MacAddr::from_u64(entry.station.mac).to_string(),
-                network: tables.networks.get(usize::from(entry.station.network))?.clone(),
-                vlan: entry.station.vid,
-                port: (*names.get(&entry.port)?).into(),
+                network: network.into(),
+                vlan,
+                port: config.name.clone(),
                 age_seconds: entry.age,
                 is_static: entry.is_static,
             })
         };
-        entries.iter().filter_map(describe).collect()
+        let mut entries: Vec<_> = self.inner.fdb.entries().iter().filter_map(describe).collect();
+        drop(tables);
+        entries.sort_by(|a, b| (&a.network, a.vlan, &a.mac).cmp(&(&b.network, b.vlan, &b.mac)));
+        entries
     }
 
     /// Number of entries of the forwarding table.
@@ -209,14 +214,13 @@ impl Switch {
 
     /// Forgets learned addresses, of one network or of all. Returns how many.
     pub fn flush_fdb(&self, network: Option<&str>) -> usize {
-        let wanted = network.map(|name| {
-            let tables = lock(&self.inner.tables);
-            tables.networks.iter().position(|known| known == name)
-        });
-        self.inner.fdb.retain(|entry| {
-            let of_network = wanted.is_none_or(|place| place == Some(usize::from(entry.station.network)));
-            of_network && !entry.is_static
-        })
+        let tables = lock(&self.inner.tables);
+        let configs = tables.configs();
+        let of_network = |entry: &fdb::Entry| {
+            let config = configs.get(&entry.port)?;
+            tables.network_of(config, entry.station.vid).map(|(of, _)| of)
+        };
+        self.inner.fdb.retain(|entry| !entry.is_static && (network.is_none() || of_network(entry) == network))
     }
 }
 

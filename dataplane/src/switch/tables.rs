@@ -2,13 +2,15 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::policer::Policers;
 use super::snapshot::{Announcement, PortView, Snapshot};
+use super::vlan::{CARRIED_UNTAGGED, VlanPolicy};
 use super::{PortError, load, totals};
-use crate::config::PortConfig;
+use crate::config::{Carried, PortConfig};
 use crate::limits::MAX_NETWORKS;
 use crate::port::PortId;
 use crate::port::afxdp::AfxdpPort;
@@ -23,7 +25,10 @@ pub(super) struct Tables {
     /// Names in the order they were added.
     pub(super) order: Vec<String>,
     pub(super) slots: Vec<Slot>,
+    /// Names of the bridge domains: networks, and what those share that a port carries.
     pub(super) networks: Vec<String>,
+    /// Networks that a port carries.
+    pub(super) carried: BTreeMap<String, Carrier>,
     pub(super) placement: load::Placement,
     pub(super) epoch: u64,
     /// What workers use, kept so that it is not a worker that frees it.
@@ -33,6 +38,14 @@ pub(super) struct Tables {
     /// Workers are shown nothing, since the ports belong to another process.
     pub(super) frozen: bool,
     pub(super) removed: totals::Removed,
+}
+
+/// What carries a network.
+#[derive(Debug)]
+pub(super) struct Carrier {
+    /// Bridge domain that all networks of the port share, each as a VLAN of it.
+    domain: String,
+    vid: u16,
 }
 
 /// A place for a port.
@@ -84,10 +97,10 @@ impl Tables {
         if let Some(place) = self.networks.iter().position(|known| known == name) {
             return Ok(place as u16);
         }
-        let used = |place: &usize| self.ports.values().any(|entry| entry.config.network == self.networks[*place]);
         if self.networks.len() >= MAX_NETWORKS {
+            let used: BTreeSet<_> = self.ports.values().map(|entry| self.domain(&entry.config).0).collect();
             // One that no port uses any more has no entries either: they went with their ports.
-            let unused = (0..self.networks.len()).find(|place| !used(place));
+            let unused = self.networks.iter().position(|known| !used.contains(known.as_str()));
             let place = unused.ok_or(PortError::Limit { what: "networks", limit: MAX_NETWORKS })?;
             self.networks[place] = name.into();
             return Ok(place as u16);
@@ -95,4 +108,80 @@ impl Tables {
         self.networks.push(name.into());
         Ok((self.networks.len() - 1) as u16)
     }
+
+    /// Where a port's frames are switched: the bridge domain, and the port's VLANs there. That is its network, unless a port
+    /// carries this as a VLAN.
+    pub(super) fn domain<'t>(&'t self, config: &'t PortConfig) -> (Cow<'t, str>, VlanPolicy) {
+        if !config.carried().is_empty() {
+            (shared_domain(config).into(), VlanPolicy::from(&config.vlan))
+        } else if let Some(Carrier { domain, vid }) = self.carried.get(&config.network) {
+            (domain.as_str().into(), VlanPolicy::Access(*vid))
+        } else {
+            (config.network.as_str().into(), VlanPolicy::from(&config.vlan))
+        }
+    }
+
+    /// The network, and the VLAN there, of a VLAN that a port has in its bridge domain.
+    pub(super) fn network_of<'t>(&self, config: &'t PortConfig, vid: u16) -> Option<(&'t str, u16)> {
+        if !config.carried().is_empty() {
+            let network = config.carried().iter().find(|carried| vid_of(carried) == vid)?;
+            Some((&network.network, 0))
+        } else if self.carried.contains_key(&config.network) {
+            Some((&config.network, 0))
+        } else {
+            Some((&config.network, vid))
+        }
+    }
+
+    /// The configurations of the ports, by their places.
+    pub(super) fn configs(&self) -> HashMap<PortId, &PortConfig> {
+        self.ports.values().map(|entry| (entry.id, &entry.config)).collect()
+    }
+
+    /// Lets a port that comes carry its networks from now on. Returns the ports of these, which have moved.
+    pub(super) fn carry(&mut self, carrier: &PortConfig) -> BTreeSet<PortId> {
+        for carried in carrier.carried() {
+            let entry = Carrier { domain: shared_domain(carrier), vid: vid_of(carried) };
+            self.carried.insert(carried.network.clone(), entry);
+        }
+        self.move_ports(carrier.carried())
+    }
+
+    /// Gives the networks of a port that goes back to themselves. Returns the ports of these, which have moved.
+    pub(super) fn carry_no_more(&mut self, carrier: &PortConfig) -> BTreeSet<PortId> {
+        for carried in carrier.carried() {
+            self.carried.remove(&carried.network);
+        }
+        self.move_ports(carrier.carried())
+    }
+
+    /// Shows the ports of these networks where they belong by now, from the next snapshot on.
+    fn move_ports(&mut self, networks: &[Carried]) -> BTreeSet<PortId> {
+        let names: BTreeSet<_> = networks.iter().map(|carried| carried.network.as_str()).collect();
+        let inside = |entry: &&Entry| names.contains(entry.config.network.as_str());
+        let place = |entry: &Entry| {
+            let (domain, vlan) = self.domain(&entry.config);
+            (entry.id, domain.into_owned(), vlan)
+        };
+        let moves: Vec<_> = self.ports.values().filter(inside).map(place).collect();
+        for (id, domain, vlan) in &moves {
+            // There is room: each port uses one network at most.
+            let (Ok(network), Some(slot)) = (self.network(domain), self.slots.get_mut(usize::from(id.0))) else {
+                continue;
+            };
+            if let Slot::Used(view) = slot {
+                *view = Arc::new(PortView { network, vlan: vlan.clone(), ..PortView::clone(view) });
+            }
+        }
+        moves.into_iter().map(|(id, ..)| id).collect()
+    }
+}
+
+/// A name that no network can have.
+fn shared_domain(carrier: &PortConfig) -> String {
+    format!("={}", carrier.name)
+}
+
+fn vid_of(carried: &Carried) -> u16 {
+    carried.vlan.unwrap_or(CARRIED_UNTAGGED)
 }

@@ -16,6 +16,7 @@ use crate::port::vhost::queue::{QueueSetup, guest_rx, guest_tx};
 use crate::port::{Link, Publisher, RxEntry, RxQueue};
 use crate::status::PortState;
 use crate::switch::forward::Forwarder;
+use crate::switch::vlan::VlanPolicy;
 use crate::testing::*;
 use crate::virtq::Vring;
 use crate::virtq::chain::Direction;

@@ -18,23 +18,33 @@ pub enum VlanPolicy {
     },
 }
 
+/// The VLAN of a network that a port carries without a tag, in what they share.
+pub const CARRIED_UNTAGGED: u16 = 0;
+
 impl From<&VlanMode> for VlanPolicy {
     fn from(mode: &VlanMode) -> Self {
         match mode {
             VlanMode::All => Self::All,
             VlanMode::Access(vid) => Self::Access(*vid),
-            VlanMode::Trunk { native, allowed } => {
-                let mut bits = Box::new([0u64; 64]);
-                for vid in allowed {
-                    bits[usize::from(vid >> 6) & 63] |= 1 << (vid & 63);
-                }
-                Self::Trunk { native: *native, allowed: bits }
+            VlanMode::Trunk { native, allowed } => Self::trunk(*native, allowed.iter().copied()),
+            VlanMode::Networks(networks) => {
+                let untagged = networks.iter().any(|carried| carried.vlan.is_none());
+                let native = untagged.then_some(CARRIED_UNTAGGED);
+                Self::trunk(native, networks.iter().filter_map(|carried| carried.vlan))
             }
         }
     }
 }
 
 impl VlanPolicy {
+    fn trunk(native: Option<u16>, tagged: impl Iterator<Item = u16>) -> Self {
+        let mut allowed = Box::new([0u64; 64]);
+        for vid in tagged {
+            allowed[usize::from(vid >> 6) & 63] |= 1 << (vid & 63);
+        }
+        Self::Trunk { native, allowed }
+    }
+
     /// The VLAN that a frame from this port belongs to, by the tag it carries. `None`: it may not pass.
     #[inline]
     pub fn ingress(&self, tag: Option<u16>) -> Option<u16> {
@@ -76,6 +86,7 @@ fn is_set(bits: &[u64; 64], vid: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Carried;
 
     #[test]
     fn membership() {
@@ -93,6 +104,13 @@ mod tests {
 
         let native = VlanPolicy::from(&VlanMode::Trunk { native: Some(5), allowed: vec![10] });
         assert_eq!((native.ingress(None), native.egress(5)), (Some(5), Some(false)));
+
+        let carried = |network: &str, vlan| Carried { network: network.into(), vlan };
+        let networks = VlanPolicy::from(&VlanMode::Networks(vec![carried("a", Some(9)), carried("b", None)]));
+        assert_eq!((networks.ingress(None), networks.ingress(Some(9))), (Some(0), Some(9)));
+        assert_eq!((networks.egress(0), networks.egress(9), networks.egress(8)), (Some(false), Some(true), None));
+        let tagged = VlanPolicy::from(&VlanMode::Networks(vec![carried("a", Some(9))]));
+        assert_eq!((tagged.ingress(None), tagged.egress(0)), (None, None));
 
         assert_eq!((VlanPolicy::All.ingress(None), VlanPolicy::All.ingress(Some(7))), (Some(0), Some(7)));
         assert_eq!((VlanPolicy::All.egress(0), VlanPolicy::All.egress(7)), (Some(false), Some(true)));

@@ -108,41 +108,64 @@ fn talks_in_jumbo_frames() {
 }
 
 #[test]
+fn carries_vlans_of_a_network() {
+    let _alone = alone();
+    apart("trunk=10,20", ["vlan=10", "vlan=20"], [Some(10), Some(20)]);
+}
+
+#[test]
 fn carries_networks_as_vlans() {
     let _alone = alone();
-    // Two switches, each with two networks' taps, joined by a trunk; and an ear for the tags.
+    apart("networks=blue:10,red:20", ["network=blue", "network=red"], [Some(10), Some(20)]);
+}
+
+#[test]
+fn carries_one_of_its_networks_untagged() {
+    let _alone = alone();
+    apart("networks=red,blue:10", ["network=blue", "network=red"], [Some(10), None]);
+}
+
+/// Two switches, each with the taps of two groups of stations, joined by an uplink: each group talks over the wire with the
+/// tag it is to have, and never to the other.
+fn apart(uplink: &str, groups: [&str; 2], tags: [Option<u16>; 2]) {
     let (near, far) = (Host::new(&[]), Host::new(&[]));
     near.namespace.wire("up0", &far.namespace, "far0");
-    for (host, number, interface) in [(&near, 1, "up0"), (&far, 2, "far0")] {
-        host.add(&format!("up=afxdp:{interface},trunk=10,20")).unwrap();
-        for vlan in [10, 20] {
-            host.add(&format!("tap{vlan}=tap:tap{vlan},vlan={vlan}")).unwrap();
+    let add_taps = |host: &Host| {
+        for (tap, group) in ["tap1", "tap2"].into_iter().zip(groups) {
+            host.add(&format!("{tap}=tap:{tap},{group}")).unwrap();
         }
-        host.namespace.address("tap10", number);
+    };
+    // The uplink comes before them here, and after them there.
+    near.add(&format!("up=afxdp:up0,{uplink}")).unwrap();
+    add_taps(&near);
+    add_taps(&far);
+    far.add(&format!("up=afxdp:far0,{uplink}")).unwrap();
+    for (host, number) in [(&near, 1), (&far, 2)] {
+        host.namespace.address("tap1", number);
         host.wait_for("up", PortState::Up);
     }
     within("ping", || near.namespace.ping(2, 56));
     let rate = stream(&near.namespace, &far.namespace, "10.9.0.2:7000", 4 << 20);
-    eprintln!("switch to switch, VLAN 10: {rate:.2} Gbit/s");
+    eprintln!("switch to switch, {uplink}: {rate:.2} Gbit/s");
     let drops = [near.port("up").drops, far.port("up").drops];
-    // The same address in the other VLAN is out of reach.
-    far.namespace.ip("link set tap10 down");
-    far.namespace.ip("addr flush dev tap10");
-    far.namespace.address("tap20", 2);
-    assert!(!near.namespace.ping(2, 56), "a frame changed its VLAN: {drops:?}");
+    // The same address in the other group is out of reach.
+    far.namespace.ip("link set tap1 down");
+    far.namespace.ip("addr flush dev tap1");
+    far.namespace.address("tap2", 2);
+    assert!(!near.namespace.ping(2, 56), "a frame changed its network: {drops:?}");
 
-    // On the wire, with the far switch gone: tagged, and with the tag of its network.
+    // On the wire, with the far switch gone: with the tag of its group.
     far.switch.remove_port("up").unwrap();
     let ear = Ear::new(&far.namespace, "far0");
     near.namespace.ip("neigh flush all");
     let _ = near.namespace.ping(2, 56);
-    near.namespace.ip("link set tap10 down");
-    near.namespace.ip("addr flush dev tap10");
-    near.namespace.address("tap20", 1);
+    near.namespace.ip("link set tap1 down");
+    near.namespace.ip("addr flush dev tap1");
+    near.namespace.address("tap2", 1);
     let _ = near.namespace.ping(2, 56);
     let heard = ear.finish();
-    let tags: std::collections::BTreeSet<_> = heard.iter().map(|frame| frame.vlan.map(|tci| tci & 0xfff)).collect();
-    assert_eq!(tags, [Some(10), Some(20)].into(), "{} frames", heard.len());
+    let seen: std::collections::BTreeSet<_> = heard.iter().map(|frame| frame.vlan.map(|tci| tci & 0xfff)).collect();
+    assert_eq!(seen, tags.into(), "{} frames", heard.len());
 }
 
 #[test]
