@@ -100,5 +100,6 @@ pub const MAX_CPUS: usize = 1024;
 const _: () = assert!(BURST <= 256, "a frame's place in its burst is a u8");
 const _: () = assert!(MAX_PORTS <= u16::MAX as usize, "port ids are u16");
 const _: () = assert!(MAX_NETWORKS <= u16::MAX as usize, "network ids are u16");
+const _: () = assert!(MAX_NETWORKS >= MAX_PORTS, "a port that moves to another network finds room");
 const _: () = assert!(MAX_BURST_SEGMENTS >= 2 * MAX_CHAIN, "one chain always fits");
 const _: () = assert!(MAX_BURST_SEGMENTS <= u16::MAX as usize);

@@ -358,7 +358,15 @@ impl Controller {
         let store = self.lock();
         // Nothing is written: the old process may yet go on.
         self.restore_pins(&store, file, arguments);
-        wanted(&store, file, arguments).try_for_each(|port| takeover.adopt(&self.switch, port))
+        let ports: Vec<_> = wanted(&store, file, arguments).collect();
+        for (place, port) in ports.iter().enumerate() {
+            // Otherwise the one of them that cannot be handed over would be lost, and only be missed later.
+            if let Some(problem) = ports[..place].iter().find_map(|other| port.network_conflict(other)) {
+                return Err(PortError::Networks(problem).into());
+            }
+            takeover.adopt(&self.switch, port)?;
+        }
+        Ok(())
     }
 
     /// Adds the ports that could not be adopted, and writes all of them down. The old process is gone, so nothing here can

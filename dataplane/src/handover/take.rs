@@ -1,5 +1,6 @@
 //! The new process's side.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -7,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::PortConfig;
-use crate::handover::VERSION;
 use crate::handover::record::{Answer, Hello, KindRecord, Offer, Standing};
 use crate::handover::wire::{self, Fds, GREETING, WireError};
+use crate::handover::{FdbRecord, VERSION};
 use crate::switch::{HandoverError, PortError, Switch, Taken};
 
 /// For the old process to answer: longer than it waits for its own ports and a migrating guest.
@@ -139,7 +140,7 @@ impl Takeover {
     /// [`TakeError`]; the old process goes on then.
     pub fn commit(&mut self, switch: &Switch) -> Result<Duration, TakeError> {
         // All that can be done while the old one forwards.
-        switch.restore_stations(&self.offer.networks, &self.names(), &self.offer.fdb);
+        switch.restore_stations(&self.offer.networks, &self.names(), &self.offer.fdb, true);
         self.say("prepared")?;
         self.standing = self.hear()?;
         let names = self.names();
@@ -151,7 +152,7 @@ impl Takeover {
                 switch.adopted_go_on(name, &standing.bases, &standing.stats)?;
             }
         }
-        switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb);
+        switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb, true);
         switch.restore_totals(&self.standing.removed);
         self.say("ready")?;
         let go: String = self.hear()?;
@@ -182,9 +183,12 @@ impl Takeover {
                 Err(error) => return Err(error),
             }
         }
-        let of_port = |entry: &&super::FdbRecord| usize::from(entry.3) == place;
-        let stations = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port).copied().collect::<Vec<_>>();
-        switch.restore_stations(&self.offer.networks, &self.names(), &stations);
+        // The port's own, and those of networks that could not be carried before. Others know better by now.
+        let of_port = |entry: &&FdbRecord| usize::from(entry.3) == place || !config.carried().is_empty();
+        let told = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port);
+        let last: BTreeMap<_, _> = told.map(|entry| ((entry.0, entry.1, entry.2), *entry)).collect();
+        let stations: Vec<_> = last.into_values().collect();
+        switch.restore_stations(&self.offer.networks, &self.names(), &stations, false);
         Ok(())
     }
 

@@ -5,12 +5,22 @@ use std::time::{Duration, Instant};
 
 use super::fdb::Station;
 use super::publish::PortPublisher;
+use super::snapshot::PortView;
 use super::vlan::VlanPolicy;
 use super::*;
+use crate::frame::BurstStorage;
+use crate::handover::FdbRecord;
+use crate::port::vhost::hold::Hold;
+use crate::port::vhost::queue::guest_tx;
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
+use crate::testing::{TestGuest, VERSION_1};
 
 const CARRIER: &str = "up=vhost-user:/nonexistent/up,networks=blue:100,red";
+
+/// There and back.
+const MOVES: [fn(&Switch); 2] =
+    [|switch| add(switch, CARRIER).unwrap(), |switch| drop(switch.remove_port("up").unwrap())];
 
 fn switch(specs: &[&str]) -> Arc<Switch> {
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
@@ -28,12 +38,18 @@ fn port(name: &str, settings: &str) -> String {
     format!("{name}=vhost-user:/nonexistent/{name},{settings}")
 }
 
-/// The bridge domain that workers see a port in, and its VLANs there.
-fn place(switch: &Switch, name: &str) -> (String, VlanPolicy) {
+/// A port as workers see it.
+fn view(switch: &Switch, name: &str) -> PortView {
     let tables = lock(&switch.inner.tables);
     let shown = tables.shown.clone().unwrap();
-    let view = shown.port(tables.ports[name].id).unwrap();
-    (tables.networks[usize::from(view.network)].clone(), view.vlan.clone())
+    shown.port(tables.ports[name].id).unwrap().clone()
+}
+
+/// Its bridge domain, and its VLANs there.
+fn place(switch: &Switch, name: &str) -> (String, VlanPolicy) {
+    let port = view(switch, name);
+    let tables = lock(&switch.inner.tables);
+    (tables.networks[usize::from(port.network)].clone(), port.vlan)
 }
 
 fn id(switch: &Switch, name: &str) -> PortId {
@@ -42,10 +58,9 @@ fn id(switch: &Switch, name: &str) -> PortId {
 
 /// Lets a port's station be heard, as a worker would.
 fn hear(switch: &Switch, name: &str, mac: u64, vid: u16) {
-    let port = id(switch, name);
-    let shown = lock(&switch.inner.tables).shown.clone().unwrap();
-    let network = shown.port(port).unwrap().network;
-    assert_ne!(switch.inner.fdb.set(Station { mac, vid, network }, port, false, 0), Learned::No);
+    let port = view(switch, name);
+    let station = Station { mac, vid, network: port.network };
+    assert_ne!(switch.inner.fdb.set(station, port.id, false, 0), Learned::No);
 }
 
 fn told(switch: &Switch) -> Vec<(String, u16, String)> {
@@ -113,9 +128,7 @@ fn ports_that_move_keep_no_station_but_their_own() {
     let switch = switch(&[&blue, &red, &port("g", "network=green")]);
     hear(&switch, "b", 7, 0);
     hear(&switch, "g", 8, 0);
-    let moves: [fn(&Switch); 2] =
-        [|switch| add(switch, CARRIER).unwrap(), |switch| drop(switch.remove_port("up").unwrap())];
-    for change in moves {
+    for change in MOVES {
         change(&switch);
         // Each is alone in its network with that address, configured and in one place.
         let entries = switch.fdb();
@@ -150,29 +163,89 @@ fn networks_are_carried_once_and_have_no_vlans_inside() {
 }
 
 #[test]
-fn a_port_that_cannot_start_carries_nothing() {
+fn a_port_that_cannot_start_moves_nobody() {
     let config = SwitchConfig { kinds: Some(vec!["vhost-user".into()]), ..SwitchConfig::default() };
     let switch = Switch::start(&config).unwrap();
     add(&switch, &port("b", "network=blue")).unwrap();
+    hear(&switch, "b", 7, 0);
     assert!(matches!(add(&switch, "up=tap:t0,networks=blue:100"), Err(PortError::Setup(_))));
     assert_eq!(place(&switch, "b"), ("blue".into(), VlanPolicy::All));
+    assert_eq!(told(&switch), [("blue".to_owned(), 0, "b".to_owned())]);
     add(&switch, CARRIER).unwrap();
     switch.stop();
 }
 
 #[test]
+fn what_is_kept_for_a_guest_does_not_follow_it_into_another_domain() {
+    let switch = switch(&[&port("b", "network=blue")]);
+    let stats = lock(&switch.inner.tables).ports["b"].stats.clone();
+    let (id, inner) = (id(&switch, "b"), Arc::downgrade(&switch.inner));
+    let publisher = PortPublisher { inner, id, stats: stats.clone() };
+    let hold = Arc::new(Hold::new(stats.clone()));
+    publisher.publish(Link { hold: Some(hold.clone()), ..Link::down(PortState::Up, None) });
+    let mut guest = TestGuest::new(8, VERSION_1);
+    guest.send(&[&[0; 12][..], &[2; 60]].concat(), &[]);
+    let queue = guest_tx(guest.setup(), &guest.ring());
+    assert_eq!(queue.poll(&mut BurstStorage::default(), &mut |burst| hold.keep(burst, &[0], 0)), Ok(1));
+    assert_eq!(hold.len(), 1);
+    add(&switch, CARRIER).unwrap();
+    assert!(view(&switch, "b").link.hold.is_none());
+    assert_eq!((hold.len(), stats.drops(DropReason::LinkDown)), (0, 1));
+    // Its driver goes on with it.
+    publisher.publish(Link { hold: Some(hold), ..Link::down(PortState::Up, None) });
+    assert_eq!(place(&switch, "b"), ("=up".into(), VlanPolicy::Access(100)));
+    switch.stop();
+}
+
+#[test]
+fn an_address_of_two_ports_stays_where_it_was_heard() {
+    let of = |name| port(name, "network=blue,mac=02:00:00:00:00:01");
+    let switch = switch(&[&of("a"), &of("b")]);
+    let heard = Station { mac: 0x0200_0000_0001, vid: 0, network: view(&switch, "b").network };
+    assert_ne!(switch.inner.fdb.set(heard, id(&switch, "b"), true, 0), Learned::No);
+    for change in MOVES {
+        change(&switch);
+        assert_eq!(told(&switch), [("blue".to_owned(), 0, "b".to_owned())]);
+    }
+    switch.stop();
+}
+
+/// What a process knows, as it tells another one: networks, ports and stations.
+fn known(switch: &Switch) -> (Vec<String>, Vec<String>, Vec<FdbRecord>) {
+    let packed = switch.pack(Instant::now() + Duration::from_secs(10)).unwrap();
+    let Stations { networks, entries, .. } = switch.stations(&packed);
+    (networks, packed.iter().map(|port| port.config.name.clone()).collect(), entries)
+}
+
+#[test]
 fn another_process_learns_what_was_known() {
-    let ports = [CARRIER.to_owned(), port("b", "network=blue")];
-    let specs: Vec<_> = ports.iter().map(String::as_str).collect();
-    let (old, new) = (switch(&specs), switch(&[specs[1], specs[0]]));
+    let blue = port("b", "network=blue");
+    let old = switch(&[CARRIER, &blue]);
     hear(&old, "up", 1, 100);
     hear(&old, "b", 2, 100);
-    let packed = old.pack(Instant::now() + Duration::from_secs(10)).unwrap();
-    let Stations { networks, entries, .. } = old.stations(&packed);
-    let names: Vec<_> = packed.iter().map(|port| port.config.name.clone()).collect();
-    new.restore_stations(&networks, &names, &entries);
-    drop(packed);
+    let (networks, names, entries) = known(&old);
+
+    let new = switch(&[&blue, CARRIER]);
+    new.restore_stations(&networks, &names, &entries, true);
     assert_eq!((told(&new), told(&new).len()), (told(&old), 2));
-    old.stop();
     new.stop();
+
+    // An uplink that cannot be handed over comes late. What was heard meanwhile is newer.
+    let new = switch(&[&blue, &port("c", "network=blue")]);
+    new.restore_stations(&networks, &names, &entries, true);
+    assert_eq!(told(&new), []);
+    add(&new, CARRIER).unwrap();
+    hear(&new, "c", 2, 100);
+    new.restore_stations(&networks, &names, &entries, false);
+    let ports: Vec<_> = new.fdb().into_iter().map(|entry| (entry.mac, entry.port)).collect();
+    let expected = [("00:00:00:00:00:01", "up"), ("00:00:00:00:00:02", "c")];
+    assert_eq!(ports, expected.map(|(mac, port)| (mac.to_owned(), port.to_owned())));
+    new.stop();
+
+    // The networks have changed places.
+    let new = switch(&[&blue, &CARRIER.replace("blue:100,red", "blue:7,red:100"), &port("r", "network=red")]);
+    new.restore_stations(&networks, &names, &entries, true);
+    assert_eq!(told(&new), [("red".to_owned(), 0, "up".to_owned())]);
+    new.stop();
+    old.stop();
 }

@@ -15,6 +15,7 @@ use crate::switch::fdb::{Fdb, Learned, Station};
 use crate::switch::gro;
 use crate::switch::pairs::{Pair, Pairs, Path};
 use crate::switch::snapshot::{Announcement, PortView, Snapshot};
+use crate::switch::vlan::VlanPolicy;
 use crate::wire::flow::flow_hash;
 use crate::wire::offload::VirtioNetHdr;
 use crate::wire::rarp;
@@ -551,6 +552,10 @@ fn refuse(egress: &PortView, burst: &Burst<'_>, places: &[u8], reason: DropReaso
 fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
     let tagged = egress.vlan.egress(frame.vid).ok_or(DropReason::VlanDenied)?;
     frame.set_tagged(tagged);
+    // Beyond a port that has other VLANs with their tags it would be in one of those.
+    if !tagged && matches!(egress.vlan, VlanPolicy::Trunk { .. }) && frame.bears_own_tag() {
+        return Err(DropReason::VlanDenied);
+    }
     if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
         return Err(DropReason::MtuEgress);
     }

@@ -298,8 +298,8 @@ impl Switch {
         self.add_with(config, Some(counts), Inner::start_driver)
     }
 
-    /// Learns what another process knew of the stations behind these ports.
-    pub(crate) fn restore_stations(&self, networks: &[String], ports: &[String], entries: &[FdbRecord]) {
+    /// Learns what another process knew of the stations behind these ports, if it is `newer` in place of what is known.
+    pub(crate) fn restore_stations(&self, networks: &[String], ports: &[String], entries: &[FdbRecord], newer: bool) {
         let tables = lock(&self.inner.tables);
         let network = |name: &String| tables.networks.iter().position(|known| known == name).map(|place| place as u16);
         let networks: Vec<_> = networks.iter().map(network).collect();
@@ -309,10 +309,13 @@ impl Switch {
             let port = ports.get(usize::from(port)).copied().flatten();
             let (Some(network), Some(entry)) = (network, port) else { continue };
             // Its configuration may have changed.
-            if tables.networks.get(usize::from(network)).is_none_or(|name| *name != tables.domain(&entry.config).0) {
+            let (domain, vlan) = tables.domain(&entry.config);
+            let is_there = tables.networks.get(usize::from(network)).is_some_and(|name| *name == domain);
+            let station = Station { mac, vid, network };
+            let is_known = || !is_static && self.inner.fdb.lookup(station).is_some();
+            if !is_there || vlan.egress(vid).is_none() || (!newer && is_known()) {
                 continue;
             }
-            let station = Station { mac, vid, network };
             // Configured stations are configured again; of several ports that may have one, it is behind this.
             let configured = self.inner.fdb.is_static(station);
             if configured == is_static && (!configured || entry.config.mac.is_some_and(|own| own.to_u64() == mac)) {

@@ -46,7 +46,7 @@ use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Learned, Station};
 use policer::Policers;
-use tables::{Driver, Entry, Slot, Tables};
+use tables::{Driver, Entry, Moved, Slot, Tables};
 
 pub use drops::DropReason;
 pub use handover::HandoverError;
@@ -215,6 +215,11 @@ impl Switch {
                 if let Some(entry) = tables.ports.get_mut(&name) {
                     entry.driver = Some(driver);
                 }
+                let moved = tables.carry(&config);
+                if !moved.ports.is_empty() {
+                    self.inner.publish(&mut tables);
+                    self.inner.forget_moved(&tables, &moved);
+                }
                 Ok(())
             }
             Err(e) => {
@@ -310,23 +315,21 @@ impl Inner {
         };
         tables.order.push(config.name.clone());
         tables.ports.insert(config.name.clone(), entry);
-        let moved = tables.carry(config);
-        if !moved.is_empty() {
-            self.publish(&mut tables);
-        }
-        self.forget_moved(&tables, &moved);
         self.add_static(&tables, config, id);
         Ok((id, stats))
     }
 
-    /// Forgets the stations of ports that are in another bridge domain now, but for their configured addresses. After the
-    /// last worker has seen it: nobody learns in the old one any more.
-    fn forget_moved(&self, tables: &Tables, moved: &BTreeSet<PortId>) {
-        if moved.is_empty() {
-            return;
-        }
-        self.fdb.retain(|entry| moved.contains(&entry.port));
-        for entry in tables.ports.values().filter(|entry| moved.contains(&entry.id)) {
+    /// Forgets what is known of ports in the bridge domain that they have left, but for their configured addresses. After the
+    /// last worker has seen it: nobody learns there any more.
+    fn forget_moved(&self, tables: &Tables, moved: &Moved) {
+        moved.clear_holds();
+        // Of two ports with one address, that where its guest was heard last.
+        let is_static = |entry: &fdb::Entry| entry.is_static && moved.ports.contains(&entry.port);
+        let heard: BTreeSet<_> = self.fdb.entries().into_iter().filter(is_static).map(|entry| entry.port).collect();
+        self.fdb.retain(|entry| moved.ports.contains(&entry.port));
+        let of_moved = || tables.ports.values().filter(|entry| moved.ports.contains(&entry.id));
+        let (first, others): (Vec<_>, Vec<_>) = of_moved().partition(|entry| heard.contains(&entry.id));
+        for entry in first.into_iter().chain(others) {
             self.add_static(tables, &entry.config, entry.id);
         }
     }
@@ -399,7 +402,9 @@ impl Inner {
         tables.placement.forget(entry.id);
         // After the last worker has forgotten the port: nobody can learn behind it any more.
         self.fdb.retain_of(entry.id, |_| true);
-        self.forget_moved(tables, &moved);
+        if !moved.ports.is_empty() {
+            self.forget_moved(tables, &moved);
+        }
         for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
             self.add_static(tables, &other.config, other.id);
         }

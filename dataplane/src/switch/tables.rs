@@ -12,11 +12,12 @@ use super::vlan::{CARRIED_UNTAGGED, VlanPolicy};
 use super::{PortError, load, totals};
 use crate::config::{Carried, PortConfig};
 use crate::limits::MAX_NETWORKS;
-use crate::port::PortId;
 use crate::port::afxdp::AfxdpPort;
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
+use crate::port::vhost::hold::Hold;
 use crate::port::vhost::{Adopted, VhostPort};
+use crate::port::{Link, PortId};
 
 /// The ports, as the control side knows them.
 #[derive(Debug, Default)]
@@ -46,6 +47,21 @@ pub(super) struct Carrier {
     /// Bridge domain that all networks of the port share, each as a VLAN of it.
     domain: String,
     vid: u16,
+}
+
+/// What is in another bridge domain now.
+#[derive(Debug, Default)]
+pub(super) struct Moved {
+    pub(super) ports: BTreeSet<PortId>,
+    /// What was kept for their guests, by VLANs of the old one. No worker has it from the next snapshot on.
+    holds: Vec<Arc<Hold>>,
+}
+
+impl Moved {
+    /// Drops what was kept. Once the snapshot is shown.
+    pub(super) fn clear_holds(&self) {
+        self.holds.iter().for_each(|hold| hold.clear());
+    }
 }
 
 /// A place for a port.
@@ -138,8 +154,8 @@ impl Tables {
         self.ports.values().map(|entry| (entry.id, &entry.config)).collect()
     }
 
-    /// Lets a port that comes carry its networks from now on. Returns the ports of these, which have moved.
-    pub(super) fn carry(&mut self, carrier: &PortConfig) -> BTreeSet<PortId> {
+    /// Lets a port that comes carry its networks from now on. Returns what has moved.
+    pub(super) fn carry(&mut self, carrier: &PortConfig) -> Moved {
         for carried in carrier.carried() {
             let entry = Carrier { domain: shared_domain(carrier), vid: vid_of(carried) };
             self.carried.insert(carried.network.clone(), entry);
@@ -147,16 +163,16 @@ impl Tables {
         self.move_ports(carrier.carried())
     }
 
-    /// Gives the networks of a port that goes back to themselves. Returns the ports of these, which have moved.
-    pub(super) fn carry_no_more(&mut self, carrier: &PortConfig) -> BTreeSet<PortId> {
-        for carried in carrier.carried() {
-            self.carried.remove(&carried.network);
-        }
-        self.move_ports(carrier.carried())
+    /// Gives the networks of a port that goes back to themselves. Returns what has moved.
+    pub(super) fn carry_no_more(&mut self, carrier: &PortConfig) -> Moved {
+        // One that could not start has carried nothing.
+        let before = self.carried.len();
+        self.carried.retain(|_, by| by.domain != shared_domain(carrier));
+        if self.carried.len() == before { Moved::default() } else { self.move_ports(carrier.carried()) }
     }
 
     /// Shows the ports of these networks where they belong by now, from the next snapshot on.
-    fn move_ports(&mut self, networks: &[Carried]) -> BTreeSet<PortId> {
+    fn move_ports(&mut self, networks: &[Carried]) -> Moved {
         let names: BTreeSet<_> = networks.iter().map(|carried| carried.network.as_str()).collect();
         let inside = |entry: &&Entry| names.contains(entry.config.network.as_str());
         let place = |entry: &Entry| {
@@ -164,16 +180,20 @@ impl Tables {
             (entry.id, domain.into_owned(), vlan)
         };
         let moves: Vec<_> = self.ports.values().filter(inside).map(place).collect();
+        let mut moved = Moved::default();
         for (id, domain, vlan) in &moves {
+            moved.ports.insert(*id);
             // There is room: each port uses one network at most.
             let (Ok(network), Some(slot)) = (self.network(domain), self.slots.get_mut(usize::from(id.0))) else {
                 continue;
             };
             if let Slot::Used(view) = slot {
-                *view = Arc::new(PortView { network, vlan: vlan.clone(), ..PortView::clone(view) });
+                moved.holds.extend(view.link.hold.clone());
+                let link = Arc::new(Link { hold: None, ..Link::clone(&view.link) });
+                *view = Arc::new(PortView { network, vlan: vlan.clone(), link, ..PortView::clone(view) });
             }
         }
-        moves.into_iter().map(|(id, ..)| id).collect()
+        moved
     }
 }
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::publish::PortPublisher;
 use super::snapshot::{Announcement, PortView, Snapshot};
 use super::*;
-use crate::config::{FdbConfig, VlanMode};
+use crate::config::{Carried, FdbConfig, VlanMode};
 use crate::frame::BurstStorage;
 use crate::limits::MAX_HELD_FRAMES;
 use crate::port::vhost::hold::Hold;
@@ -448,6 +448,29 @@ fn tags_behind_that_of_the_vlan_reach_everyone() {
         for (at, expected) in [(1, &bare[..]), (2, &bare), (3, &stacked[12..]), (4, &bare), (5, &stacked[12..])] {
             assert_eq!(bench.received(at), [expected], "port {at}, tag {inner}");
         }
+    }
+}
+
+/// Behind a trunk's untagged VLAN, a tag of the sender's own would tell another VLAN.
+#[test]
+fn no_tag_of_ones_own_leads_from_one_vlan_to_another() {
+    let native =
+        |native| Port { vlan: VlanMode::Trunk { native: Some(native), allowed: vec![100] }, ..Port::default() };
+    let access = |vlan| Port { vlan: VlanMode::Access(vlan), ..Port::default() };
+    let carried = |network: &str, vlan| Carried { network: network.into(), vlan };
+    let networks = VlanMode::Networks(vec![carried("red", None), carried("blue", Some(100))]);
+    for (carrier, untagged) in [(native(5), 5), (Port { vlan: networks, ..Port::default() }, 0)] {
+        let mut bench = Bench::new(&[access(untagged), carrier, access(100), access(untagged)]);
+        (1..4).for_each(|at| bench.post(at, 8, 2048));
+        for tags in [&[0x81, 0, 0, 0, 0x81, 0, 0, 100][..], &[0x88, 0xa8, 0, 100], &[0x81, 0, 0, 0, 0x88, 0xa8, 0, 100]]
+        {
+            let mut stacked = frame(BROADCAST, mac(0), 60);
+            stacked.splice(24..24, tags.iter().copied());
+            bench.send(0, &[stacked]);
+        }
+        bench.send(0, &[frame(BROADCAST, mac(0), 60)]);
+        assert_eq!([1, 2, 3].map(|at| bench.received(at).len()), [1, 0, 4], "untagged: {untagged}");
+        assert_eq!(bench.drops(1, DropReason::VlanDenied), 3);
     }
 }
 

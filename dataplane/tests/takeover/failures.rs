@@ -94,6 +94,15 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
     assert!(!failing.0.wait().unwrap().success());
     bench.stream(Duration::from_millis(50));
+    // One that is to carry a network whose ports have VLANs of their own, which would be missed only when it is too late.
+    let inside = bench.path("inside.sock");
+    bench.json(&["port", "add", &format!("inside=vhost-user:{},network=blue,vlan=7", inside.display())]);
+    let carrier = format!("up=vhost-user:{},networks=blue:60", bench.path("up.sock").display());
+    let mut failing = bench.start(&["--takeover", "--port", &carrier]);
+    assert!(!failing.0.wait().unwrap().success());
+    assert!(bench.log().contains("port up carries network blue as one VLAN"), "{}", bench.log());
+    bench.json(&["port", "del", "inside"]);
+    bench.stream(Duration::from_millis(50));
 
     // After all of that it still can be taken over.
     bench.take_over();
