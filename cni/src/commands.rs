@@ -1,6 +1,10 @@
 //! The commands of the specification, less VERSION.
 
+use std::fs::{self, File};
+use std::io;
+
 use serde_json::Value;
+use sluice_proto::gone;
 
 use crate::attachment::{Attachment, OWNERS, Owner};
 use crate::config::Config;
@@ -50,16 +54,36 @@ fn remove_leftovers(switch: &mut Switch, attachment: &Attachment, environment: &
 
 /// Removes an attachment, whatever is left of it and whatever is wrong with its configuration.
 ///
-/// A switch that is down is not an error, since the runtime would try again for ever and the pod would never go. The
-/// port then stays, disconnected, until GC or until the next ADD with the same device removes it.
+/// A switch that is down is not an error, since the runtime would try again for ever and the pod would never go. It finds a
+/// note when it is back: after a reboot of the node, pods of before are taken down before there is a switch. Without a note the
+/// port stays, disconnected, until GC or until the next ADD with the same device removes it.
 pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniError> {
     let removed = remove_ports(config, environment);
     // Not without the address: leases do not come back by themselves.
     ipam(config, environment).map(|ipam| ipam.run("DEL")).transpose()?;
     if let Err(error) = removed {
-        eprintln!("sluice-cni: DEL leaves the port to GC, or to the next pod that gets the device: {error}");
+        match leave_note(config, environment) {
+            Ok(()) => eprintln!(
+                "sluice-cni: DEL leaves a note for the switch, which removes the port when it is back: {error}"
+            ),
+            Err(no_note) => eprintln!(
+                "sluice-cni: DEL leaves the port to GC, or to the next pod that gets the device: {error}; no note can be \
+                 left for the switch: {no_note}"
+            ),
+        }
     }
     Ok(())
+}
+
+/// Notes beside the control socket that the attachment is gone.
+fn leave_note(config: &Config, environment: &Environment) -> io::Result<()> {
+    let note = gone::note(&config.control, &Owner::prefix(environment));
+    let note = note.ok_or_else(|| io::Error::other("the container id is too long"))?;
+    if let Some(folder) = note.parent() {
+        // After a boot it is not there.
+        fs::create_dir_all(folder)?;
+    }
+    File::create(&note).map(drop)
 }
 
 fn remove_ports(config: &Config, environment: &Environment) -> Result<(), CniError> {

@@ -2,6 +2,7 @@
 //! reference of the contracts; the code is generated from them.
 
 pub mod authority;
+pub mod gone;
 
 /// Our own contracts.
 // Generated code is documented in the `.proto` files and follows its generator's style.

@@ -187,7 +187,7 @@ fn a_switch_that_is_down_is_told_of_in_time() {
         // The pod must be able to go.
         let answer = pod.call("DEL", &config);
         assert!(answer.took < BOUND, "DEL took {:?}", answer.took);
-        assert!(answer.stderr.contains("leaves the port to GC"), "{answer:?}");
+        assert!(answer.stderr.contains("leaves a note for the switch"), "{answer:?}");
         answer.silent();
     };
     check("is not running", &["ADD", "CHECK", "GC", "STATUS"]);
@@ -197,13 +197,45 @@ fn a_switch_that_is_down_is_told_of_in_time() {
     bench.signal_switch("STOP");
     check("does not answer", &["ADD", "CHECK", "GC", "STATUS"]);
     bench.signal_switch("CONT");
-    assert_eq!(bench.ports().len(), 1);
-    // The next call finds what DEL could not remove.
+    // The next call finds what DEL could not remove, if the switch has not found the note before.
     pod.call("GC", &config).silent();
     assert!(bench.ports().is_empty());
     // One that left its socket behind.
     bench.kill();
     check("is not running", &["STATUS"]);
+}
+
+#[test]
+fn a_pod_that_ends_without_a_switch_takes_its_port_along() {
+    let mut bench = Bench::new();
+    let pods = [1, 2, 3].map(Pod::new);
+    let configs = [1, 2, 3].map(|number| bench.config("1.0.0", &bench.device(&format!("sock-{number}"))));
+    pods.iter().zip(&configs).for_each(|(pod, config)| drop(pod.add(config)));
+    let notes = |bench: &Bench| {
+        let names = fs::read_dir(bench.path("")).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().contains(".gone.")).count()
+    };
+    // It has crashed.
+    bench.kill();
+    pods[0].call("DEL", &configs[0]).silent();
+    assert_eq!(notes(&bench), 1);
+    bench.start();
+    let owners = |bench: &Bench| bench.ports().iter().map(|port| port["owner"].to_string()).collect::<Vec<_>>();
+    let left = owners(&bench);
+    assert!(left.len() == 2 && left.iter().all(|owner| !owner.contains(&pods[0].container)), "{left:?}");
+    assert_eq!(notes(&bench), 0);
+    // It listens, and does not answer in time.
+    bench.signal_switch("STOP");
+    pods[1].call("DEL", &configs[1]).silent();
+    assert_eq!(notes(&bench), 1);
+    bench.signal_switch("CONT");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while notes(&bench) > 0 {
+        assert!(Instant::now() < deadline, "the note stays");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let left = owners(&bench);
+    assert!(left.len() == 1 && left[0].contains(&pods[2].container), "{left:?}");
 }
 
 #[test]

@@ -12,8 +12,10 @@ use crate::handover::{GiveError, Listeners, TakeError, Takeover, give};
 use crate::keeper::Kept;
 use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
+use gone::Note;
 
 mod convert;
+mod gone;
 mod metrics;
 mod server;
 mod socket;
@@ -178,6 +180,13 @@ impl Controller {
             Ok(())
         };
         let mut store = self.lock();
+        let notes = Note::read(&self.about.control);
+        if !notes.is_empty() {
+            let is_gone = |port: &&PortConfig| notes.iter().any(|note| note.is_about(port));
+            let left = store.ports().iter().filter(|port| !is_gone(port)).cloned().collect();
+            store.replace(left)?;
+            notes.into_iter().for_each(Note::done);
+        }
         let pins = self.restore_pins(&store, file, arguments);
         keep_pins(&mut store, pins);
         let given = || file.iter().chain(arguments);

@@ -30,6 +30,8 @@ use crate::switch::PortError;
 const FDB_PIECE: usize = 1024;
 /// Time between two looks at what was captured.
 const CAPTURE_ROUND: Duration = Duration::from_millis(20);
+/// Time between two looks for notes.
+const NOTES_ROUND: Duration = Duration::from_secs(5);
 /// How long calls under way may take when the switch stops.
 const GRACE: Duration = Duration::from_millis(500);
 /// Pause after a connection could not be accepted (out of descriptors, mostly), so that it does not spin.
@@ -95,6 +97,7 @@ async fn serve_until(
         let _ = stopped.await;
         let _ = grace.send(());
     };
+    tokio::spawn(look_for_notes(controller.clone()));
     let service = ControlServer::with_interceptor(Service { controller }, move |request| admit(request, rule));
     let incoming = ReceiverStream::new(incoming);
     let server = tonic::transport::Server::builder().serve_with_incoming_shutdown(service, incoming, stopping);
@@ -108,6 +111,17 @@ async fn serve_until(
         result = server => result.map_err(io::Error::other),
         // Streams have no end of their own.
         () = deadline => Ok(()),
+    }
+}
+
+/// Looks for notes of owners that found nobody to tell.
+async fn look_for_notes(controller: Arc<Controller>) {
+    let mut interval = tokio::time::interval(NOTES_ROUND);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let controller = controller.clone();
+        let _ = tokio::task::spawn_blocking(move || controller.remove_gone()).await;
     }
 }
 

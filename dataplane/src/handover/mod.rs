@@ -26,8 +26,8 @@ pub use give::{GiveError, Listeners, give};
 pub use record::{DeviceRecord, RegionRecord, RingRecord, StatsRecord, VhostRecord};
 pub(crate) use record::{FdbRecord, KindRecord, LogRecord, PlaceRecord};
 pub use take::{TakeError, Takeover};
-pub(crate) use wire::is_greeting;
 pub use wire::{Fds, WireError};
+pub(crate) use wire::{is_greeting, own_uid};
 
 /// Format of the records. Another one is refused, and the old process goes on.
 pub const VERSION: u32 = 1;

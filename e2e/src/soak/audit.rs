@@ -10,7 +10,7 @@ use crate::soak::crowd::Members;
 use crate::soak::guests::Guests;
 use crate::soak::ledger::{Ports, Totals};
 use crate::soak::station::Station;
-use crate::soak::{DOMAINS, EVIL, MOST, NARROW, Soak, USUAL};
+use crate::soak::{DARK, DOMAINS, EVIL, MOST, NARROW, Soak, USUAL};
 use crate::switch::Usage;
 use crate::wait;
 
@@ -200,14 +200,23 @@ pub(super) fn open_files(pid: u32) -> BTreeMap<String, u64> {
     open
 }
 
-/// Name of the port that nobody is behind, and of the hostile one's.
-pub(super) const VOID: &str = "void";
+/// Ports that nobody is behind, and their settings: one beside the hostile one, and one that carries networks of stations.
+pub(super) const VOID: [(&str, &str); 2] = [("void", DARK), ("carrier", "networks=red:7,blue")];
 
 impl Soak {
-    /// Removes the port that nobody is behind, if it is there.
+    /// Removes the ports that nobody is behind.
     pub(super) fn remove_void(&mut self) -> Result<()> {
-        let there = Ports::read(self.lab.switch()?)?.states().any(|(name, _)| name == VOID);
-        if there { self.lab.del_port(VOID) } else { Ok(()) }
+        for (name, _) in VOID {
+            if self.is_there(name)? {
+                self.lab.del_port(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is such a port.
+    pub(super) fn is_there(&self, name: &str) -> Result<bool> {
+        Ok(Ports::read(self.lab.switch()?)?.states().any(|(known, _)| known == name))
     }
 
     /// What the switch says of the hostile port, for errors.

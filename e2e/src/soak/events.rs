@@ -9,7 +9,7 @@ use crate::hostile::random::Random;
 use crate::soak::audit::VOID;
 use crate::soak::ledger::Ports;
 use crate::soak::station::{Station, mac};
-use crate::soak::{DARK, DOMAINS, MOST, Soak, VICTIM};
+use crate::soak::{DOMAINS, MOST, Soak, VICTIM};
 
 /// Things that a hostile frontend does in a row.
 const WICKED: u64 = 60;
@@ -126,13 +126,13 @@ impl Soak {
 
     /// A port that nobody is behind comes, or goes.
     fn void(&mut self) -> Result<&'static str> {
-        let there = Ports::read(self.lab.switch()?)?.states().any(|(name, _)| name == VOID);
-        if there {
-            self.lab.del_port(VOID)?;
+        let Some((name, settings)) = self.dice.pick(&VOID) else { return Ok("found no port") };
+        if self.is_there(name)? {
+            self.lab.del_port(name)?;
         } else {
-            self.lab.add_port(VOID, DARK)?;
+            self.lab.add_port(name, settings)?;
         }
-        Ok("void port")
+        Ok(if name == VOID[0].0 { "void port" } else { "carrier" })
     }
 
     fn capture(&mut self) -> Result<&'static str> {
