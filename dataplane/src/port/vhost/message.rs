@@ -106,8 +106,8 @@ pub(super) fn request(stream: &mut UnixStream, request: FrontendReq, payload: Op
 /// are; 0 means that the frontend has hung up.
 ///
 /// # Errors
-/// `ENOBUFS` if more descriptors come with them than any message has. The crate would take the bytes, lose the
-/// descriptors, and wait for a header that it has had.
+/// `ENOBUFS` if more descriptors come with them than any message has, `EMFILE` if we have none left to take them. The crate
+/// would take the bytes, lose the descriptors, and wait for a header that it has had.
 pub(super) fn peek(stream: &UnixStream, header: &mut [u8; HEADER]) -> io::Result<usize> {
     let mut data = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: HEADER };
     let mut control = [0u64; MAX_ATTACHED_FD_ENTRIES / 2 + 2];
@@ -120,19 +120,21 @@ pub(super) fn peek(stream: &UnixStream, header: &mut [u8; HEADER]) -> io::Result
         message.msg_controllen = libc::CMSG_SPACE((MAX_ATTACHED_FD_ENTRIES * size_of::<RawFd>()) as u32) as usize;
         let count = libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_PEEK | libc::MSG_CMSG_CLOEXEC);
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-        close_all(&message);
+        let received = close_all(&message);
         if message.msg_flags & libc::MSG_CTRUNC != 0 {
-            return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+            let code = if received < MAX_ATTACHED_FD_ENTRIES { libc::EMFILE } else { libc::ENOBUFS };
+            return Err(io::Error::from_raw_os_error(code));
         }
         Ok(count)
     }
 }
 
-/// Closes the descriptors that came with a message.
+/// Closes the descriptors that came with a message. Returns how many there were.
 ///
 /// # Safety
 /// The control data must be what the kernel wrote, and nobody else may own the descriptors.
-unsafe fn close_all(message: &libc::msghdr) {
+unsafe fn close_all(message: &libc::msghdr) -> usize {
+    let mut closed = 0;
     // SAFETY: by the contract.
     unsafe {
         let mut part = libc::CMSG_FIRSTHDR(message);
@@ -141,15 +143,19 @@ unsafe fn close_all(message: &libc::msghdr) {
                 let fds = libc::CMSG_DATA(part).cast::<RawFd>();
                 for place in 0..(header.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>() {
                     drop(OwnedFd::from_raw_fd(fds.add(place).read_unaligned()));
+                    closed += 1;
                 }
             }
             part = libc::CMSG_NXTHDR(message, part);
         }
     }
+    closed
 }
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
     use super::*;
 
     fn header(request: u32, flags: u32, size: u32) -> [u8; HEADER] {
@@ -170,6 +176,35 @@ mod tests {
         }
         assert!(Header::parse(header(1, 1, 4096)).is_ok());
         assert!(matches!(Header::parse(header(1, 1, 4097)), Err(MessageError::TooLong(..))));
+    }
+
+    /// In a process of its own, since its other threads would have none left either.
+    #[test]
+    fn want_of_descriptors_is_not_the_frontends_fault() {
+        const ALONE: &str = "SLUICE_TEST_ALONE";
+        const NAME: &str = "port::vhost::message::tests::want_of_descriptors_is_not_the_frontends_fault";
+        if std::env::var_os(ALONE).is_none() {
+            let test = std::env::current_exe().unwrap();
+            let mut alone = std::process::Command::new(test);
+            let output = alone.args(["--exact", NAME]).env(ALONE, "1").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let taken = |count: usize| {
+            theirs.send_with_fds(&[&header(1, 1, 0)[..]], &vec![theirs.as_raw_fd(); count]).unwrap();
+            let outcome = peek(&ours, &mut [0; HEADER]).map_err(|error| error.raw_os_error());
+            (&ours).read_exact(&mut [0; HEADER]).unwrap();
+            outcome
+        };
+        assert_eq!(taken(2), Ok(HEADER));
+        assert_eq!(taken(MAX_ATTACHED_FD_ENTRIES + 1), Err(Some(libc::ENOBUFS)));
+        let next = OwnedFd::from(theirs.try_clone().unwrap()).as_raw_fd() as libc::rlim_t;
+        let limit = libc::rlimit { rlim_cur: next + 1, rlim_max: next + 1 };
+        // SAFETY: reads a local.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
+        assert_eq!(taken(2), Err(Some(libc::EMFILE)));
     }
 
     #[test]
