@@ -78,12 +78,16 @@ pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniE
 /// Notes beside the control socket that the attachment is gone.
 fn leave_note(config: &Config, environment: &Environment) -> io::Result<()> {
     let note = gone::note(&config.control, &Owner::prefix(environment));
-    let note = note.ok_or_else(|| io::Error::other("the container id is too long"))?;
-    if let Some(folder) = note.parent() {
+    let note = note.ok_or_else(|| io::Error::other("its name would be none for a file"))?;
+    if let Some(folder) = note.parent().filter(|folder| folder.starts_with("/run") || folder.starts_with("/var/run")) {
         // After a boot it is not there.
         fs::create_dir_all(folder)?;
     }
-    File::create(&note).map(drop)
+    // Whoever else can write there could have led it elsewhere.
+    match File::options().write(true).create_new(true).open(&note) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && fs::symlink_metadata(&note)?.is_file() => Ok(()),
+        outcome => outcome.map(drop),
+    }
 }
 
 fn remove_ports(config: &Config, environment: &Environment) -> Result<(), CniError> {

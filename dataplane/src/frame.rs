@@ -180,7 +180,7 @@ impl Frame {
 
     /// Whether the frame, without the tag of its VLAN, begins with one of its sender's own that others could take for that.
     pub fn bears_own_tag(&self) -> bool {
-        matches!(*self.ethernet(), [.., 0x81, 0x00, _, _] | [.., 0x88, 0xa8, _, _])
+        matches!(*self.ethernet(), [.., 0x81, 0x00, _, _])
     }
 
     /// Where the frame belongs, to be kept with its bytes.

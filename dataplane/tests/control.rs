@@ -243,6 +243,38 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     switch.stop();
 }
 
+/// Ports whose owners left a note while nobody listened are not even restored. A note is about what was there before it.
+#[test]
+fn ports_that_are_noted_as_gone_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |name: &str, owner: &str| -> PortConfig {
+        format!("{name}=vhost-user:{},owner={owner}", dir.path().join(name).display()).parse().unwrap()
+    };
+    let mut store = StateStore::open(dir.path()).unwrap();
+    store.replace(vec![port("a", "cni/a/if/x"), port("b", "cni/b/if/x")]).unwrap();
+    let control = dir.path().join("c.sock");
+    let leave = |owner: &str| std::fs::write(sluice_proto::gone::note(&control, owner).unwrap(), "").unwrap();
+    let notes = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().contains(".gone.")).count()
+    };
+    leave("cni/a/if/");
+    let about = About { mode: WorkerMode::Adaptive, control: control.clone(), state_dir: dir.path().into() };
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let controller = Controller::new(switch.clone(), store, about);
+    controller.bring_up(&[], &[], Vec::new()).unwrap();
+    let names = || switch.ports().into_iter().map(|port| port.name).collect::<Vec<_>>();
+    assert_eq!((names(), notes()), (vec!["b".to_owned()], 0));
+    let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
+    assert!(table.contains("b=vhost") && !table.contains("a=vhost"), "{table}");
+
+    leave("cni/c/if/");
+    leave("cni/d/if/");
+    controller.add_port(port("c", "cni/c/if/x"), true).unwrap();
+    assert_eq!((names(), notes()), (vec!["b".to_owned(), "c".to_owned()], 1));
+    switch.stop();
+}
+
 /// A bench with one worker: what can be pinned, what is refused, and what is kept.
 #[tokio::test]
 async fn pins_are_checked_and_kept() {

@@ -1,6 +1,7 @@
 //! Notes beside the control socket about ports that are to go, from owners that found no switch to tell ([`sluice_proto::gone`]).
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -24,8 +25,10 @@ impl Note {
         let Some(entries) = control.parent().and_then(|folder| fs::read_dir(folder).ok()) else { return Vec::new() };
         let note = |entry: fs::DirEntry| {
             let owner = gone::owner_of(control, entry.file_name().to_str()?)?;
-            let uid = entry.metadata().ok()?.uid();
-            (uid == 0 || uid == own_uid()).then(|| Self { file: entry.path(), owner })
+            // Not of what a link leads to.
+            let metadata = entry.metadata().ok()?;
+            let is_trusted = metadata.uid() == 0 || metadata.uid() == own_uid();
+            (is_trusted && metadata.is_file()).then(|| Self { file: entry.path(), owner })
         };
         entries.flatten().filter_map(note).collect()
     }
@@ -35,12 +38,15 @@ impl Note {
         port.owner.as_deref().is_some_and(|owner| owner.starts_with(&self.owner))
     }
 
-    /// Its ports are gone.
-    pub(super) fn done(self) {
-        tracing::info!(owner = self.owner, "its ports are removed, as was noted while no switch was there to be told");
-        if let Err(error) = fs::remove_file(&self.file) {
-            tracing::warn!("cannot remove {}: {error}", self.file.display());
+    /// Takes the note away. Only if that can be done, and was not done before, it is to be followed: never twice.
+    pub(super) fn take(&self) -> bool {
+        let taken = fs::remove_file(&self.file);
+        if let Err(error) = &taken
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!("cannot remove {}, which is not followed: {error}", self.file.display());
         }
+        taken.is_ok()
     }
 }
 
@@ -49,12 +55,48 @@ impl Controller {
     /// one began to listen.
     pub(super) fn remove_gone(&self) {
         for note in Note::read(&self.about.control) {
-            let of_note: Vec<_> = self.switch.port_configs().into_iter().filter(|port| note.is_about(port)).collect();
-            let removed = of_note.iter().map(|port| self.remove_port(&port.name, port.owner.as_deref()));
-            match removed.collect::<Result<Vec<_>, _>>() {
-                Ok(_) => note.done(),
-                Err(error) => tracing::warn!("a port of {} that is gone cannot be removed: {error}", note.owner),
+            let mut store = self.lock();
+            if !note.take() {
+                continue;
+            }
+            let running = self.switch.port_configs();
+            let stored = store.ports().iter().filter(|port| running.iter().all(|other| other.name != port.name));
+            let of_note: Vec<_> = running.iter().chain(stored).filter(|port| note.is_about(port)).cloned().collect();
+            for port in of_note {
+                tracing::info!(port = port.name, "its owner went while no switch was there to be told");
+                if let Err(error) = self.remove_kept(&mut store, &port.name, port.owner.as_deref()) {
+                    tracing::warn!(port = port.name, "cannot be removed: {error}");
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{chown, symlink};
+
+    use super::*;
+
+    #[test]
+    fn only_files_of_those_who_may_are_notes() {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("c.sock");
+        let place = |owner: &str| gone::note(&control, owner).unwrap();
+        fs::write(place("cni/a/if/"), "").unwrap();
+        fs::create_dir(place("cni/b/if/")).unwrap();
+        symlink(place("cni/a/if/"), place("cni/c/if/")).unwrap();
+        fs::write(folder.path().join("d.sock.gone.cni:d:if:"), "").unwrap();
+        fs::write(place("cni/e/if/"), "").unwrap();
+        // Only root can give files away.
+        let foreign = chown(place("cni/e/if/"), Some(12_345), None).is_ok();
+        let mut notes = Note::read(&control);
+        assert!(foreign || own_uid() != 0);
+        notes.retain(|note| foreign || note.owner != "cni/e/if/");
+        let [note] = &notes[..] else { panic!("{notes:?}") };
+        assert_eq!(note.owner, "cni/a/if/");
+        let port = |owner: &str| format!("p=tap:t0,owner={owner}").parse().unwrap();
+        assert!(note.is_about(&port("cni/a/if/uid/net")) && !note.is_about(&port("cni/ab/if/uid/net")));
+        assert!(note.take() && !note.take());
     }
 }

@@ -180,12 +180,12 @@ impl Controller {
             Ok(())
         };
         let mut store = self.lock();
-        let notes = Note::read(&self.about.control);
-        if !notes.is_empty() {
-            let is_gone = |port: &&PortConfig| notes.iter().any(|note| note.is_about(port));
-            let left = store.ports().iter().filter(|port| !is_gone(port)).cloned().collect();
+        let notes: Vec<_> = Note::read(&self.about.control).into_iter().filter(Note::take).collect();
+        let is_gone = |port: &PortConfig| notes.iter().any(|note| note.is_about(port));
+        let (gone, left): (Vec<_>, Vec<_>) = store.ports().iter().cloned().partition(is_gone);
+        if !gone.is_empty() {
+            tracing::info!(ports = gone.len(), "removed, since their owners went while no switch was there to be told");
             store.replace(left)?;
-            notes.into_iter().for_each(Note::done);
         }
         let pins = self.restore_pins(&store, file, arguments);
         keep_pins(&mut store, pins);
@@ -286,6 +286,10 @@ impl Controller {
         port.check_folder()?;
         let name = port.name.clone();
         let mut store = self.lock();
+        // What was noted before is about the port of before.
+        for note in Note::read(&self.about.control).iter().filter(|note| note.is_about(&port)) {
+            note.take();
+        }
         let mut replaced = self.switch.port_config(&name).filter(|old| old.owner.is_some());
         if replaced.as_ref() == Some(&port) {
             return Ok(self.switch.port(&name));
@@ -328,7 +332,10 @@ impl Controller {
     /// # Errors
     /// [`ControlError`].
     pub fn remove_port(&self, name: &str, owner: Option<&str>) -> Result<(), ControlError> {
-        let mut store = self.lock();
+        self.remove_kept(&mut self.lock(), name, owner)
+    }
+
+    fn remove_kept(&self, store: &mut StateStore, name: &str, owner: Option<&str>) -> Result<(), ControlError> {
         // One that could not be restored is only in the store.
         let stored = store.ports().iter().find(|port| port.name == name).cloned();
         let kept = stored.is_some();
@@ -347,8 +354,8 @@ impl Controller {
         }
         let all = PortQueue { port: name.into(), queue: None };
         if self.switch.unpin(&all).is_ok() {
-            let pins = without_pins(&store, &all);
-            keep_pins(&mut store, pins);
+            let pins = without_pins(store, &all);
+            keep_pins(store, pins);
         }
         tracing::info!(port = name, "removed");
         Ok(())
@@ -368,14 +375,17 @@ impl Controller {
         // Nothing is written: the old process may yet go on.
         self.restore_pins(&store, file, arguments);
         let ports: Vec<_> = wanted(&store, file, arguments).collect();
-        for (place, port) in ports.iter().enumerate() {
-            // Otherwise the one of them that cannot be handed over would be lost, and only be missed later.
-            if let Some(problem) = ports[..place].iter().find_map(|other| port.network_conflict(other)) {
+        // Otherwise one of two that do not go together would be lost, and only be missed later. One that is only written down
+        // was lost before.
+        let given = || file.iter().chain(arguments);
+        let goes_on = |port: &&&PortConfig| given().any(|given| given == **port) || takeover.has(port);
+        let going_on: Vec<_> = ports.iter().filter(goes_on).collect();
+        for (place, port) in going_on.iter().enumerate() {
+            if let Some(problem) = going_on[..place].iter().find_map(|other| port.network_conflict(other)) {
                 return Err(PortError::Networks(problem).into());
             }
-            takeover.adopt(&self.switch, port)?;
         }
-        Ok(())
+        ports.into_iter().try_for_each(|port| takeover.adopt(&self.switch, port))
     }
 
     /// Adds the ports that could not be adopted, and writes all of them down. The old process is gone, so nothing here can

@@ -11,7 +11,7 @@ use crate::config::PortConfig;
 use crate::handover::record::{Answer, Hello, KindRecord, Offer, Standing};
 use crate::handover::wire::{self, Fds, GREETING, WireError};
 use crate::handover::{FdbRecord, VERSION};
-use crate::switch::{HandoverError, PortError, Switch, Taken};
+use crate::switch::{self, HandoverError, PortError, Switch, Taken};
 
 /// For the old process to answer: longer than it waits for its own ports and a migrating guest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(6);
@@ -133,6 +133,11 @@ impl Takeover {
         Ok(())
     }
 
+    /// Whether the old process has this port, whatever its other settings are.
+    pub fn has(&self, config: &PortConfig) -> bool {
+        self.ports.iter().any(|old| old.config.name == config.name && old.config.target == config.target)
+    }
+
     /// Has the old process stop, and takes its ports over. When this returns it is exiting and `switch` forwards.
     /// Returns the nanoseconds for which nothing was forwarded.
     ///
@@ -184,7 +189,8 @@ impl Takeover {
             }
         }
         // The port's own, and those of networks that could not be carried before. Others know better by now.
-        let of_port = |entry: &&FdbRecord| usize::from(entry.3) == place || !config.carried().is_empty();
+        let shared = self.offer.networks.iter().position(|name| *name == switch::shared_domain(config));
+        let of_port = |entry: &&FdbRecord| usize::from(entry.3) == place || Some(usize::from(entry.2)) == shared;
         let told = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port);
         let last: BTreeMap<_, _> = told.map(|entry| ((entry.0, entry.1, entry.2), *entry)).collect();
         let stations: Vec<_> = last.into_values().collect();

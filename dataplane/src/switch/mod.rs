@@ -51,6 +51,7 @@ use tables::{Driver, Entry, Moved, Slot, Tables};
 pub use drops::DropReason;
 pub use handover::HandoverError;
 pub(crate) use handover::{Frozen, Packed, Stations, Taken, news};
+pub(crate) use tables::shared_domain;
 
 /// Why a port was not added or removed.
 #[derive(Debug, thiserror::Error)]

@@ -197,8 +197,8 @@ impl Tables {
     }
 }
 
-/// A name that no network can have.
-fn shared_domain(carrier: &PortConfig) -> String {
+/// The bridge domain of all networks that a port carries: a name that no network can have.
+pub(crate) fn shared_domain(carrier: &PortConfig) -> String {
     format!("={}", carrier.name)
 }
 

@@ -114,6 +114,26 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     }
 }
 
+/// A port that did not go together with another when the switch started is written down, and not there. It is no reason to
+/// refuse.
+#[test]
+fn a_port_that_was_not_there_does_not_stop_a_takeover() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT_EVENTS, false);
+    bench.json(&["port", "add", &format!("up=vhost-user:{},networks=blue:60", bench.path("up.sock").display())]);
+    let table = bench.path("state/ports.json");
+    let inside = format!("\"inside=vhost-user:{},network=blue,vlan=7\",", bench.path("inside.sock").display());
+    let text = std::fs::read_to_string(&table).unwrap();
+    assert!(text.contains("\"ports\": ["), "{text}");
+    std::fs::write(&table, text.replace("\"ports\": [", &format!("\"ports\": [{inside}"))).unwrap();
+    bench.take_over();
+    bench.check_whole();
+    let ports = bench.json(&["port", "list"]);
+    let names: Vec<_> = ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["up", "vm1", "vm2"]);
+    assert!(bench.log().contains("port up carries network blue as one VLAN"), "{}", bench.log());
+}
+
 /// The new process cannot find the folder of a socket that it is to listen at. That is no reason to be stuck with the port.
 #[test]
 fn a_port_whose_folder_has_gone_begins_anew() {
