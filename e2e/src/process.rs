@@ -51,7 +51,7 @@ fn prepare_child(parent: i32, cpus: &[usize]) -> io::Result<()> {
 }
 
 /// Binds a thread, ourselves if 0, to CPUs.
-pub(crate) fn set_cpus(thread: libc::pid_t, cpus: &[usize]) -> io::Result<()> {
+pub fn set_cpus(thread: libc::pid_t, cpus: &[usize]) -> io::Result<()> {
     // SAFETY: the set is a plain bit array that lives through the call; CPU_SET checks its index.
     let rc = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();

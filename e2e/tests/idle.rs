@@ -1,11 +1,24 @@
 //! What a switch costs while nobody talks, and how fast it is awake.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use e2e::hostile::frontend::{Frontend, Setup};
+use e2e::hostile::queue::Layout;
 use e2e::lab::{Lab, Shared};
 use e2e::qemu::ECHO_PORT;
+use e2e::switch::Switch;
+use e2e::{machine, process};
 use serde_json::json;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+
+/// Stations without a guest.
+const FROM: u64 = 0x0266_0000_0001;
+const TO: u64 = 0x0266_0000_0002;
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(5);
+/// What waking up may cost.
+const WAKING_US: u64 = 1000;
+/// Of both modes, until the shortest times show that.
+const ROUNDS: usize = 4;
 
 static LAB: Shared = Shared::new(Lab::pair);
 
@@ -35,24 +48,75 @@ fn an_idle_switch_takes_next_to_nothing() -> Result<()> {
     })
 }
 
-/// After idleness guests themselves are slow to wake (emulated ones by milliseconds), whatever the switch. So the
-/// switch is compared with itself: sleeping when idle, and polling.
+/// Between frontends of our own, which wait for the frame without sleep. Some machines are slow by themselves after a pause, so
+/// the switch is compared with itself: sleeping when idle, and polling.
 #[test]
-fn waking_up_costs_the_first_packet_less_than_a_millisecond() -> Result<()> {
+fn waking_up_costs_the_first_frame_less_than_a_millisecond() -> Result<()> {
+    let _turn = machine::exclusive()?;
+    let (mut best, waking) = ([Duration::MAX; 2], Duration::from_micros(WAKING_US));
+    for _ in 0..ROUNDS {
+        best = [best[0].min(first_frame("adaptive")?), best[1].min(first_frame("poll")?)];
+        if best[0] < best[1] + waking {
+            return Ok(());
+        }
+    }
+    bail!("a first frame takes {:?}, and {:?} with a switch that polls", best[0], best[1]);
+}
+
+/// How long a frame takes after idleness, in the median.
+fn first_frame(mode: &str) -> Result<Duration> {
+    let mut lab = Lab::around(Switch::start(&["--mode", mode])?)?;
+    let cpus = machine::cpus()?;
+    let mut join = |name: &str, mac: u64| {
+        lab.add_port(name, "")?;
+        Frontend::start(&lab.socket(name), mac, Setup::of(Layout::Split))
+    };
+    let (mut from, mut to) = (join("from", FROM)?, join("to", TO)?);
+    // Not where the worker is: of two that poll on one CPU, one waits for the other.
+    process::set_cpus(0, &cpus.load)?;
+    let mut took = Vec::new();
+    for number in 0..15u8 {
+        // Far longer than a worker polls in vain.
+        sleep(Duration::from_millis(300));
+        let start = Instant::now();
+        ensure!(from.send(TO, &[number; 64]), "the ring is full");
+        from.tx.notify();
+        while !to.takes(&[number; 64]) {
+            ensure!(start.elapsed() < ARRIVAL_LIMIT, "frame {number} does not arrive");
+        }
+        took.push(start.elapsed());
+    }
+    process::set_cpus(0, &[cpus.switch, cpus.load].concat())?;
+    took.sort();
+    let [fastest, median, slowest] = [took[0], took[took.len() / 2], took[took.len() - 1]];
+    println!("{mode}: a frame passes in {median:?} after 300 ms of idleness ({fastest:?} to {slowest:?})");
+    Ok(median)
+}
+
+/// After idleness guests themselves are slow to wake (emulated ones by milliseconds), whatever the switch. So the
+/// switch is compared with itself: sleeping when idle, and polling. A round trip wakes it twice, since it has long been asleep
+/// again when such a guest answers. The shortest times of each come near to what there is no way around; how many it takes for
+/// that depends on the machine.
+#[test]
+fn waking_up_costs_guests_less_than_a_millisecond_each_way() -> Result<()> {
     LAB.test(|lab| {
         let mut best = [u64::MAX; 2];
-        for round in 0..4 {
-            let mode = ["adaptive", "poll"][round % 2];
-            lab.switch_mut()?.restart(false, &["--mode", mode])?;
-            lab.wait_reachable(0, "10.0.0.2")?;
-            let busy = round_trip(lab, 0, 300)?;
-            let idle = round_trip(lab, 1000, 5)?;
-            println!("{mode}: round trip {busy} us when busy, {idle} us after 1 s of idleness");
-            best[round % 2] = best[round % 2].min(idle);
+        for _ in 0..ROUNDS {
+            for (mode, best) in ["adaptive", "poll"].into_iter().zip(&mut best) {
+                lab.switch_mut()?.restart(false, &["--mode", mode])?;
+                lab.wait_reachable(0, "10.0.0.2")?;
+                let busy = round_trip(lab, 0, 300)?;
+                let idle = round_trip(lab, 1000, 5)?;
+                println!("{mode}: round trip {busy} us when busy, {idle} us after 1 s of idleness");
+                *best = idle.min(*best);
+            }
+            if best[0] < best[1] + 2 * WAKING_US {
+                break;
+            }
         }
         lab.switch_mut()?.restart(false, &[])?;
         let [adaptive, poll] = best;
-        ensure!(adaptive < poll + 1000, "after idleness {adaptive} us, {poll} us with a switch that polls");
+        ensure!(adaptive < poll + 2 * WAKING_US, "after idleness {adaptive} us, {poll} us with a switch that polls");
         Ok(())
     })
 }

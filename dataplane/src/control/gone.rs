@@ -51,6 +51,11 @@ impl Note {
 }
 
 impl Controller {
+    /// Whether there are notes about ports that are to go. Quickly said.
+    pub(super) fn has_notes(&self) -> bool {
+        !Note::read(&self.about.control).is_empty()
+    }
+
     /// Removes the ports that there are notes about. One can come late: from an owner that found no switch just before this
     /// one began to listen.
     pub(super) fn remove_gone(&self) {

@@ -120,8 +120,11 @@ async fn look_for_notes(controller: Arc<Controller>) {
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        let controller = controller.clone();
-        let _ = tokio::task::spawn_blocking(move || controller.remove_gone()).await;
+        // A thread for changes only if there is something to change.
+        if controller.has_notes() {
+            let controller = controller.clone();
+            let _ = tokio::task::spawn_blocking(move || controller.remove_gone()).await;
+        }
     }
 }
 
