@@ -178,7 +178,8 @@ impl Frame {
         }
     }
 
-    /// Whether the frame, without the tag of its VLAN, begins with one of its sender's own that others could take for that.
+    /// Whether the frame, without the tag of its VLAN, begins with one of its sender's own that others could take for that: even
+    /// if it ends within it, since a wire pads short frames.
     pub fn bears_own_tag(&self) -> bool {
         matches!(*self.ethernet(), [.., 0x81, 0x00, _, _])
     }

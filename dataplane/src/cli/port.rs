@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sluice::config::{bits, vlan_list};
+use sluice::config::{Carried, bits, network_list, vlan_list};
 use sluice::control::port_to_proto;
 use sluice::switch::DropReason;
 use sluice_proto::sluice::v1 as proto;
@@ -60,12 +60,12 @@ fn row(port: &proto::PortStatus) -> Vec<String> {
 
 /// The network, or those that the port carries, as SPEC has them.
 fn network(port: &proto::PortStatus) -> String {
-    let text = |carried: &proto::CarriedNetwork| match carried.vlan {
-        Some(vlan) => format!("{}:{vlan}", carried.network),
-        None => carried.network.clone(),
+    let carried = |one: &proto::CarriedNetwork| {
+        let vlan = one.vlan.and_then(|vlan| u16::try_from(vlan).ok());
+        Carried { network: one.network.clone(), vlan }
     };
-    let carried: Vec<_> = port.networks.iter().map(text).collect();
-    if carried.is_empty() { port.network.clone() } else { carried.join(",") }
+    let carried: Vec<_> = port.networks.iter().map(carried).collect();
+    if carried.is_empty() { port.network.clone() } else { network_list(&carried) }
 }
 
 /// VLAN membership as SPEC has it.

@@ -101,8 +101,6 @@ fn vlans_from_proto(port: &proto::PortConfig) -> Result<VlanMode, InvalidPort> {
 /// A configuration as it came over the socket. Its rules are still to be checked, except that numbers fit.
 pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, InvalidPort> {
     let vlan = vlans_from_proto(&port)?;
-    let network = if port.network.is_empty() && port.networks.is_empty() { DEFAULT_NETWORK } else { &port.network };
-    let network = network.to_owned();
     let target = match port.target {
         Some(proto::port_config::Target::VhostUser(target)) => PortTarget::VhostUser {
             mode: match target.mode() {
@@ -134,7 +132,11 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
     Ok(PortConfig {
         name: port.name,
         target,
-        network,
+        network: if port.network.is_empty() && port.networks.is_empty() {
+            DEFAULT_NETWORK.into()
+        } else {
+            port.network
+        },
         vlan,
         mtu: port.mtu.map(|mtu| small("mtu", mtu)).transpose()?,
         queues: port.queues.map(|queues| small("queues", queues)).transpose()?,

@@ -51,15 +51,10 @@ impl Note {
 }
 
 impl Controller {
-    /// Whether there are notes about ports that are to go. Quickly said.
-    pub(super) fn has_notes(&self) -> bool {
-        !Note::read(&self.about.control).is_empty()
-    }
-
-    /// Removes the ports that there are notes about. One can come late: from an owner that found no switch just before this
+    /// Removes the ports that these notes are about. One can come late: from an owner that found no switch just before this
     /// one began to listen.
-    pub(super) fn remove_gone(&self) {
-        for note in Note::read(&self.about.control) {
+    pub(super) fn remove_gone(&self, notes: Vec<Note>) {
+        for note in notes {
             let mut store = self.lock();
             if !note.take() {
                 continue;

@@ -20,6 +20,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
+use super::gone::Note;
 use super::socket::PeerRule;
 use super::{ControlError, ControlSocket, Controller, convert};
 use crate::config;
@@ -120,10 +121,11 @@ async fn look_for_notes(controller: Arc<Controller>) {
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
+        let notes = Note::read(&controller.about().control);
         // A thread for changes only if there is something to change.
-        if controller.has_notes() {
+        if !notes.is_empty() {
             let controller = controller.clone();
-            let _ = tokio::task::spawn_blocking(move || controller.remove_gone()).await;
+            let _ = tokio::task::spawn_blocking(move || controller.remove_gone(notes)).await;
         }
     }
 }

@@ -55,6 +55,13 @@ struct Old {
     adopted: bool,
 }
 
+impl Old {
+    /// Whether it is that port, whatever its other settings are.
+    fn is(&self, config: &PortConfig) -> bool {
+        self.config.name == config.name && self.config.target == config.target
+    }
+}
+
 /// A takeover under way. Up to [`Takeover::commit`] the old process can go on.
 pub struct Takeover {
     stream: UnixStream,
@@ -124,8 +131,7 @@ impl Takeover {
     /// # Errors
     /// [`TakeError::Port`].
     pub fn adopt(&mut self, switch: &Switch, config: &PortConfig) -> Result<(), TakeError> {
-        let same = |old: &&mut Old| old.config.name == config.name && old.config.target == config.target;
-        let Some(old) = self.ports.iter_mut().find(same) else { return Ok(()) };
+        let Some(old) = self.ports.iter_mut().find(|old| old.is(config)) else { return Ok(()) };
         if let Some(taken) = old.taken.take() {
             switch.adopt_port(config.clone(), taken)?;
             old.adopted = true;
@@ -135,7 +141,7 @@ impl Takeover {
 
     /// Whether the old process has this port, whatever its other settings are.
     pub fn has(&self, config: &PortConfig) -> bool {
-        self.ports.iter().any(|old| old.config.name == config.name && old.config.target == config.target)
+        self.ports.iter().any(|old| old.is(config))
     }
 
     /// Has the old process stop, and takes its ports over. When this returns it is exiting and `switch` forwards.
@@ -176,8 +182,9 @@ impl Takeover {
     /// # Errors
     /// [`PortError`].
     pub fn add_rest(&self, switch: &Switch, config: &PortConfig) -> Result<(), PortError> {
-        let same = |old: &Old| old.config.name == config.name && old.config.target == config.target;
-        let Some(place) = self.ports.iter().position(same) else { return switch.add_port(config.clone()) };
+        let Some(place) = self.ports.iter().position(|old| old.is(config)) else {
+            return switch.add_port(config.clone());
+        };
         let counts = self.standing.ports.get(place).map(|standing| standing.stats.clone()).unwrap_or_default();
         let end = Instant::now() + RELEASE_LIMIT;
         loop {

@@ -301,19 +301,21 @@ impl Switch {
     /// Learns what another process knew of the stations behind these ports, if it is `newer` in place of what is known.
     pub(crate) fn restore_stations(&self, networks: &[String], ports: &[String], entries: &[FdbRecord], newer: bool) {
         let tables = lock(&self.inner.tables);
-        let network = |name: &String| tables.networks.iter().position(|known| known == name).map(|place| place as u16);
-        let networks: Vec<_> = networks.iter().map(network).collect();
-        let ports: Vec<_> = ports.iter().map(|name| tables.ports.get(name)).collect();
+        let networks: Vec<_> = networks.iter().map(|name| tables.place(name)).collect();
+        let port = |name: &String| {
+            let entry = tables.ports.get(name)?;
+            let (domain, vlan) = tables.domain(&entry.config);
+            Some((entry, tables.place(&domain)?, vlan))
+        };
+        let ports: Vec<_> = ports.iter().map(port).collect();
         for &FdbRecord(mac, vid, network, port, age, is_static) in entries {
             let network = networks.get(usize::from(network)).copied().flatten();
-            let port = ports.get(usize::from(port)).copied().flatten();
-            let (Some(network), Some(entry)) = (network, port) else { continue };
-            // Its configuration may have changed.
-            let (domain, vlan) = tables.domain(&entry.config);
-            let is_there = tables.networks.get(usize::from(network)).is_some_and(|name| *name == domain);
+            let port = ports.get(usize::from(port)).and_then(Option::as_ref);
+            let (Some(network), Some((entry, domain, vlan))) = (network, port) else { continue };
             let station = Station { mac, vid, network };
             let is_known = || !is_static && self.inner.fdb.lookup(station).is_some();
-            if !is_there || vlan.egress(vid).is_none() || (!newer && is_known()) {
+            // Its configuration may have changed.
+            if network != *domain || vlan.egress(vid).is_none() || (!newer && is_known()) {
                 continue;
             }
             // Configured stations are configured again; of several ports that may have one, it is behind this.

@@ -299,7 +299,7 @@ impl Inner {
         if free >= MAX_PORTS {
             return Err(PortError::Limit { what: "ports", limit: MAX_PORTS });
         }
-        let domain = tables.domain(config).0.into_owned();
+        let (domain, _) = tables.domain(config);
         tables.network(&domain)?;
         if free == tables.slots.len() {
             tables.slots.push(Slot::Free);
@@ -339,10 +339,8 @@ impl Inner {
     /// then this one is where its guest may migrate to, and the entry stays until the guest is heard here.
     fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
         let (domain, vlan) = tables.domain(config);
-        let network = tables.networks.iter().position(|name| *name == domain);
-        let vid = vlan.untagged();
-        if let (Some(mac), Some(network), Some(vid)) = (config.mac, network, vid) {
-            let station = Station { mac: mac.to_u64(), vid, network: network as u16 };
+        if let (Some(mac), Some(network), Some(vid)) = (config.mac, tables.place(&domain), vlan.untagged()) {
+            let station = Station { mac: mac.to_u64(), vid, network };
             if self.fdb.is_static(station) {
                 return;
             }

@@ -120,7 +120,6 @@ impl Publisher for PortPublisher {
             return;
         };
         let (domain, vlan) = tables.domain(&config);
-        let domain = domain.into_owned();
         let Ok(network) = tables.network(&domain) else { return };
         let view = PortView {
             id: self.id,

@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -108,15 +107,20 @@ impl Slot {
 }
 
 impl Tables {
+    /// The place of a network, if there is one of that name.
+    pub(super) fn place(&self, name: &str) -> Option<u16> {
+        self.networks.iter().position(|known| known == name).map(|place| place as u16)
+    }
+
     /// The place of a network, made if need be. Networks stay, since entries of the FDB may name them.
     pub(super) fn network(&mut self, name: &str) -> Result<u16, PortError> {
-        if let Some(place) = self.networks.iter().position(|known| known == name) {
-            return Ok(place as u16);
+        if let Some(place) = self.place(name) {
+            return Ok(place);
         }
         if self.networks.len() >= MAX_NETWORKS {
             let used: BTreeSet<_> = self.ports.values().map(|entry| self.domain(&entry.config).0).collect();
             // One that no port uses any more has no entries either: they went with their ports.
-            let unused = self.networks.iter().position(|known| !used.contains(known.as_str()));
+            let unused = self.networks.iter().position(|known| !used.contains(known));
             let place = unused.ok_or(PortError::Limit { what: "networks", limit: MAX_NETWORKS })?;
             self.networks[place] = name.into();
             return Ok(place as u16);
@@ -127,13 +131,13 @@ impl Tables {
 
     /// Where a port's frames are switched: the bridge domain, and the port's VLANs there. That is its network, unless a port
     /// carries this as a VLAN.
-    pub(super) fn domain<'t>(&'t self, config: &'t PortConfig) -> (Cow<'t, str>, VlanPolicy) {
+    pub(super) fn domain(&self, config: &PortConfig) -> (String, VlanPolicy) {
         if !config.carried().is_empty() {
-            (shared_domain(config).into(), VlanPolicy::from(&config.vlan))
+            (shared_domain(config), VlanPolicy::from(&config.vlan))
         } else if let Some(Carrier { domain, vid }) = self.carried.get(&config.network) {
-            (domain.as_str().into(), VlanPolicy::Access(*vid))
+            (domain.clone(), VlanPolicy::Access(*vid))
         } else {
-            (config.network.as_str().into(), VlanPolicy::from(&config.vlan))
+            (config.network.clone(), VlanPolicy::from(&config.vlan))
         }
     }
 
@@ -166,8 +170,8 @@ impl Tables {
     /// Gives the networks of a port that goes back to themselves. Returns what has moved.
     pub(super) fn carry_no_more(&mut self, carrier: &PortConfig) -> Moved {
         // One that could not start has carried nothing.
-        let before = self.carried.len();
-        self.carried.retain(|_, by| by.domain != shared_domain(carrier));
+        let (before, domain) = (self.carried.len(), shared_domain(carrier));
+        self.carried.retain(|_, by| by.domain != domain);
         if self.carried.len() == before { Moved::default() } else { self.move_ports(carrier.carried()) }
     }
 
@@ -177,7 +181,7 @@ impl Tables {
         let inside = |entry: &&Entry| names.contains(entry.config.network.as_str());
         let place = |entry: &Entry| {
             let (domain, vlan) = self.domain(&entry.config);
-            (entry.id, domain.into_owned(), vlan)
+            (entry.id, domain, vlan)
         };
         let moves: Vec<_> = self.ports.values().filter(inside).map(place).collect();
         let mut moved = Moved::default();
