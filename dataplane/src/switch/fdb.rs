@@ -116,6 +116,9 @@ pub struct Fdb {
     /// Counts entries that were added, moved or removed.
     changes: AtomicU64,
     now: AtomicU32,
+    /// No entry is too old before this second. Looking through a table of megabytes takes milliseconds, in which it displaces
+    /// what others have in their caches.
+    due: AtomicU64,
     config: FdbConfig,
 }
 
@@ -131,6 +134,7 @@ impl Fdb {
             count: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             now: AtomicU32::new(0),
+            due: AtomicU64::new(0),
             config,
         }
     }
@@ -229,7 +233,16 @@ impl Fdb {
     /// The same with the lock held.
     fn put(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
         let second = u64::from(self.now.load(Ordering::Relaxed)).saturating_sub(age);
-        let fresh = Place::new(port, station.network, second as u32, is_static);
+        let learned = self.place(station, port, Place::new(port, station.network, second as u32, is_static));
+        // After the entry itself: `age`, which sets this before it looks, misses one of the two at most.
+        if !is_static {
+            self.due.fetch_min(second + self.config.age_seconds, Ordering::AcqRel);
+        }
+        learned
+    }
+
+    fn place(&self, station: Station, port: PortId, fresh: Place) -> Learned {
+        let is_static = fresh.is_static();
         if let Some((bucket, way, place)) = self.find(station) {
             if place.is_static() && !is_static {
                 return Learned::Yes;
@@ -331,7 +344,19 @@ impl Fdb {
 
     /// Removes learned entries that were not heard for the configured time. Returns how many.
     pub fn age(&self) -> usize {
-        self.retain(|entry| !entry.is_static && entry.age >= self.config.age_seconds)
+        let now = u64::from(self.now());
+        if now < self.due.load(Ordering::Acquire) {
+            return 0;
+        }
+        // Of what comes while we look, we may see nothing; a worker may still have the time of a second ago.
+        self.due.swap(now.saturating_sub(1) + self.config.age_seconds, Ordering::AcqRel);
+        self.retain(|entry| {
+            let is_old = entry.age >= self.config.age_seconds;
+            if !is_old && !entry.is_static {
+                self.due.fetch_min(now + self.config.age_seconds - entry.age, Ordering::AcqRel);
+            }
+            is_old && !entry.is_static
+        })
     }
 
     /// All entries, in no order.
@@ -439,6 +464,33 @@ mod tests {
     }
 
     proptest! {
+        /// Nothing that is too old stays, however long nobody looks, and whatever comes with an age of its own.
+        #[test]
+        fn the_old_go_when_they_are_due(steps in proptest::collection::vec((0u64..10, 0u64..400, 0u8..4), 0..100)) {
+            let fdb = fdb(4096, 4096);
+            let (mut now, mut heard) = (1000, HashMap::new());
+            fdb.set_now(now as u32);
+            for (mac, number, kind) in steps {
+                match kind {
+                    0 => {
+                        fdb.set(station(mac), PortId(1), false, number);
+                        heard.insert(mac, now - number);
+                    }
+                    1 => {
+                        fdb.learn(station(mac), PortId(1));
+                        heard.insert(mac, now);
+                    }
+                    _ => {
+                        now += number / if kind == 2 { 1 } else { 100 };
+                        fdb.set_now(now as u32);
+                        fdb.age();
+                        heard.retain(|_, second| now - *second < 300);
+                    }
+                }
+                prop_assert_eq!(fdb.len(), heard.len());
+            }
+        }
+
         /// Against a plain map, as long as nothing has to be evicted.
         #[test]
         fn agrees_with_a_map(steps in proptest::collection::vec((0u64..40, 0u16..3, 0u16..2, 0u16..5, 0u8..6), 0..200)) {

@@ -8,8 +8,10 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
+use std::time::Duration;
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -126,8 +128,37 @@ thread_local! {
 /// Those of threads that are no workers, and are within a write now.
 static PASSING: Mutex<Vec<Arc<Pulse>>> = Mutex::new(Vec::new());
 
-fn lock(pulses: &Mutex<Vec<Arc<Pulse>>>) -> MutexGuard<'_, Vec<Arc<Pulse>>> {
-    pulses.lock().unwrap_or_else(PoisonError::into_inner)
+/// Watchdogs that sleep until there is a write, and whether there are any.
+static ASLEEP: Mutex<Vec<Thread>> = Mutex::new(Vec::new());
+static ANY_ASLEEP: AtomicBool = AtomicBool::new(false);
+
+fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// For a watchdog that has seen no write for a while: looks, sleeps until there is one or for that long, and looks again.
+/// Returns what the looks found.
+pub fn sleep_until_write(mut look: impl FnMut() -> bool, longest: Duration) -> bool {
+    let this = thread::current();
+    let mut asleep = lock(&ASLEEP);
+    asleep.push(this.clone());
+    ANY_ASLEEP.store(true, Ordering::Relaxed);
+    drop(asleep);
+    // With the one in `Pulse::around`: we see the write, or it sees that we sleep.
+    fence(Ordering::SeqCst);
+    let busy = look() || {
+        thread::park_timeout(longest);
+        look()
+    };
+    lock(&ASLEEP).retain(|thread| thread.id() != this.id());
+    busy
+}
+
+#[cold]
+fn wake_watchdogs() {
+    let mut asleep = lock(&ASLEEP);
+    ANY_ASLEEP.store(false, Ordering::Relaxed);
+    asleep.drain(..).for_each(|thread| thread.unpark());
 }
 
 /// What a thread shows of its writes to descriptors of frontends.
@@ -164,6 +195,10 @@ impl Pulse {
     fn around(&self, write: impl FnOnce() -> bool) -> bool {
         let writes = self.writes.load(Ordering::Relaxed);
         self.writes.store(writes.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if ANY_ASLEEP.load(Ordering::Relaxed) {
+            wake_watchdogs();
+        }
         let done = write();
         self.writes.store(writes.wrapping_add(2), Ordering::Relaxed);
         done
@@ -208,6 +243,12 @@ pub fn allow_interrupts() {
             libc::sigaction(INTERRUPT, &action, std::ptr::null_mut());
         }
     });
+}
+
+/// Whether that thread is a watchdog that sleeps.
+#[cfg(test)]
+pub fn is_asleep(thread: &Thread) -> bool {
+    lock(&ASLEEP).iter().any(|asleep| asleep.id() == thread.id())
 }
 
 #[cfg(test)]

@@ -26,8 +26,10 @@ use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::status::PortState;
 use crate::virtq::Fault;
 
-/// Pause before each attempt to reach the frontend.
+/// Shortest and longest pause before an attempt to reach the frontend; in between, a twentieth of the time that it has been
+/// away already.
 const RETRY_MS: u16 = 50;
+const LONGEST_RETRY_MS: u16 = 1_000;
 
 /// The same after a frontend has held up a worker, which then is less than a hundredth of its time.
 const PENALTY_MS: u16 = 15_000;
@@ -78,15 +80,17 @@ pub(super) struct Connection {
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
     failure: Option<String>,
-    /// Pause before the next attempt, in milliseconds.
-    pause: u16,
+    /// When it ended, or the port began.
+    alone_since: Instant,
+    /// Whether the last frontend held up a worker.
+    penalty: bool,
     log: LogGate,
 }
 
 impl Connection {
     pub(super) fn new(setup: Setup, orders: Arc<Orders>) -> Self {
-        let (shown, failure, pause, log) = (None, None, RETRY_MS, LogGate::default());
-        Self { setup, orders, listener: None, shown, failure, pause, log }
+        let (shown, failure, log) = (None, None, LogGate::default());
+        Self { setup, orders, listener: None, shown, failure, alone_since: Instant::now(), penalty: false, log }
     }
 
     /// The port's whole life. Begins with a connection if one was handed over.
@@ -102,7 +106,8 @@ impl Connection {
                 },
                 SocketMode::Server => self.accept(),
             }
-            let pause = std::mem::replace(&mut self.pause, RETRY_MS);
+            let pause =
+                if std::mem::take(&mut self.penalty) { PENALTY_MS } else { pause_after(self.alone_since.elapsed()) };
             if self.stopped(pause) {
                 break;
             }
@@ -216,9 +221,8 @@ impl Connection {
         self.setup.publisher.forget_stations();
         let fault = self.setup.publisher.stats().fault();
         self.setup.publisher.stats().clear_fault();
-        if fault == Some(Fault::NotifyBlocked) {
-            self.pause = PENALTY_MS;
-        }
+        self.penalty = fault == Some(Fault::NotifyBlocked);
+        self.alone_since = Instant::now();
         let (state, reason) = match end {
             Ok(End::Stopped) => return,
             Ok(End::HungUp) if fault == Some(Fault::NotifyBlocked) => {
@@ -341,5 +345,22 @@ impl Connection {
                 return Ok(None);
             }
         }
+    }
+}
+
+/// How long to wait before the next attempt, in milliseconds.
+fn pause_after(alone: Duration) -> u16 {
+    let twentieth = u16::try_from(alone.as_millis() / 20).unwrap_or(u16::MAX);
+    twentieth.clamp(RETRY_MS, LONGEST_RETRY_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frontend_is_looked_for_less_often_the_longer_it_is_away() {
+        let pauses = [0, 999, 4_000, 20_000, u64::MAX].map(|alone| pause_after(Duration::from_millis(alone)));
+        assert_eq!(pauses, [50, 50, 200, 1_000, 1_000]);
     }
 }
