@@ -43,6 +43,9 @@ pub const MAX_HELD_BYTES: usize = 2 << 20;
 /// Ports of one switch.
 pub const MAX_PORTS: usize = 1024;
 
+/// VLANs of one trunk in which its configured address is its own; in further ones it is learned.
+pub const MAX_STATIC_VLANS: usize = 64;
+
 /// Networks (bridge domains) of one switch.
 pub const MAX_NETWORKS: usize = 1024;
 

@@ -55,7 +55,8 @@ pub struct PortConfig {
     pub mtu: Option<u16>,
     /// Queue pairs to use at most; `None` means as many as the other side asks for.
     pub queues: Option<u16>,
-    /// The station's address: frames to it never flood, and with `spoofcheck` no other source is accepted.
+    /// The station's address: while the port can receive, frames to it do not flood and no other guest can claim it; with
+    /// `spoofcheck` no other source is accepted.
     pub mac: Option<MacAddr>,
     /// Drop frames whose source address is not `mac`.
     pub spoofcheck: bool,

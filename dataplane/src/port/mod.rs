@@ -104,6 +104,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Whether frames can be sent over it now.
+    #[inline]
+    pub fn receives(&self) -> bool {
+        !self.tx.is_empty()
+    }
+
     /// A link over which nothing passes.
     pub fn down(state: PortState, reason: Option<String>) -> Self {
         Self {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::fdb::Station;
 use super::publish::PortPublisher;
 use super::snapshot::PortView;
+use super::tests::come_up;
 use super::vlan::VlanPolicy;
 use super::*;
 use crate::frame::BurstStorage;
@@ -126,6 +127,7 @@ fn stations_are_told_and_flushed_by_their_network() {
 fn ports_that_move_keep_no_station_but_their_own() {
     let (blue, red) = (port("b", "network=blue,mac=02:00:00:00:00:01"), port("r", "network=red,mac=02:00:00:00:00:01"));
     let switch = switch(&[&blue, &red, &port("g", "network=green")]);
+    ["b", "r"].map(|name| come_up(&switch, name));
     hear(&switch, "b", 7, 0);
     hear(&switch, "g", 8, 0);
     for change in MOVES {
@@ -201,6 +203,7 @@ fn what_is_kept_for_a_guest_does_not_follow_it_into_another_domain() {
 fn an_address_of_two_ports_stays_where_it_was_heard() {
     let of = |name| port(name, "network=blue,mac=02:00:00:00:00:01");
     let switch = switch(&[&of("a"), &of("b")]);
+    ["a", "b"].map(|name| come_up(&switch, name));
     let heard = Station { mac: 0x0200_0000_0001, vid: 0, network: view(&switch, "b").network };
     assert_ne!(switch.inner.fdb.set(heard, id(&switch, "b"), true, 0), Learned::No);
     for change in MOVES {
@@ -208,6 +211,21 @@ fn an_address_of_two_ports_stays_where_it_was_heard() {
         assert_eq!(told(&switch), [("blue".to_owned(), 0, "b".to_owned())]);
     }
     switch.stop();
+}
+
+#[test]
+fn another_process_learns_at_which_of_two_ports_an_address_was_heard() {
+    let of = |name| port(name, "network=blue,mac=02:00:00:00:00:01");
+    let old = switch(&[&of("a"), &of("b")]);
+    ["b", "a"].map(|name| come_up(&old, name));
+    let (networks, names, entries) = known(&old);
+    let new = switch(&[&of("a"), &of("b")]);
+    new.restore_stations(&networks, &names, &entries, true);
+    ["a", "b"].map(|name| come_up(&new, name));
+    let places = [&old, &new].map(|switch| told(switch));
+    assert_eq!(places, [[("blue".to_owned(), 0, "b".to_owned())], [("blue".to_owned(), 0, "b".to_owned())]]);
+    old.stop();
+    new.stop();
 }
 
 /// What a process knows, as it tells another one: networks, ports and stations.

@@ -38,7 +38,7 @@ impl Inner {
             self.publish(&mut tables);
             // A device may have it yet, which no worker has any more.
             ended.iter().for_each(|(_, hold)| hold.clear());
-            self.fdb.retain(|entry| ended.iter().any(|(port, _)| *port == entry.port) && !entry.is_static);
+            self.fdb.retain(|entry| ended.iter().any(|(port, _)| *port == entry.port));
         }
     }
 }

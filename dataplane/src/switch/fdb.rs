@@ -224,6 +224,20 @@ impl Fdb {
         self.put(station, port, is_static, 0)
     }
 
+    /// Moves a station that is configured to be elsewhere, until [`Fdb::set`] moves it back, unless somebody else is at the table.
+    #[cold]
+    pub fn displace(&self, station: Station, port: PortId) -> Learned {
+        let Some(_change) = self.change.try_lock() else { return Learned::No };
+        let home = self.find(station).map(|(bucket, way, place)| {
+            self.remove(bucket, way);
+            place.port()
+        });
+        match (home, self.put(station, port, false, 0)) {
+            (Some(home), Learned::Yes) if home != port => Learned::Moved(home),
+            (_, learned) => learned,
+        }
+    }
+
     /// Adds or moves an entry of a station that was last heard some seconds ago. Not for workers: it waits for its turn.
     pub fn set(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
         let _change = self.change.lock();

@@ -378,8 +378,8 @@ impl Forwarder {
         let station = Station { mac: source, vid, network };
         // Two ports have the same address configured while its guest migrates between them: it is where it speaks.
         let mut learned = self.fdb.learn(station, ingress.id);
-        if learned == Learned::Elsewhere && ingress.mac == Some(source) {
-            learned = self.fdb.insert(station, ingress.id, true);
+        if learned == Learned::Elsewhere {
+            learned = self.claim(snapshot, ingress, station);
         }
         if let Learned::Moved(before) = learned
             && let Some(before) = snapshot.port(before).filter(|before| before.network == network)
@@ -398,6 +398,20 @@ impl Forwarder {
         // An entry can outlive a change by a moment; membership is what counts.
         let to = known.filter(|id| snapshot.port(*id).is_some_and(|egress| egress.network == network));
         (learned, to)
+    }
+
+    /// Lets a station be here that is configured to be elsewhere, if it may.
+    #[cold]
+    fn claim(&self, snapshot: &Snapshot, ingress: &PortView, station: Station) -> Learned {
+        if ingress.mac == Some(station.mac) {
+            return self.fdb.insert(station, ingress.id, true);
+        }
+        // Its guest has gone to another host. A port that has an address of its own leads to none.
+        let receives = |home| snapshot.port(home).is_some_and(|home| home.link.receives());
+        if ingress.mac.is_none() && !self.fdb.lookup(station).is_some_and(receives) {
+            return self.fdb.displace(station, ingress.id);
+        }
+        Learned::Elsewhere
     }
 
     fn flood(&mut self, snapshot: &Snapshot, ingress: &PortView, vid: u16, place: u8) -> Result<(), DropReason> {

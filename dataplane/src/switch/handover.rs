@@ -319,8 +319,8 @@ impl Switch {
                 continue;
             }
             // Configured stations are configured again; of several ports that may have one, it is behind this.
-            let configured = self.inner.fdb.is_static(station);
-            if configured == is_static && (!configured || entry.config.mac.is_some_and(|own| own.to_u64() == mac)) {
+            let is_own = entry.config.mac.is_some_and(|own| own.to_u64() == mac);
+            if if is_static { is_own } else { !self.inner.fdb.is_static(station) } {
                 self.inner.fdb.set(station, entry.id, is_static, age);
             }
         }

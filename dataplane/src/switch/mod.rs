@@ -36,7 +36,7 @@ use std::thread::JoinHandle;
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
 use crate::handover::StatsRecord;
 use crate::keeper::Keeper;
-use crate::limits::{MAX_PORTS, MAX_WORKERS};
+use crate::limits::{MAX_PORTS, MAX_STATIC_VLANS, MAX_WORKERS};
 use crate::port::PortId;
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
@@ -316,7 +316,6 @@ impl Inner {
         };
         tables.order.push(config.name.clone());
         tables.ports.insert(config.name.clone(), entry);
-        self.add_static(&tables, config, id);
         Ok((id, stats))
     }
 
@@ -335,22 +334,24 @@ impl Inner {
         }
     }
 
-    /// A configured address is known from the start, and nobody else can claim it. Unless another port has it already:
-    /// then this one is where its guest may migrate to, and the entry stays until the guest is heard here.
+    /// The guest of a port that can receive is known to have the configured address, and no other guest can claim that. Unless
+    /// another port has it already: then this one is where its guest may migrate to, and the entry stays until it is heard here.
+    /// Until then it may be on another host, behind an uplink.
     fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
+        let view = tables.slots.get(usize::from(id.0)).and_then(Slot::view);
+        if !view.is_some_and(|view| view.link.receives()) {
+            return;
+        }
         let (domain, vlan) = tables.domain(config);
-        if let (Some(mac), Some(network), Some(vid)) = (config.mac, tables.place(&domain), vlan.untagged()) {
-            let station = Station { mac: mac.to_u64(), vid, network };
-            if self.fdb.is_static(station) {
-                return;
-            }
-            self.fdb.forget(station);
-            if self.fdb.set(station, id, true, 0) == Learned::No {
-                tracing::warn!(
-                    port = config.name,
-                    "no room for its address in the table of stations, others can claim it"
-                );
-            }
+        let (Some(mac), Some(network)) = (config.mac, tables.place(&domain)) else { return };
+        let own = vlan.own();
+        let stations = own.iter().take(MAX_STATIC_VLANS).map(|&vid| Station { mac: mac.to_u64(), vid, network });
+        let refused = stations.filter(|station| !self.fdb.is_static(*station)).filter(|station| {
+            self.fdb.forget(*station);
+            self.fdb.set(*station, id, true, 0) == Learned::No
+        });
+        if refused.count() > 0 {
+            tracing::warn!(port = config.name, "no room for its address in the table of stations, others can claim it");
         }
     }
 
@@ -418,8 +419,8 @@ impl Inner {
         }
     }
 
-    /// Forgets the stations learned behind a port.
+    /// Forgets the stations behind a port.
     fn forget_stations(&self, id: PortId) {
-        self.fdb.retain_of(id, |entry| !entry.is_static);
+        self.fdb.retain_of(id, |_| true);
     }
 }

@@ -119,6 +119,7 @@ impl Publisher for PortPublisher {
         else {
             return;
         };
+        let receives = link.receives();
         let (domain, vlan) = tables.domain(&config);
         let Ok(network) = tables.network(&domain) else { return };
         let view = PortView {
@@ -135,9 +136,14 @@ impl Publisher for PortPublisher {
         let is_down = |view: &PortView| view.link.state != PortState::Up && view.link.hold.is_none();
         let down = is_down(&view);
         let slot = &mut tables.slots[usize::from(self.id.0)];
-        let was_down = slot.view().is_none_or(|before| is_down(&before));
+        let before = slot.view();
+        let was_down = before.as_ref().is_none_or(|before| is_down(before));
+        let comes = receives && !before.is_some_and(|before| before.link.receives());
         *slot = Slot::Used(Arc::new(view));
         inner.publish(&mut tables);
+        if comes {
+            inner.add_static(&tables, &config, self.id);
+        }
         // No worker learns behind the port any more; what is known would only swallow frames.
         if down && !was_down {
             inner.forget_stations(self.id);

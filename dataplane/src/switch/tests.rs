@@ -370,6 +370,76 @@ fn a_configured_address_moves_only_to_a_port_that_has_it_too() {
     }
 }
 
+/// Gives a port whose frontend is not there a ring to send to.
+pub(super) fn come_up(switch: &Switch, name: &str) {
+    let entry = || lock(&switch.inner.tables).ports.get(name).map(|entry| (entry.id, entry.stats.clone())).unwrap();
+    let (id, stats) = entry();
+    let link = || lock(&switch.inner.tables).slots[usize::from(id.0)].view().unwrap().link.clone();
+    // Its thread has nothing more to say once it has said what it waits for.
+    let began = Instant::now();
+    while link().reason.is_none() {
+        assert!(began.elapsed() < Duration::from_secs(20), "{name} says nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let guest = TestGuest::new(8, VERSION_1);
+    let tx = vec![guest_rx(guest.setup(), &guest.ring())];
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats };
+    publisher.publish(Link { tx, ..Link::down(PortState::Up, None) });
+}
+
+/// Its guest runs on another host and comes here, or has run here and goes there.
+#[test]
+fn a_configured_address_is_elsewhere_while_its_port_cannot_receive() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    let entry = || switch.fdb().into_iter().map(|entry| (entry.port, entry.is_static)).collect::<Vec<_>>();
+    switch.add_port("up=vhost-user:/nonexistent/up".parse().unwrap()).unwrap();
+    switch.inner.fdb.learn(station, PortId(0));
+    switch.add_port("vm=vhost-user:/nonexistent/vm,mac=02:00:00:00:00:01".parse().unwrap()).unwrap();
+    assert_eq!(entry(), [("up".to_owned(), false)]);
+    come_up(&switch, "vm");
+    assert_eq!(entry(), [("vm".to_owned(), true)]);
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(1), stats: Arc::default() };
+    publisher.publish(Link::down(PortState::Down, None));
+    assert_eq!(entry(), []);
+    switch.stop();
+}
+
+#[test]
+fn a_trunk_has_its_address_in_each_of_its_vlans() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let spec = format!("vm=vhost-user:/nonexistent/vm,mac=02:00:00:00:00:01,vlan=3,trunk=10,20");
+    switch.add_port(spec.parse().unwrap()).unwrap();
+    come_up(&switch, "vm");
+    let entries: Vec<_> = switch.fdb().into_iter().map(|entry| (entry.vlan, entry.is_static)).collect();
+    assert_eq!(entries, [(3, true), (10, true), (20, true)]);
+    switch.stop();
+}
+
+#[test]
+fn a_guest_that_has_gone_to_another_host_is_heard_behind_the_uplink() {
+    let owner = Port { mac: Some(mac(0)), ..Port::default() };
+    let other = Port { mac: Some(mac(1)), ..Port::default() };
+    let mut bench = Bench::new(&[owner, other, Port::default()]);
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    bench.fdb.insert(station, PortId(0), true);
+    bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!(bench.fdb.lookup(station), Some(PortId(0)), "it is here");
+    let (hold, up) = bench.hold(0, PortState::Up);
+    let to_it = frame(mac(0), mac(1), 61);
+    bench.send(1, std::slice::from_ref(&to_it));
+    bench.send(1, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!((bench.fdb.lookup(station), hold.len()), (Some(PortId(0)), 2), "another guest has claimed it");
+    bench.post(2, 8, 256);
+    bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!((bench.fdb.lookup(station), bench.fdb.is_static(station)), (Some(PortId(2)), false));
+    assert!(bench.received(2) == [to_it[12..].to_vec()]);
+    // What has been heard there is no more than that.
+    bench.relink(0, Link::clone(&up));
+    bench.send(0, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!(bench.fdb.lookup(station), Some(PortId(0)));
+}
+
 #[test]
 fn adding_a_port_takes_no_address_from_another() {
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
@@ -377,6 +447,9 @@ fn adding_a_port_takes_no_address_from_another() {
     let place = || switch.inner.fdb.lookup(Station { mac: mac(0), vid: 0, network: 0 });
     switch.add_port(address("a").parse().unwrap()).unwrap();
     switch.add_port(address("b").parse().unwrap()).unwrap();
+    assert_eq!(place(), None);
+    come_up(&switch, "a");
+    come_up(&switch, "b");
     assert_eq!(place(), Some(PortId(0)));
     switch.remove_port("a").unwrap();
     assert_eq!(place(), Some(PortId(1)));

@@ -69,14 +69,18 @@ impl VlanPolicy {
         }
     }
 
-    /// The VLAN of the port's untagged frames, if it has one.
-    pub fn untagged(&self) -> Option<u16> {
+    /// The VLANs in which the port's own station is known to be: that of its untagged frames, and those that it lists.
+    pub fn own(&self) -> Vec<u16> {
         match self {
-            Self::All => Some(0),
-            Self::Access(own) => Some(*own),
-            Self::Trunk { native, .. } => *native,
+            Self::All => vec![0],
+            Self::Access(own) => vec![*own],
+            Self::Trunk { native, allowed } => native.iter().copied().chain(listed(allowed)).collect(),
         }
     }
+}
+
+fn listed(bits: &[u64; 64]) -> impl Iterator<Item = u16> {
+    (1..0xfff).filter(|vid| is_set(bits, *vid))
 }
 
 fn is_set(bits: &[u64; 64], vid: u16) -> bool {
@@ -104,6 +108,7 @@ mod tests {
 
         let native = VlanPolicy::from(&VlanMode::Trunk { native: Some(5), allowed: vec![10] });
         assert_eq!((native.ingress(None), native.egress(5)), (Some(5), Some(false)));
+        assert_eq!((trunk.own(), native.own()), (vec![10, 20, 4094], vec![5, 10]));
 
         let carried = |network: &str, vlan| Carried { network: network.into(), vlan };
         let networks = VlanPolicy::from(&VlanMode::Networks(vec![carried("a", Some(9)), carried("b", None)]));
