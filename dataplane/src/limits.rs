@@ -31,6 +31,9 @@ pub const MAX_MEM_SLOTS: usize = 509;
 /// Memory of one guest, in bytes. A sparse file may claim any size, and our address space is shared by all ports.
 pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 
+/// What all ports together may have mapped, of the 128 TiB that a process has. One mapping gets at most half of what is left.
+pub const MAX_MAPPED: u64 = 96 << 40;
+
 /// Bytes of a dirty log: a bit for each page of 128 TiB of guest physical addresses.
 pub const MAX_DIRTY_LOG: u64 = 4 << 30;
 

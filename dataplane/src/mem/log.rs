@@ -67,11 +67,6 @@ impl Log {
         }
     }
 
-    /// Marks all pages there are.
-    pub fn mark_all(&self) {
-        (0..self.pages().div_ceil(WORD)).for_each(|word| self.mark(word, u64::MAX));
-    }
-
     /// As [`Log::mark`], but leaves alone what is marked already. After a full fence, behind the writes: then whoever clears a
     /// mark that was seen here copies the page later than that.
     fn mark_new(&self, word: u64, bits: u64) {
@@ -104,6 +99,15 @@ impl GuestMemory {
             return Err(MemError::LogSize(log.region.len));
         }
         Ok(Self { log, ..self.clone() })
+    }
+
+    /// Marks all of it, if that is wanted.
+    pub fn mark_all(&self) {
+        let Some(mut marks) = self.dirty() else { return };
+        for region in &self.regions {
+            marks.range(region.gpa, region.len as usize);
+        }
+        marks.finish();
     }
 
     /// Where to mark what is written, while that is wanted.
@@ -218,6 +222,14 @@ mod tests {
         marks.range(0x10_0000, 130 * 0x1000);
         marks.finish();
         assert_eq!(pages(&file, 64).iter().filter(|page| (256..386).contains(*page)).count(), 130);
+    }
+
+    #[test]
+    fn all_of_it_is_what_the_regions_have() {
+        let (memory, file) = logged(0x300, 0);
+        memory.mark_all();
+        assert_eq!(pages(&file, 0), (0..0x400).chain(0x1000..0x1020).collect::<Vec<_>>());
+        memory.logged_by(None).unwrap().mark_all();
     }
 
     #[test]

@@ -19,11 +19,12 @@ pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS};
+use crate::limits::{MAX_GUEST_MEMORY, MAX_MAPPED, MAX_MEM_SLOTS};
 use file::SMALL_PAGE;
 
 /// Why a memory region was refused.
@@ -69,6 +70,9 @@ pub enum MemError {
     /// The kernel would not tell about the file.
     #[error("cannot inspect the file of a memory region: {0}")]
     Stat(#[source] std::io::Error),
+    /// All ports together have mapped so much that it would take more than half of what is left.
+    #[error("no room for a memory region of {0} bytes beside those of all ports")]
+    NoRoom(u64),
     /// The kernel would not map the file.
     #[error("cannot map a memory region: {0}")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
@@ -88,6 +92,28 @@ pub struct Region {
     /// Before `map`, since it has to go first.
     guard: Guard,
     map: MmapRegion,
+    _room: Room,
+}
+
+/// A share of the process's addresses, which all need: without any left, the next allocation of anybody would be the last.
+#[derive(Debug)]
+struct Room(u64);
+
+/// The sum of all shares.
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+
+impl Room {
+    fn for_bytes(bytes: u64) -> Result<Self, MemError> {
+        let add = |mapped: u64| Some(mapped + bytes).filter(|_| bytes <= MAX_MAPPED.saturating_sub(mapped) / 2);
+        let added = MAPPED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        added.map(|_| Self(bytes)).map_err(|_| MemError::NoRoom(bytes))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
+    }
 }
 
 impl Region {
@@ -111,6 +137,7 @@ impl Region {
         let whole =
             if page == SMALL_PAGE { lead.checked_add(len) } else { (lead + len).checked_next_multiple_of(page) };
         let size = whole.and_then(|size| usize::try_from(size).ok()).ok_or(MemError::Wraps)?;
+        let room = Room::for_bytes(size as u64)?;
         let map = MmapRegionBuilder::new(size)
             .with_file_offset(FileOffset::new(file, offset - lead))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -119,7 +146,7 @@ impl Region {
             .map_err(MemError::Map)?;
         // SAFETY: the range is the mapping just made; advice that fails changes nothing.
         unsafe { libc::madvise(map.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
-        Ok(Self { gpa, len, uva, lead: lead as usize, guard: Guard::new(map.as_ptr(), size), map })
+        Ok(Self { gpa, len, uva, lead: lead as usize, guard: Guard::new(map.as_ptr(), size), map, _room: room })
     }
 
     /// The same region; `owner` is told if its memory goes, which otherwise nobody is.
@@ -369,6 +396,17 @@ pub(crate) mod tests {
 
     fn region(gpa: u64, len: u64, uva: u64) -> Region {
         Region::map(memfd(len), gpa, len, uva, 0).unwrap()
+    }
+
+    #[test]
+    fn no_port_takes_all_the_room() {
+        let quarter = || Room::for_bytes(MAX_MAPPED / 4);
+        let (first, second) = (quarter().unwrap(), quarter().unwrap());
+        assert!(matches!(Room::for_bytes(MAX_MAPPED / 3), Err(MemError::NoRoom(_))));
+        drop(first);
+        quarter().unwrap();
+        drop(second);
+        assert!(matches!(Room::for_bytes(u64::MAX), Err(MemError::NoRoom(_))));
     }
 
     #[test]

@@ -127,7 +127,7 @@ fn stations_are_told_and_flushed_by_their_network() {
 fn ports_that_move_keep_no_station_but_their_own() {
     let (blue, red) = (port("b", "network=blue,mac=02:00:00:00:00:01"), port("r", "network=red,mac=02:00:00:00:00:01"));
     let switch = switch(&[&blue, &red, &port("g", "network=green")]);
-    ["b", "r"].map(|name| come_up(&switch, name));
+    ["b", "r"].iter().for_each(|name| come_up(&switch, name, None));
     hear(&switch, "b", 7, 0);
     hear(&switch, "g", 8, 0);
     for change in MOVES {
@@ -203,7 +203,7 @@ fn what_is_kept_for_a_guest_does_not_follow_it_into_another_domain() {
 fn an_address_of_two_ports_stays_where_it_was_heard() {
     let of = |name| port(name, "network=blue,mac=02:00:00:00:00:01");
     let switch = switch(&[&of("a"), &of("b")]);
-    ["a", "b"].map(|name| come_up(&switch, name));
+    ["a", "b"].iter().for_each(|name| come_up(&switch, name, None));
     let heard = Station { mac: 0x0200_0000_0001, vid: 0, network: view(&switch, "b").network };
     assert_ne!(switch.inner.fdb.set(heard, id(&switch, "b"), true, 0), Learned::No);
     for change in MOVES {
@@ -217,11 +217,11 @@ fn an_address_of_two_ports_stays_where_it_was_heard() {
 fn another_process_learns_at_which_of_two_ports_an_address_was_heard() {
     let of = |name| port(name, "network=blue,mac=02:00:00:00:00:01");
     let old = switch(&[&of("a"), &of("b")]);
-    ["b", "a"].map(|name| come_up(&old, name));
+    ["b", "a"].iter().for_each(|name| come_up(&old, name, None));
     let (networks, names, entries) = known(&old);
     let new = switch(&[&of("a"), &of("b")]);
     new.restore_stations(&networks, &names, &entries, true);
-    ["a", "b"].map(|name| come_up(&new, name));
+    ["a", "b"].iter().for_each(|name| come_up(&new, name, None));
     let places = [&old, &new].map(|switch| told(switch));
     assert_eq!(places, [[("blue".to_owned(), 0, "b".to_owned())], [("blue".to_owned(), 0, "b".to_owned())]]);
     old.stop();

@@ -21,12 +21,14 @@ pub(super) fn inherit_hold(link: &mut Link, before: &Slot) {
 }
 
 impl Inner {
-    /// Drops what was held for guests that were not heard in time, and forgets where they were.
+    /// Drops what was held for guests that were not heard in time, and forgets where they were. Has workers look again where
+    /// frames are left for one that receives: a worker that another one made wait did not deliver them.
     pub(super) fn end_holds(&self) {
         let mut tables = lock(&self.tables);
-        let mut ended = Vec::new();
+        let (mut ended, mut is_left) = (Vec::new(), false);
         for slot in &mut tables.slots {
             let Slot::Used(view) = slot else { continue };
+            is_left |= view.link.receives() && view.link.hold.as_ref().is_some_and(|hold| !hold.is_empty());
             let over = |hold: &Arc<Hold>| view.link.tx.is_empty() && !hold.goes_on();
             if let Some(hold) = view.link.hold.clone().filter(over) {
                 ended.push((view.id, hold));
@@ -34,7 +36,7 @@ impl Inner {
                 *view = Arc::new(PortView { link, ..PortView::clone(view) });
             }
         }
-        if !ended.is_empty() {
+        if is_left || !ended.is_empty() {
             self.publish(&mut tables);
             // A device may have it yet, which no worker has any more.
             ended.iter().for_each(|(_, hold)| hold.clear());

@@ -371,7 +371,7 @@ fn a_configured_address_moves_only_to_a_port_that_has_it_too() {
 }
 
 /// Gives a port whose frontend is not there a ring to send to.
-pub(super) fn come_up(switch: &Switch, name: &str) {
+pub(super) fn come_up(switch: &Switch, name: &str, hold: Option<Arc<Hold>>) {
     let entry = || lock(&switch.inner.tables).ports.get(name).map(|entry| (entry.id, entry.stats.clone())).unwrap();
     let (id, stats) = entry();
     let link = || lock(&switch.inner.tables).slots[usize::from(id.0)].view().unwrap().link.clone();
@@ -384,7 +384,26 @@ pub(super) fn come_up(switch: &Switch, name: &str) {
     let guest = TestGuest::new(8, VERSION_1);
     let tx = vec![guest_rx(guest.setup(), &guest.ring())];
     let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats };
-    publisher.publish(Link { tx, ..Link::down(PortState::Up, None) });
+    publisher.publish(Link { tx, hold, ..Link::down(PortState::Up, None) });
+}
+
+/// As when the worker that was to deliver it did not wait for another one.
+#[test]
+fn what_is_left_for_a_guest_that_is_there_is_looked_for_again() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("vm=vhost-user:/nonexistent/vm".parse().unwrap()).unwrap();
+    let hold = Arc::new(Hold::new(Arc::default()));
+    come_up(&switch, "vm", Some(hold.clone()));
+    let mut guest = TestGuest::new(8, VERSION_1);
+    guest.send(&frame(mac(1), mac(0), 60), &[]);
+    let queue = guest_tx(guest.setup(), &guest.ring());
+    assert_eq!(queue.poll(&mut BurstStorage::default(), &mut |burst| hold.keep(burst, &[0], 0)), Ok(1));
+    let began = Instant::now();
+    while !hold.is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is left for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    switch.stop();
 }
 
 /// Its guest runs on another host and comes here, or has run here and goes there.
@@ -397,7 +416,7 @@ fn a_configured_address_is_elsewhere_while_its_port_cannot_receive() {
     switch.inner.fdb.learn(station, PortId(0));
     switch.add_port("vm=vhost-user:/nonexistent/vm,mac=02:00:00:00:00:01".parse().unwrap()).unwrap();
     assert_eq!(entry(), [("up".to_owned(), false)]);
-    come_up(&switch, "vm");
+    come_up(&switch, "vm", None);
     assert_eq!(entry(), [("vm".to_owned(), true)]);
     let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(1), stats: Arc::default() };
     publisher.publish(Link::down(PortState::Down, None));
@@ -408,9 +427,9 @@ fn a_configured_address_is_elsewhere_while_its_port_cannot_receive() {
 #[test]
 fn a_trunk_has_its_address_in_each_of_its_vlans() {
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
-    let spec = format!("vm=vhost-user:/nonexistent/vm,mac=02:00:00:00:00:01,vlan=3,trunk=10,20");
+    let spec = "vm=vhost-user:/nonexistent/vm,mac=02:00:00:00:00:01,vlan=3,trunk=10,20";
     switch.add_port(spec.parse().unwrap()).unwrap();
-    come_up(&switch, "vm");
+    come_up(&switch, "vm", None);
     let entries: Vec<_> = switch.fdb().into_iter().map(|entry| (entry.vlan, entry.is_static)).collect();
     assert_eq!(entries, [(3, true), (10, true), (20, true)]);
     switch.stop();
@@ -448,8 +467,8 @@ fn adding_a_port_takes_no_address_from_another() {
     switch.add_port(address("a").parse().unwrap()).unwrap();
     switch.add_port(address("b").parse().unwrap()).unwrap();
     assert_eq!(place(), None);
-    come_up(&switch, "a");
-    come_up(&switch, "b");
+    come_up(&switch, "a", None);
+    come_up(&switch, "b", None);
     assert_eq!(place(), Some(PortId(0)));
     switch.remove_port("a").unwrap();
     assert_eq!(place(), Some(PortId(1)));

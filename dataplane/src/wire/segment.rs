@@ -14,6 +14,14 @@ pub const MAX_SEGMENT_HEADER: usize = 256;
 /// 12 of timestamps) make 1821; a guest that asks for more wants to keep the switch busy.
 pub const MAX_SEGMENTS: usize = 2048;
 
+/// The same of UDP, where Linux sends no more (`UDP_MAX_SEGMENTS`).
+pub const MAX_UDP_SEGMENTS: usize = 128;
+
+/// What a super-frame of that kind may become.
+pub const fn most_segments(kind: GsoKind) -> usize {
+    if kind.is_tcp() { MAX_SEGMENTS } else { MAX_UDP_SEGMENTS }
+}
+
 /// What the headers of a segment hold as transport checksum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChecksumMode {
@@ -101,7 +109,7 @@ impl<'a> Segmenter<'a> {
         }
         // Headers alone are a segment too.
         let count = data.div_ceil(size).max(1);
-        if count > MAX_SEGMENTS {
+        if count > most_segments(gso.kind) {
             return Err(WireError::TooManySegments);
         }
         let pseudo = pseudo_without_length(frame, len, gso.kind, layout).ok_or(WireError::Truncated)?;

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use e2e::hostile::message::*;
 use sluice::config::SocketMode::Client;
@@ -91,6 +92,39 @@ fn all_refused(name: &str, guest: &Guest, cases: &[(Message, &str)]) {
     let mut peer = qemu.accept();
     peer.bring_up(guest);
     assert_eq!(bench.recorder.newest().state, PortState::Up);
+}
+
+/// Who takes over waits for the end of a message, but not for long.
+#[test]
+fn a_message_comes_in_one_piece_or_soon() {
+    let _shared = shared();
+    let bench = Bench::new("pieces", Client);
+    let qemu = bench.listen();
+    let guest = Guest::new(MIB);
+    let mut peer = qemu.accept();
+    peer.bring_up(&guest);
+    let mark = bench.recorder.mark();
+    let bytes = Message::ring(SET_VRING_ENABLE, 0, 1).bytes();
+    let (header, payload) = bytes.split_at(12);
+    peer.bytes(header, &[]);
+    let sent = payload.iter().take_while(|byte| {
+        std::thread::sleep(Duration::from_millis(700));
+        peer.bytes(&[**byte], &[])
+    });
+    let sent = sent.count();
+    let failed = bench.recorder.wait_since(mark, "a refusal", |link| link.state == PortState::Failed);
+    assert!(failed.reason.contains("cannot read the whole message"), "{}", failed.reason);
+    assert!(sent < payload.len() / 2, "{sent} of its pieces were waited for");
+}
+
+#[test]
+fn more_memory_than_any_guest_has() {
+    let _shared = shared();
+    let guest = Guest::new(MIB);
+    let sparse = memfd(6 << 40);
+    let regions: Vec<_> = (0..3).map(|place: u64| [place << 44, 6 << 40, UVA + (place << 44), 0]).collect();
+    let fds = [sparse.as_raw_fd(); 3];
+    all_refused("large", &guest, &[(memory_table(&regions).with(&fds), "more than 16 TiB of guest memory")]);
 }
 
 #[test]

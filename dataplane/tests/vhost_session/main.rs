@@ -8,7 +8,7 @@ mod lost;
 mod support;
 
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -276,6 +276,12 @@ fn marks(log: &fs::File) -> u8 {
     byte[0]
 }
 
+/// Whether this process, in which the port is, maps the file.
+fn is_mapped(file: &fs::File) -> bool {
+    let inode = format!(" {} ", file.metadata().unwrap().ino());
+    fs::read_to_string("/proc/self/maps").unwrap().contains(&inode)
+}
+
 #[test]
 fn logging_begins_changes_and_ends_under_running_rings() {
     const USED: u8 = 1 << 2 | 1 << 6;
@@ -314,6 +320,7 @@ fn logging_begins_changes_and_ends_under_running_rings() {
         let link = bench.recorder.newest();
         assert_eq!((link.state, link.rx, link.tx), (PortState::Up, 1, 1));
         assert_eq!((marks(&first), marks(&second)), (0, 0));
+        assert!([&first, &second].iter().all(|log| !is_mapped(log)), "a log is kept that nobody wants");
     }
     assert_eq!((peer.frontend.get_vring_base(0).unwrap(), peer.frontend.get_vring_base(1).unwrap()), (7, 9));
 

@@ -16,7 +16,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::keeper::Stamp;
-use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
+use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
 use crate::mem::{GuestMemory, Log, MemError, OnLoss, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::hold::Hold;
@@ -72,6 +72,8 @@ pub(super) struct Device {
     spread: usize,
     /// MTU that the port is configured to.
     mtu: Option<u16>,
+    /// The frontend's, which was told to be too large.
+    told_mtu: Option<u16>,
     /// Shown until the link is up.
     note: String,
     pub(super) features: u64,
@@ -103,6 +105,7 @@ impl Device {
             publisher,
             spread: queues.map_or(MAX_QUEUE_PAIRS, |queues| usize::from(queues.max(1))),
             mtu,
+            told_mtu: None,
             note: before.map_or_else(|| WAITING.to_owned(), |reason| format!("{WAITING}; before that: {reason}")),
             features: 0,
             protocol: 0,
@@ -141,7 +144,8 @@ impl Device {
     pub(super) fn frontend_mtu(&mut self, mtu: u64) -> std::result::Result<(), DeviceError> {
         let mtu = u16::try_from(mtu).ok().filter(|&mtu| mtu >= 68).ok_or(DeviceError::Mtu(mtu))?;
         match self.mtu {
-            Some(ours) if mtu > ours => {
+            // The frontend may say so as often as it likes.
+            Some(ours) if mtu > ours && self.told_mtu.replace(mtu) != Some(mtu) => {
                 tracing::warn!(frontend = mtu, port = ours, "the guest's MTU is larger than its port's");
             }
             _ => tracing::debug!(mtu, "the frontend set its MTU"),
@@ -408,9 +412,13 @@ impl VhostUserBackendReqHandlerMut for Device {
             if (features ^ self.features) & !features::LOG_ALL != 0 {
                 self.rings.iter_mut().for_each(Ring::freeze);
             }
+            let was_logged = self.is_logged();
             self.features = features;
             if self.is_logged() {
                 self.hold();
+            } else if was_logged {
+                // The next migration brings another one.
+                self.log = None;
             }
             self.change_memory(&self.memory.clone())?;
         }
@@ -423,6 +431,11 @@ impl VhostUserBackendReqHandlerMut for Device {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
+        // Before any is mapped: all of them together could take up the addresses of the process.
+        let bytes = regions.iter().fold(0u64, |sum, region| sum.saturating_add(region.memory_size));
+        if bytes > MAX_GUEST_MEMORY {
+            return Err(DeviceError::Memory(MemError::TooLarge).into());
+        }
         let regions = regions.iter().zip(files).map(|(region, file)| self.map(region, file));
         let regions = regions.collect::<std::result::Result<_, _>>().map_err(DeviceError::Memory)?;
         self.change_memory(&GuestMemory::new(regions).map_err(DeviceError::Memory)?)?;

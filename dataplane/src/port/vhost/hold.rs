@@ -99,9 +99,10 @@ impl Hold {
     }
 
     /// Hands the frames for which `whither` knows a place to `deliver`: place, VLAN, and bytes with the virtio-net header in
-    /// front. Those that are too old are dropped instead.
+    /// front. Those that are too old are dropped instead. Nothing is done if another worker is at it and does not come to an end:
+    /// it delivers, or the housekeeper has it done again.
     pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, FrameVlan, &[u8])) {
-        let mut held = self.held.lock();
+        let Some(mut held) = self.held.lock_in_time() else { return };
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {
@@ -146,5 +147,39 @@ impl Held {
         let label = Label { mac: frame.destination(), vlan: frame.vlan(), is_flooded };
         self.frames.push(HeldFrame { label, first, len });
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::BurstStorage;
+    use crate::port::vhost::queue::guest_tx;
+    use crate::testing::{TestGuest, VERSION_1};
+
+    /// A guest can make the one that delivers to it wait.
+    #[test]
+    fn nobody_waits_for_who_delivers() {
+        let hold = Hold::new(Arc::default());
+        let mut guest = TestGuest::new(8, VERSION_1);
+        guest.send(&[0; 72], &[]);
+        let queue = guest_tx(guest.setup(), &guest.ring());
+        queue.poll(&mut BurstStorage::default(), &mut |burst| hold.keep(burst, &[0], 0)).unwrap();
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let (go_on, may_go_on) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let hold = &hold;
+            scope.spawn(move || {
+                hold.release(Some, |_, _, _| {
+                    begun.send(()).unwrap();
+                    may_go_on.recv().unwrap();
+                });
+            });
+            has_begun.recv().unwrap();
+            hold.release(Some, |_, _, _| panic!("it is delivered by the first"));
+            assert_eq!(hold.len(), 1);
+            go_on.send(()).unwrap();
+        });
+        assert!(hold.is_empty());
     }
 }

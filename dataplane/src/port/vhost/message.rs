@@ -7,11 +7,15 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
 /// Bytes of a header: request, flags and size of what follows.
 pub(super) const HEADER: usize = 12;
+
+/// How long the pieces of a message may come for, beside the last one, for which the stream's own timeout is.
+const PIECES: Duration = Duration::from_millis(500);
 
 const VERSION: u32 = 0x1;
 const VERSION_MASK: u32 = 0x3;
@@ -71,12 +75,13 @@ impl Header {
 
     /// Takes the whole message, whose payload must be exactly `N` bytes, from the stream. Reading without room for
     /// ancillary data makes the kernel close any descriptors that came along.
-    pub(super) fn take<const N: usize>(self, mut stream: &UnixStream) -> Result<[u8; N], MessageError> {
+    pub(super) fn take<const N: usize>(self, stream: &UnixStream) -> Result<[u8; N], MessageError> {
         if self.size as usize != N {
             return Err(MessageError::Size(self.request, self.size, N as u32));
         }
         let mut payload = [0; N];
-        let read = stream.read_exact(&mut [0; HEADER]).and_then(|()| stream.read_exact(&mut payload));
+        let began = Instant::now();
+        let read = read_all(stream, &mut [0; HEADER], began).and_then(|()| read_all(stream, &mut payload, began));
         read.map_err(|error| MessageError::Truncated(self.request, error))?;
         Ok(payload)
     }
@@ -90,6 +95,22 @@ impl Header {
         reply[HEADER..].copy_from_slice(&value.to_ne_bytes());
         stream.write_all(&reply).map_err(|error| MessageError::Reply(self.request, error))
     }
+}
+
+/// As `read_exact`, but not byte by byte for as long as the frontend likes: the stream's timeout is for one call.
+fn read_all(mut stream: &UnixStream, mut bytes: &mut [u8], began: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match stream.read(bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => bytes = bytes.get_mut(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if !bytes.is_empty() && began.elapsed() > PIECES {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    Ok(())
 }
 
 /// Writes a request, with a number as its payload or without one.

@@ -133,9 +133,7 @@ impl Device {
             (ring.base, ring.known, ring.kept) = (before.base, !before.runs, before.runs);
         }
         // Who died may have written to pages without having marked them.
-        if let Some(log) = self.log.as_ref().filter(|_| self.features & features::LOG_ALL != 0) {
-            log.mark_all();
-        }
+        self.memory.mark_all();
         self.settle();
         self.check_running(record)
     }

@@ -239,7 +239,7 @@ fn supers() -> impl Strategy<Value = Super> {
     (kinds(), headers, any::<(u8, u32, u16)>(), payload, prop_oneof![1u16..50, 50u16..1500, 1500u16..=9000]).prop_map(
         |(kind, (tags, ip_options, extensions, tcp_options), (tcp_flags, seq, id), payload, size)| {
             // Stay within the bound on segments.
-            let size = size.max((payload.len() / MAX_SEGMENTS) as u16 + 1);
+            let size = size.max((payload.len() / most_segments(kind)) as u16 + 1);
             Super { kind, tags, ip_options, extensions, tcp_options, tcp_flags, seq, id, payload, size }
         },
     )
@@ -373,10 +373,12 @@ fn final_destination_of_a_routing_header_is_kept() {
 
 #[test]
 fn number_of_segments_is_bounded() {
-    let most = Super::simple(GsoKind::Tcp4, MAX_SEGMENTS, 1);
-    verify(&most, &most.cut(ChecksumMode::Complete));
-    let (frame, offload) = Super::simple(GsoKind::Tcp4, MAX_SEGMENTS + 1, 1).build();
-    assert_eq!(error_of(&frame, &offload), Some(WireError::TooManySegments));
+    for (kind, count) in [(GsoKind::Tcp4, MAX_SEGMENTS), (GsoKind::Udp6, MAX_UDP_SEGMENTS)] {
+        let most = Super::simple(kind, count, 1);
+        verify(&most, &most.cut(ChecksumMode::Complete));
+        let (frame, offload) = Super::simple(kind, count + 1, 1).build();
+        assert_eq!(error_of(&frame, &offload), Some(WireError::TooManySegments));
+    }
 }
 
 #[test]
