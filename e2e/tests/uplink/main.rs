@@ -7,11 +7,13 @@ mod wireshark;
 
 use anyhow::{Context, Result, ensure};
 use e2e::lab::mac;
+use e2e::ping;
 use e2e::process::{Process, run};
-use e2e::qemu::ECHO_PORT;
+use e2e::qemu::{ECHO_PORT, GuestSpec, Nic};
 use e2e::scratch::Scratch;
 use e2e::wait;
-use rig::{HOST, Rig, Wire, is_dpdk, test};
+use rig::{HOST, MTU, Rig, Wire, is_dpdk, test};
+use std::thread::sleep;
 use std::time::Duration;
 use wireshark::{Ear, direction_and_comment};
 
@@ -149,6 +151,44 @@ fn a_network_is_a_vlan_on_the_wire() -> Result<()> {
         // The plain host is on the same wire, but in no VLAN.
         ensure!(!rig.near.reaches(0, &format!("10.0.0.{HOST}")), "a frame left its VLAN");
         Ok(())
+    })
+}
+
+/// Migrates a guest from one host to the other while the first one pings it.
+fn migrate(rig: &mut Rig, from: usize, to: usize) -> Result<()> {
+    let [peer, source, target] = [0, from, to].map(|place| &rig.near.guests[place]);
+    ping::begin(peer, "10.0.0.2")?;
+    // The target's port has been there for a while, with the guest's address.
+    sleep(Duration::from_millis(500));
+    source.begin_migration(target, 8 << 30)?;
+    let report = source.wait_migration(&["completed"], Duration::from_secs(60))?;
+    sleep(Duration::from_millis(500));
+    let pings = ping::end(peer)?;
+    println!("migrated in {} ms, standing still for {} ms; {pings:?}", report["total-time"], report["downtime"]);
+    rig.near.guests[to].adopt()?;
+    rig.near.check_echo(0, "tcp", "10.0.0.2", &[100, 65_000])?;
+    ensure!(pings.lost == 0, "{pings:?}");
+    rig.near.guests[from].respawn_incoming()
+}
+
+/// Ports with the guest's address are on both hosts for as long as both pods are there, which is longer than the migration.
+#[test]
+fn a_guest_migrates_to_the_other_host_and_back() -> Result<()> {
+    test(|rig| {
+        rig.lay(Wire::Bridge, None)?;
+        rig.set_mtu(1500)?;
+        rig.far.del_port("vm2")?;
+        let address = format!(",mac={}", mac(2));
+        rig.far.add_port(&format!("vm2=vhost-user:{}{address}", rig.near.socket("vm2").display()))?;
+        rig.near.wait_reachable(0, "10.0.0.2")?;
+        rig.near.add_port("vm3", &address[1..])?;
+        let nic = Nic::new(&rig.near.socket("vm3"), &mac(2)).with(&format!("host_mtu={MTU}"));
+        rig.near.guests.push(GuestSpec::new("vm3").nic(nic).incoming().start()?);
+        migrate(rig, 1, 2)?;
+        migrate(rig, 2, 1)?;
+        rig.near.guests.pop();
+        rig.near.del_port("vm3")?;
+        rig.near.wait_reachable(0, "10.0.0.2")
     })
 }
 

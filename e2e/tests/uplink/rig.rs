@@ -19,7 +19,7 @@ pub(crate) const HOST: u8 = 100;
 /// Says which kind of port the uplinks are: `afxdp` (if it is not set) or `dpdk`.
 const KIND: &str = "SLUICE_UPLINK";
 /// Largest MTU of wires and devices; guests use less of it.
-const MTU: usize = 9000;
+pub(crate) const MTU: usize = 9000;
 
 /// What joins the switches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
