@@ -85,6 +85,13 @@ pub struct Config {
         default_value = "/var/lib/kubelet/pod-resources/kubelet.sock"
     )]
     pub pod_resources: PathBuf,
+    /// Name of our own pod. Where it is given, the kubelet's lists count only if they have it: after a restart without the API
+    /// server it knows static pods alone, and all VMs seem to be gone
+    #[arg(long, env = "SLUICE_POD_NAME", value_name = "NAME", requires = "pod_namespace")]
+    pub pod_name: Option<String>,
+    /// Its namespace
+    #[arg(long, env = "SLUICE_POD_NAMESPACE", value_name = "NAME", requires = "pod_name")]
+    pub pod_namespace: Option<String>,
     /// Seconds between two looks at what pods use
     #[arg(long, env = "SLUICE_RECONCILE", value_name = "S", default_value = "30", value_parser = parse_seconds)]
     pub reconcile: Duration,
