@@ -27,11 +27,12 @@ pub(crate) const OWNERS: &str = "cni/";
 ///
 /// The first two tell attachments apart and are known to every command, so that DEL finds its port with nothing else,
 /// and never one that another pod has got meanwhile under the same device id. The network's name is for GC, the UID for
-/// people.
+/// people, and to know a pod again that got another sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Owner<'a> {
     pub(crate) container_id: &'a str,
     pub(crate) interface: &'a str,
+    pub(crate) uid: &'a str,
     pub(crate) network: &'a str,
 }
 
@@ -39,8 +40,8 @@ impl<'a> Owner<'a> {
     /// Reads an owner that we gave. The parts have no slash, as is checked before they are put together.
     pub(crate) fn parse(text: &'a str) -> Option<Self> {
         let mut parts = text.strip_prefix(OWNERS)?.split('/');
-        let (container_id, interface, _uid, network) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        parts.next().is_none().then_some(Self { container_id, interface, network })
+        let (container_id, interface, uid, network) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        parts.next().is_none().then_some(Self { container_id, interface, uid, network })
     }
 
     /// What the owners of all ports of this attachment begin with.
@@ -252,7 +253,10 @@ mod tests {
         assert_eq!(made.owner, "cni/c1/net1/u1/blue");
         assert_eq!(made.socket, "/var/run/sluice/sockets/sock-7/net1");
         assert_eq!(made.pod_socket, "/var/run/vhostuser/sock-7/net1");
-        assert_eq!(Owner::parse(&made.owner), Some(Owner { container_id: "c1", interface: "net1", network: "blue" }));
+        assert_eq!(
+            Owner::parse(&made.owner),
+            Some(Owner { container_id: "c1", interface: "net1", uid: "u1", network: "blue" })
+        );
         assert!(made.owner.starts_with(&Owner::prefix(&environment("net1", ""))));
         assert!(!made.owner.starts_with(&Owner::prefix(&environment("net", ""))));
         assert_eq!(Owner::parse("me"), None);
