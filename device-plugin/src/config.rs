@@ -12,8 +12,8 @@ use crate::folder::Owner;
 const MAX_SOCKET_PATH: usize = 107;
 /// Longest name of a network interface, after which sockets are called.
 const MAX_INTERFACE: usize = 15;
-/// Most devices: four digits, and more than a node has pods.
-const MAX_SOCKETS: usize = 9999;
+/// Most devices: a switch has 1024 ports, and a few of them are for others.
+const MAX_SOCKETS: usize = 1000;
 
 /// How VM folders are mounted in pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,7 +28,7 @@ pub enum Layout {
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sluice-device-plugin", version, after_long_help = AFTER_HELP)]
 pub struct Config {
-    /// How many VM interfaces this node can have
+    /// How many VM interfaces this node can have, 1000 at most
     #[arg(long, env = "SLUICE_SOCKETS", value_name = "N", default_value_t = 256)]
     pub sockets: usize,
     /// Folder of all VM folders, on the node and here alike
@@ -122,7 +122,7 @@ It needs the capabilities CHOWN, FOWNER and DAC_OVERRIDE, and gives up all other
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// A number is out of bounds.
-    #[error("--sockets must be 1 to {MAX_SOCKETS}")]
+    #[error("--sockets must be 1 to {MAX_SOCKETS}: a switch has 1024 ports at most, and not all are for VMs")]
     Sockets,
     /// A path is not absolute, or goes up.
     #[error("{option} must be an absolute path without '..': {path}")]
@@ -258,6 +258,7 @@ mod tests {
     #[test]
     fn the_defaults_are_fine() {
         assert_eq!(check(&[]), Ok(()));
+        assert_eq!(check(&["--sockets", "1000"]), Ok(()));
         assert_eq!(check(&["--numa", "0,1", "--resource-prefix", "a-1.example"]), Ok(()));
     }
 
@@ -266,7 +267,7 @@ mod tests {
         let long = format!("/{}", "x".repeat(90));
         for arguments in [
             ["--sockets", "0"],
-            ["--sockets", "10000"],
+            ["--sockets", "1001"],
             ["--root", "relative"],
             ["--root", "/a/../b"],
             ["--root", "/"],

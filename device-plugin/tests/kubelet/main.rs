@@ -496,7 +496,7 @@ async fn privileges_are_given_up() {
 #[tokio::test]
 async fn what_cannot_work_is_told_in_a_line() {
     for (arguments, complaint) in [
-        (["--sockets", "0"], "sluice-device-plugin: --sockets must be 1 to 9999\n"),
+        (["--sockets", "0"], "sluice-device-plugin: --sockets must be 1 to 1000: a switch has 1024 ports"),
         (["--owner", "root"], "write it like 107:107"),
         (["--kubelet-dir", "relative"], "--kubelet-dir must be an absolute path without '..': relative"),
     ] {
