@@ -78,7 +78,7 @@ fn leftovers(mut ports: Vec<PortStatus>, environment: &Environment) -> Result<Ve
 ///
 /// A switch that is down is not an error, since the runtime would try again for ever and the pod would never go. It finds a
 /// note when it is back: after a reboot of the node, pods of before are taken down before there is a switch. Without a note the
-/// port stays, disconnected, until GC or until the next ADD with the same device removes it.
+/// port stays, disconnected, until the next ADD with the same device removes it, or a GC, which Multus does not pass on.
 pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniError> {
     let removed = remove_ports(config, environment);
     // Not without the address: leases do not come back by themselves.
@@ -89,7 +89,7 @@ pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniE
                 "sluice-cni: DEL leaves a note for the switch, which removes the port when it is back: {error}"
             ),
             Err(no_note) => eprintln!(
-                "sluice-cni: DEL leaves the port to GC, or to the next pod that gets the device: {error}; no note can be \
+                "sluice-cni: DEL leaves the port to the next pod that gets the device: {error}; no note can be \
                  left for the switch: {no_note}"
             ),
         }
