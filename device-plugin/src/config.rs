@@ -68,7 +68,8 @@ pub struct Config {
         default_value = "/var/run/k8s.cni.cncf.io/devinfo/dp"
     )]
     pub device_info_dir: PathBuf,
-    /// Write CDI files here, like /var/run/cdi, and let the runtime mount by them [default: plain mounts]
+    /// Write CDI files here, like /var/run/cdi, and let the runtime mount by them, where devices have to come by CDI [default:
+    /// plain mounts, which do the same with any runtime]
     #[arg(long, env = "SLUICE_CDI_DIR", value_name = "DIR")]
     pub cdi_dir: Option<PathBuf>,
     /// Spread the devices over these NUMA nodes [default: no preference]
