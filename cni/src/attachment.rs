@@ -15,6 +15,11 @@ const MAX_DEVICE_ID: usize = 63;
 /// Longest owner of a port.
 const MAX_OWNER: usize = 256;
 
+/// What the names of pods of virtual machines begin with.
+const LAUNCHER: &str = "virt-launcher-";
+/// Length of a generated name whose first part the API server may have cut, to make room for its random end.
+const FULL_POD_NAME: usize = 63;
+
 /// What all owners that we give to ports begin with.
 pub(crate) const OWNERS: &str = "cni/";
 
@@ -22,11 +27,12 @@ pub(crate) const OWNERS: &str = "cni/";
 ///
 /// The first two tell attachments apart and are known to every command, so that DEL finds its port with nothing else,
 /// and never one that another pod has got meanwhile under the same device id. The network's name is for GC, the UID for
-/// people.
+/// people, and to know a pod again that got another sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Owner<'a> {
     pub(crate) container_id: &'a str,
     pub(crate) interface: &'a str,
+    pub(crate) uid: &'a str,
     pub(crate) network: &'a str,
 }
 
@@ -34,8 +40,8 @@ impl<'a> Owner<'a> {
     /// Reads an owner that we gave. The parts have no slash, as is checked before they are put together.
     pub(crate) fn parse(text: &'a str) -> Option<Self> {
         let mut parts = text.strip_prefix(OWNERS)?.split('/');
-        let (container_id, interface, _uid, network) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        parts.next().is_none().then_some(Self { container_id, interface, network })
+        let (container_id, interface, uid, network) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        parts.next().is_none().then_some(Self { container_id, interface, uid, network })
     }
 
     /// What the owners of all ports of this attachment begin with.
@@ -165,6 +171,12 @@ fn mac_of(config: &Config, settings: &Settings, environment: &Environment) -> Re
             ))
         });
     }
+    if settings.spoof_check && is_of_unknown_machine(environment.arg("K8S_POD_NAME")) {
+        return Err(CniError::config(
+            "spoofCheck needs an address that stays, and none can be made up here, since the virtual machine's name is too \
+             long to tell from that of its pod: give its interface a \"macAddress\"",
+        ));
+    }
     let who = identity(environment);
     let hash = hash(&[&config.name, &who, &environment.interface]).to_be_bytes();
     let first = (hash[0] & 0xfc) | 2;
@@ -176,11 +188,18 @@ fn mac_of(config: &Config, settings: &Settings, environment: &Environment) -> Re
 /// differ in a generated last part of their name only; the guest keeps its address, so the machine is what counts.
 fn identity(environment: &Environment) -> String {
     let pod = environment.arg("K8S_POD_NAME");
-    match pod.strip_prefix("virt-launcher-").and_then(|name| name.rsplit_once('-')) {
-        Some((machine, _)) => format!("{}/{machine}", environment.arg("K8S_POD_NAMESPACE")),
-        None if environment.pod_uid().is_empty() => environment.container_id.clone(),
-        None => environment.pod_uid().into(),
+    match pod.strip_prefix(LAUNCHER).and_then(|name| name.rsplit_once('-')) {
+        Some((machine, _)) if !is_of_unknown_machine(pod) => {
+            format!("{}/{machine}", environment.arg("K8S_POD_NAMESPACE"))
+        }
+        _ if environment.pod_uid().is_empty() => environment.container_id.clone(),
+        _ => environment.pod_uid().into(),
     }
+}
+
+/// Whether the machine's name in that of its pod may have been cut: others can begin with the same 43 characters.
+fn is_of_unknown_machine(pod: &str) -> bool {
+    pod.starts_with(LAUNCHER) && pod.len() >= FULL_POD_NAME
 }
 
 /// An address in the switch's form; none if it is not the address of one station.
@@ -234,7 +253,10 @@ mod tests {
         assert_eq!(made.owner, "cni/c1/net1/u1/blue");
         assert_eq!(made.socket, "/var/run/sluice/sockets/sock-7/net1");
         assert_eq!(made.pod_socket, "/var/run/vhostuser/sock-7/net1");
-        assert_eq!(Owner::parse(&made.owner), Some(Owner { container_id: "c1", interface: "net1", network: "blue" }));
+        assert_eq!(
+            Owner::parse(&made.owner),
+            Some(Owner { container_id: "c1", interface: "net1", uid: "u1", network: "blue" })
+        );
         assert!(made.owner.starts_with(&Owner::prefix(&environment("net1", ""))));
         assert!(!made.owner.starts_with(&Owner::prefix(&environment("net", ""))));
         assert_eq!(Owner::parse("me"), None);
@@ -298,6 +320,30 @@ mod tests {
         let first = u8::from_str_radix(&mac("")[..2], 16).unwrap();
         assert_eq!(first & 3, 2, "locally administered, of one station");
         assert_eq!(mac("").len(), 17);
+    }
+
+    #[test]
+    fn cut_names_are_nobodys() {
+        // As the API server does it: 58 characters of "virt-launcher-NAME-", and five of its own.
+        let pod = |machine: &str, random: &str| {
+            let base = format!("virt-launcher-{machine}-");
+            format!("{}{random}", &base[..base.len().min(58)])
+        };
+        let made = |more: &serde_json::Value, machine: &str, random: &str| {
+            let args = format!("K8S_POD_NAMESPACE=ns;K8S_POD_NAME={0};K8S_POD_UID={0}", pod(machine, random));
+            make(more.clone(), &environment("net1", &args)).map(|made| made.mac)
+        };
+        let name = |length: usize| format!("a-{}", "x".repeat(length - 2));
+        let checked = json!({ "spoofCheck": true });
+        assert_eq!(made(&checked, &name(42), "abcde").unwrap(), made(&checked, &name(42), "fghij").unwrap());
+        for machine in [name(43), name(44), name(63), format!("{}-two", name(43))] {
+            let plain = json!({});
+            assert_ne!(made(&plain, &machine, "abcde").unwrap(), made(&plain, &machine, "fghij").unwrap(), "{machine}");
+            let error = made(&checked, &machine, "abcde").unwrap_err();
+            assert!(error.contains("macAddress"), "{machine}: {error}");
+            let asked = json!({ "spoofCheck": true, "runtimeConfig": { "mac": "02:00:00:00:00:01" } });
+            assert_eq!(made(&asked, &machine, "abcde").unwrap(), "02:00:00:00:00:01");
+        }
     }
 
     #[test]

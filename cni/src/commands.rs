@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::path::Path;
 
 use serde_json::Value;
 use sluice_proto::gone;
+use sluice_proto::sluice::v1::{PortState, PortStatus};
 
 use crate::attachment::{Attachment, OWNERS, Owner};
-use crate::config::Config;
+use crate::config::{Config, goes_up};
 use crate::environment::Environment;
 use crate::error::{CniError, Code};
 use crate::ipam::Ipam;
@@ -17,6 +19,7 @@ use crate::{device_info, result};
 /// Makes an attachment. Whatever fails, nothing of it is left.
 pub(crate) fn add(config: &Config, environment: &Environment) -> Result<Value, CniError> {
     let settings = config.settings()?;
+    settings.device_info_file.as_deref().map(device_info::check_place).transpose()?;
     let attachment = Attachment::new(config, &settings, environment)?;
     // Before anything is handed out: a switch that is down costs no address.
     let mut switch = Switch::connect(&config.control, true)?;
@@ -42,21 +45,40 @@ pub(crate) fn add(config: &Config, environment: &Environment) -> Result<Value, C
 /// The device's folder is this pod's alone now. A port that another pod has left behind in it, under another
 /// interface's name, would connect to whatever this pod puts there, in the other pod's network.
 fn remove_leftovers(switch: &mut Switch, attachment: &Attachment, environment: &Environment) -> Result<(), CniError> {
-    for port in switch.ports(OWNERS, &attachment.device_folder)? {
-        let owner = port.owner.as_deref().unwrap_or_default();
-        let of_this_pod = Owner::parse(owner).is_some_and(|owner| owner.container_id == environment.container_id);
-        if !of_this_pod && port.name != attachment.port.name {
-            switch.remove(&port.name, owner)?;
+    let mut ports = switch.ports(OWNERS, &attachment.device_folder)?;
+    // It may have its socket elsewhere.
+    ports.extend(switch.port(&attachment.port.name)?.filter(|port| port.owner.is_some()));
+    for port in leftovers(ports, environment)? {
+        if port.name != attachment.port.name {
+            switch.remove(&port.name, port.owner.as_deref().unwrap_or_default())?;
         }
     }
     Ok(())
+}
+
+/// What of these ports another sandbox has left behind. A device that the kubelet has just given to this pod has no running
+/// guest, but for the pod's own while its sandbox is replaced. If it has, the id was written into the configuration.
+fn leftovers(mut ports: Vec<PortStatus>, environment: &Environment) -> Result<Vec<PortStatus>, CniError> {
+    let owner_is = |port: &PortStatus, wanted: &dyn Fn(Owner<'_>) -> bool| {
+        port.owner.as_deref().and_then(Owner::parse).is_some_and(wanted)
+    };
+    ports.retain(|port| !owner_is(port, &|owner| owner.container_id == environment.container_id));
+    let of_this_pod = |owner: Owner<'_>| !owner.uid.is_empty() && owner.uid == environment.pod_uid();
+    match ports.iter().find(|port| port.state() == PortState::Up && !owner_is(port, &of_this_pod)) {
+        Some(PortStatus { name, owner, .. }) => {
+            let owner = owner.as_deref().unwrap_or_default();
+            let problem = format!("port {name} of {owner} has a running guest; was its device given to this pod?");
+            Err(CniError::new(Code::TryAgain, problem))
+        }
+        None => Ok(ports),
+    }
 }
 
 /// Removes an attachment, whatever is left of it and whatever is wrong with its configuration.
 ///
 /// A switch that is down is not an error, since the runtime would try again for ever and the pod would never go. It finds a
 /// note when it is back: after a reboot of the node, pods of before are taken down before there is a switch. Without a note the
-/// port stays, disconnected, until GC or until the next ADD with the same device removes it.
+/// port stays, disconnected, until the next ADD with the same device removes it, or a GC, which Multus does not pass on.
 pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniError> {
     let removed = remove_ports(config, environment);
     // Not without the address: leases do not come back by themselves.
@@ -67,7 +89,7 @@ pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniE
                 "sluice-cni: DEL leaves a note for the switch, which removes the port when it is back: {error}"
             ),
             Err(no_note) => eprintln!(
-                "sluice-cni: DEL leaves the port to GC, or to the next pod that gets the device: {error}; no note can be \
+                "sluice-cni: DEL leaves the port to the next pod that gets the device: {error}; no note can be \
                  left for the switch: {no_note}"
             ),
         }
@@ -79,7 +101,8 @@ pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniE
 fn leave_note(config: &Config, environment: &Environment) -> io::Result<()> {
     let note = gone::note(&config.control, &Owner::prefix(environment));
     let note = note.ok_or_else(|| io::Error::other("its name would be none for a file"))?;
-    if let Some(folder) = note.parent().filter(|folder| folder.starts_with("/run") || folder.starts_with("/var/run")) {
+    let is_volatile = |folder: &&Path| folder.starts_with("/run") || folder.starts_with("/var/run");
+    if let Some(folder) = note.parent().filter(is_volatile).filter(|folder| !goes_up(folder)) {
         // After a boot it is not there.
         fs::create_dir_all(folder)?;
     }
@@ -149,4 +172,45 @@ pub(crate) fn status(config: &Config, environment: &Environment) -> Result<(), C
 fn ipam<'a>(config: &'a Config, environment: &'a Environment) -> Option<Ipam<'a>> {
     let plugin = config.ipam.as_deref()?;
     Some(Ipam { plugin, config: &config.text, path: &environment.path })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(args: &str) -> Environment {
+        let read = |name: &str| match name {
+            "CONTAINERID" => Some("c1".to_owned()),
+            "ARGS" => Some(args.into()),
+            _ => None,
+        };
+        Environment::read(&[], &read).unwrap()
+    }
+
+    fn port(owner: &str, state: PortState) -> PortStatus {
+        PortStatus { name: "p".into(), owner: Some(owner.into()), state: state.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_running_guest_is_no_leftover() {
+        let environment = environment("K8S_POD_UID=u1");
+        let kept = |owner: &str, state| leftovers(vec![port(owner, state)], &environment).map(|ports| ports.is_empty());
+        // The same call again.
+        assert_eq!(kept("cni/c1/net1/u1/blue", PortState::Up), Ok(true));
+        // This pod's sandbox was replaced.
+        assert_eq!(kept("cni/c0/net1/u1/blue", PortState::Up), Ok(false));
+        for state in [PortState::Connecting, PortState::Down, PortState::Failed] {
+            assert_eq!(kept("cni/c0/net1/u0/blue", state), Ok(false), "{state:?}");
+        }
+        for owner in ["cni/c0/net1/u0/blue", "cni/c0/net1//blue", "me"] {
+            let error = kept(owner, PortState::Up).unwrap_err();
+            assert_eq!(error.to_json("")["code"], 11, "{owner}: {error}");
+        }
+    }
+
+    #[test]
+    fn without_a_uid_no_two_pods_are_one() {
+        let ports = vec![port("cni/c0/net1//blue", PortState::Up)];
+        assert!(leftovers(ports, &environment("")).is_err());
+    }
 }

@@ -1,6 +1,6 @@
 //! The network configuration that the runtime passes on standard input.
 
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use serde::de::DeserializeOwned;
@@ -192,6 +192,11 @@ impl Config {
             (one, other) => Ok(one.or(other).unwrap_or_default()),
         }
     }
+}
+
+/// Whether a path leads out of the folder that it begins with.
+pub(crate) fn goes_up(path: &Path) -> bool {
+    path.components().any(|part| part == Component::ParentDir)
 }
 
 /// The value of a key; none if it is null.

@@ -71,6 +71,21 @@ impl Switch {
         Ok(self.call(limit, async move { client.list_ports(request).await })?.ports)
     }
 
+    /// The port with this name, if there is one.
+    ///
+    /// # Errors
+    /// Code 11 if it does not answer.
+    pub(crate) fn port(&mut self, name: &str) -> Result<Option<proto::PortStatus>, CniError> {
+        let limit = self.question();
+        let mut client = self.client.clone();
+        let request = proto::GetPortRequest { name: name.into() };
+        let none = |status: Status| match status.code() {
+            Grpc::NotFound => Ok(Response::new(proto::GetPortResponse::default())),
+            _ => Err(status),
+        };
+        Ok(self.call(limit, async move { client.get_port(request).await.or_else(none) })?.port)
+    }
+
     /// Adds a port, in place of one of another owner if need be.
     ///
     /// # Errors

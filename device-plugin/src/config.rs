@@ -12,8 +12,8 @@ use crate::folder::Owner;
 const MAX_SOCKET_PATH: usize = 107;
 /// Longest name of a network interface, after which sockets are called.
 const MAX_INTERFACE: usize = 15;
-/// Most devices: four digits, and more than a node has pods.
-const MAX_SOCKETS: usize = 9999;
+/// Most devices: a switch has 1024 ports, and a few of them are for others.
+const MAX_SOCKETS: usize = 1000;
 
 /// How VM folders are mounted in pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,7 +28,7 @@ pub enum Layout {
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sluice-device-plugin", version, after_long_help = AFTER_HELP)]
 pub struct Config {
-    /// How many VM interfaces this node can have
+    /// How many VM interfaces this node can have, 1000 at most
     #[arg(long, env = "SLUICE_SOCKETS", value_name = "N", default_value_t = 256)]
     pub sockets: usize,
     /// Folder of all VM folders, on the node and here alike
@@ -68,7 +68,8 @@ pub struct Config {
         default_value = "/var/run/k8s.cni.cncf.io/devinfo/dp"
     )]
     pub device_info_dir: PathBuf,
-    /// Write CDI files here, like /var/run/cdi, and let the runtime mount by them [default: plain mounts]
+    /// Write CDI files here, like /var/run/cdi, and let the runtime mount by them, where devices have to come by CDI [default:
+    /// plain mounts, which do the same with any runtime]
     #[arg(long, env = "SLUICE_CDI_DIR", value_name = "DIR")]
     pub cdi_dir: Option<PathBuf>,
     /// Spread the devices over these NUMA nodes [default: no preference]
@@ -85,6 +86,13 @@ pub struct Config {
         default_value = "/var/lib/kubelet/pod-resources/kubelet.sock"
     )]
     pub pod_resources: PathBuf,
+    /// Name of our own pod. Where it is given, the kubelet's lists count only if they have it: after a restart without the API
+    /// server it knows static pods alone, and all VMs seem to be gone
+    #[arg(long, env = "SLUICE_POD_NAME", value_name = "NAME", requires = "pod_namespace")]
+    pub pod_name: Option<String>,
+    /// Its namespace
+    #[arg(long, env = "SLUICE_POD_NAMESPACE", value_name = "NAME", requires = "pod_name")]
+    pub pod_namespace: Option<String>,
     /// Seconds between two looks at what pods use
     #[arg(long, env = "SLUICE_RECONCILE", value_name = "S", default_value = "30", value_parser = parse_seconds)]
     pub reconcile: Duration,
@@ -115,7 +123,7 @@ It needs the capabilities CHOWN, FOWNER and DAC_OVERRIDE, and gives up all other
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// A number is out of bounds.
-    #[error("--sockets must be 1 to {MAX_SOCKETS}")]
+    #[error("--sockets must be 1 to {MAX_SOCKETS}: a switch has 1024 ports at most, and not all are for VMs")]
     Sockets,
     /// A path is not absolute, or goes up.
     #[error("{option} must be an absolute path without '..': {path}")]
@@ -251,6 +259,7 @@ mod tests {
     #[test]
     fn the_defaults_are_fine() {
         assert_eq!(check(&[]), Ok(()));
+        assert_eq!(check(&["--sockets", "1000"]), Ok(()));
         assert_eq!(check(&["--numa", "0,1", "--resource-prefix", "a-1.example"]), Ok(()));
     }
 
@@ -259,7 +268,7 @@ mod tests {
         let long = format!("/{}", "x".repeat(90));
         for arguments in [
             ["--sockets", "0"],
-            ["--sockets", "10000"],
+            ["--sockets", "1001"],
             ["--root", "relative"],
             ["--root", "/a/../b"],
             ["--root", "/"],

@@ -2,8 +2,8 @@
 //! into the pod's network status, from where KubeVirt passes it to the binding sidecar.
 //!
 //! A file names the socket *as the pod sees it*. Only the folder of that path is known here: the socket is called like the
-//! pod's network interface, which the CNI plugin is the first to learn. Until it puts that name into its own copy, the
-//! path ends in a placeholder, and readers should take the folder only.
+//! pod's network interface, which the CNI plugin is the first to learn. The path ends in a placeholder, and so does Multus' copy,
+//! which the CNI plugin leaves as it is: readers should take the folder only.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write};

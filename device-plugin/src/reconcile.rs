@@ -20,6 +20,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Largest list, in bytes.
 const MAX_LIST: usize = 64 << 20;
 
+/// Why there is no list to go by.
+#[derive(Debug, thiserror::Error)]
+enum ListError {
+    /// The kubelet could not be asked, or refused.
+    #[error(transparent)]
+    Call(#[from] RegisterError),
+    /// It has not heard of all pods.
+    #[error("the kubelet's list lacks our own pod {0}/{1}, so others may be missing too")]
+    Incomplete(String, String),
+}
+
 /// Compares what devices have left behind with what pods use.
 #[derive(Debug)]
 pub struct Reconciler {
@@ -29,6 +40,8 @@ pub struct Reconciler {
     pub link: Arc<Link>,
     /// The kubelet's pod-resources socket.
     pub socket: PathBuf,
+    /// Namespace and name of our own pod, which a complete list has. Without them every list is taken for complete.
+    pub own_pod: Option<(String, String)>,
     /// Time between two lists.
     pub interval: Duration,
     /// Where lists are counted.
@@ -49,7 +62,7 @@ impl Reconciler {
                 registrations = state.registrations;
                 self.sockets.forget_lists();
             }
-            let list = timeout(PATIENCE, self.list()).await.unwrap_or(Err(RegisterError::Silence));
+            let list = timeout(PATIENCE, self.list()).await.unwrap_or(Err(RegisterError::Silence.into()));
             self.metrics.count_pod_list(&list);
             match list {
                 // A list from before a restart says nothing about now.
@@ -63,11 +76,10 @@ impl Reconciler {
                 }
                 Ok(_) => {}
                 // The kubelet limits the rate for all its clients together. There is a next time.
-                Err(RegisterError::Refused(status)) if status.code() == Code::ResourceExhausted => {}
-                Err(error) if failing => tracing::debug!("{error}"),
+                Err(ListError::Call(RegisterError::Refused(status))) if status.code() == Code::ResourceExhausted => {}
                 Err(error) => {
+                    self.note_failure(&error, failing);
                     failing = true;
-                    tracing::warn!("cannot list what pods use, so leftovers stay: {error}");
                 }
             }
             tokio::select! {
@@ -77,11 +89,28 @@ impl Reconciler {
         }
     }
 
+    fn note_failure(&self, error: &ListError, again: bool) {
+        // Lists from before may have been as incomplete, after a restart that nobody noticed.
+        if matches!(error, ListError::Incomplete(..)) {
+            self.sockets.forget_lists();
+        }
+        match again {
+            true => tracing::debug!("{error}"),
+            false => tracing::warn!("cannot list what pods use, so leftovers stay: {error}"),
+        }
+    }
+
     /// The ids of our devices that pods have.
-    async fn list(&self) -> Result<BTreeSet<String>, RegisterError> {
+    async fn list(&self) -> Result<BTreeSet<String>, ListError> {
         let mut client =
             PodResourcesListerClient::new(connect(&self.socket).await?).max_decoding_message_size(MAX_LIST);
-        let pods = client.list(ListPodResourcesRequest {}).await?.into_inner().pod_resources;
+        let pods =
+            client.list(ListPodResourcesRequest {}).await.map_err(RegisterError::from)?.into_inner().pod_resources;
+        if let Some((namespace, name)) = &self.own_pod
+            && !pods.iter().any(|pod| pod.namespace == *namespace && pod.name == *name)
+        {
+            return Err(ListError::Incomplete(namespace.clone(), name.clone()));
+        }
         let containers = pods.into_iter().flat_map(|pod| pod.containers);
         let devices = containers.flat_map(|container| container.devices);
         let ours = devices.filter(|devices| devices.resource_name == self.sockets.name());

@@ -77,6 +77,7 @@ pub async fn run(config: Config) -> Result<()> {
         sockets,
         link: links[0].clone(),
         socket: config.pod_resources,
+        own_pod: config.pod_namespace.zip(config.pod_name),
         interval: config.reconcile,
         metrics,
     };

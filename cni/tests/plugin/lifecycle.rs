@@ -71,6 +71,46 @@ fn a_device_info_file_that_is_there_stays() {
     assert!(bench.ports().is_empty());
 }
 
+/// Whoever writes a NetworkAttachmentDefinition would have root write there.
+#[test]
+fn a_device_info_file_elsewhere_is_not_written() {
+    let bench = Bench::down();
+    let mut config = bench.config("1.0.0", &bench.device("sock-1"));
+    let above = std::env::temp_dir().join("../cni-device-info-test");
+    let in_place = "/var/run/k8s.cni.cncf.io/devinfo/cni";
+    for file in [
+        above.to_str().unwrap(),
+        "/etc/cni-device-info-test",
+        "relative",
+        &format!("{in_place}/../../x"),
+        &format!("{in_place}x/f"),
+    ] {
+        config["runtimeConfig"] = json!({ "CNIDeviceInfoFile": file });
+        let (code, message) = Pod::new(1).call("ADD", &config).error();
+        assert_eq!(
+            (code, message.contains("must be below /var/run/k8s.cni.cncf.io/devinfo/cni")),
+            (7, true),
+            "{message}"
+        );
+        assert!(!std::path::Path::new(file).exists());
+    }
+    // Where Multus has them. No switch: nothing is written.
+    for file in [format!("{in_place}/ns-blue-1"), "/run/k8s.cni.cncf.io/devinfo/cni/ns-blue-1".into()] {
+        config["runtimeConfig"] = json!({ "CNIDeviceInfoFile": file });
+        assert_eq!(Pod::new(1).call("ADD", &config).error().0, 11, "{file}");
+    }
+}
+
+#[test]
+fn a_note_makes_no_folder_elsewhere() {
+    let bench = Bench::down();
+    let mut config = bench.config("1.0.0", "sock-1");
+    let folder = bench.path("made");
+    config["control"] = format!("/run/..{}/ctl.sock", folder.display()).into();
+    Pod::new(1).call("DEL", &config).silent();
+    assert!(!folder.exists());
+}
+
 #[test]
 fn a_late_del_leaves_the_next_pod_alone() {
     let bench = Bench::new();

@@ -232,7 +232,8 @@ pub(crate) fn run(environment: &[(&str, String)], input: &[u8]) -> Answer {
     use std::io::Write;
     let began = Instant::now();
     let mut command = Command::new(PLUGIN);
-    command.env_clear().env("PATH", "/usr/bin:/bin").envs(environment.iter().map(|(key, value)| (key, value)));
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("SLUICE_CNI_DEVICE_INFO_DIR", std::env::temp_dir());
+    command.envs(environment.iter().map(|(key, value)| (key, value)));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     // It may have refused before it read.

@@ -383,6 +383,34 @@ async fn leftovers_are_reclaimed_but_never_a_pods() {
     assert!(kept.ids.iter().all(|id| node.device_info(id).exists()));
 }
 
+/// A kubelet that restarts without the API server knows static pods only.
+#[tokio::test]
+async fn a_list_without_ourselves_says_nothing() {
+    let node = Node::new();
+    let kubelet = node.kubelet();
+    let own = ["--pod-namespace", "vms", "--pod-name", "plugin"];
+    let _plugin = node.plugin(&[&["--sockets", "2", "--reconcile", "0.1", "--grace", "2"], &own[..]].concat()).await;
+    kubelet.wait_for_capacity(SOCKETS, 2).await;
+    kubelet.wait_for_capacity(DATAPLANE, 1).await;
+    kubelet.admit("plugin", DATAPLANE, 1).await.unwrap();
+    let vm = kubelet.admit("vm", SOCKETS, 1).await.unwrap();
+    let sockets = node.run_vm(&vm);
+    let some_lists = async |more| {
+        let lists = kubelet.lists();
+        until("lists", async || (kubelet.lists() > lists + more).then_some(())).await;
+    };
+    kubelet.hide("vm", true);
+    some_lists(2).await;
+    kubelet.hide("plugin", true);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(sockets[0].0.exists(), "an incomplete list was believed");
+    // Nor does the time count that has passed before and meanwhile.
+    kubelet.hide("plugin", false);
+    some_lists(2).await;
+    assert!(sockets[0].0.exists(), "the waiting time did not begin anew");
+    until("the leftover goes", async || (!sockets[0].0.exists()).then_some(())).await;
+}
+
 #[tokio::test]
 async fn a_vm_stays_on_one_numa_node() {
     let node = Node::new();
@@ -468,7 +496,7 @@ async fn privileges_are_given_up() {
 #[tokio::test]
 async fn what_cannot_work_is_told_in_a_line() {
     for (arguments, complaint) in [
-        (["--sockets", "0"], "sluice-device-plugin: --sockets must be 1 to 9999\n"),
+        (["--sockets", "0"], "sluice-device-plugin: --sockets must be 1 to 1000: a switch has 1024 ports"),
         (["--owner", "root"], "write it like 107:107"),
         (["--kubelet-dir", "relative"], "--kubelet-dir must be an absolute path without '..': relative"),
     ] {

@@ -96,6 +96,7 @@ impl Multus {
         }
         let mut plugin = Command::new(&self.program);
         plugin.env_clear().env("CNI_COMMAND", command).env("CNI_PATH", "/opt/cni/bin");
+        plugin.env("SLUICE_CNI_DEVICE_INFO_DIR", &self.device_info);
         if !container_id.is_empty() {
             plugin.env("CNI_CONTAINERID", container_id).env("CNI_IFNAME", INTERFACE).env("CNI_ARGS", arguments);
             plugin.env("CNI_NETNS", netns(sandbox));
