@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use crate::{Bench, GAP, SPLIT_EVENTS, alone};
 
 /// A process that wants to take over, played by the test. It lets go of the descriptors.
-struct Taker(UnixStream);
+pub(crate) struct Taker(UnixStream);
 
 impl Taker {
-    fn new(bench: &Bench, version: u32) -> Self {
+    pub(crate) fn new(bench: &Bench, version: u32) -> Self {
         let mut stream = UnixStream::connect(bench.path("ctl.sock")).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(b"SLUICE-TAKEOVER\n").unwrap();
@@ -21,14 +21,14 @@ impl Taker {
         taker
     }
 
-    fn say(&mut self, record: &Value) {
+    pub(crate) fn say(&mut self, record: &Value) {
         let text = record.to_string();
         let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
         bytes.extend(text.bytes());
         self.0.write_all(&bytes).unwrap();
     }
 
-    fn hear(&mut self) -> Value {
+    pub(crate) fn hear(&mut self) -> Value {
         let mut head = [0; 8];
         self.0.read_exact(&mut head).unwrap();
         let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap()) as usize;
@@ -93,6 +93,12 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     // A real one that cannot: its workers want a CPU that there is not.
     let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
     assert!(!failing.0.wait().unwrap().success());
+    bench.stream(Duration::from_millis(50));
+    // Its configuration names a group that there is not.
+    std::fs::write(bench.path("group.toml"), "[control]\ngroup = \"no such group\"\n").unwrap();
+    let mut failing = bench.start(&["--takeover", "--config", bench.path("group.toml").to_str().unwrap()]);
+    assert!(!failing.0.wait().unwrap().success());
+    assert!(bench.log().contains("group 'no such group' is not in"), "{}", bench.log());
     bench.stream(Duration::from_millis(50));
     // One that is to carry a network whose ports have VLANs of their own, which would be missed only when it is too late.
     let inside = bench.path("inside.sock");
