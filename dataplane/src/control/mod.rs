@@ -231,7 +231,7 @@ impl Controller {
     /// added.
     fn restore_pins(&self, store: &StateStore, file: &[PortConfig], arguments: &[PortConfig]) -> Vec<Pin> {
         let known: BTreeSet<&str> =
-            file.iter().chain(arguments).chain(store.ports()).map(|port| port.name.as_str()).collect();
+            file.iter().chain(arguments).map(|port| port.name.as_str()).chain(store.names()).collect();
         let pins: Vec<Pin> = store.pins().iter().filter(|pin| known.contains(&*pin.queue.port)).cloned().collect();
         for pin in self.switch.restore_pins(&pins) {
             tracing::warn!("{} is pinned to worker {}, which this run does not have", pin.queue, pin.worker);
@@ -338,16 +338,12 @@ impl Controller {
     fn remove_kept(&self, store: &mut StateStore, name: &str, owner: Option<&str>) -> Result<(), ControlError> {
         // One that could not be restored is only in the store.
         let stored = store.ports().iter().find(|port| port.name == name).cloned();
-        let kept = stored.is_some();
         if let (Some(wanted), Some(port)) = (owner, self.switch.port_config(name).or(stored))
             && port.owner.as_deref() != Some(wanted)
         {
             return Err(ControlError::OtherOwner { name: name.into(), owner: port.owner, wanted: wanted.into() });
         }
-        if kept {
-            let ports = store.without(name);
-            store.replace(ports)?;
-        }
+        let kept = store.remove(name, owner)?;
         match self.switch.remove_port(name) {
             Err(PortError::NotFound(_)) if kept => {}
             result => drop(result?),
