@@ -168,6 +168,24 @@ async fn watching_starts_at_once_and_ends_with_the_switch() {
     while let Ok(Some(_)) = answers.message().await {}
 }
 
+/// However soon there is another port of its name.
+#[tokio::test]
+async fn a_capture_ends_with_its_port() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    let request = proto::CaptureRequest { name: "vm1".into(), ..Default::default() };
+    let mut answers = client.capture(request.clone()).await.unwrap().into_inner();
+    answers.message().await.unwrap().unwrap();
+    let config = bench.switch.port_config("vm1").unwrap();
+    bench.controller.remove_port("vm1", None).unwrap();
+    bench.controller.add_port(config, false).unwrap();
+    let end = tokio::time::timeout(Duration::from_secs(5), answers.message()).await;
+    assert!(end.expect("the capture goes on").unwrap().is_none());
+    client.capture(request).await.unwrap();
+    bench.stop();
+}
+
 #[tokio::test]
 async fn ports_come_and_go_side_by_side() {
     let bench = Bench::start();

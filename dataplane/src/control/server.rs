@@ -372,10 +372,10 @@ impl Control for Service {
         // The first answer, without frames, says that it has begun.
         let mut first = true;
         let answers = IntervalStream::new(interval)
-            .take_while(move |_| controller.switch().port(&request.name).is_some())
-            .map(move |_| {
-                let frames: Vec<_> = capture.drain().into_iter().map(convert::captured).collect();
-                proto::CaptureResponse { frames, lost: capture.lost() }
+            .map_while(move |_| {
+                let is_there = controller.switch().has_captured(&request.name, &capture);
+                let frames = || capture.drain().into_iter().map(convert::captured).collect();
+                is_there.then(frames).map(|frames| proto::CaptureResponse { frames, lost: capture.lost() })
             })
             .filter(move |answer| std::mem::take(&mut first) || !answer.frames.is_empty());
         Ok(Response::new(Box::pin(answers.map(Ok))))
