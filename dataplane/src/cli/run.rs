@@ -94,8 +94,8 @@ fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     Ok(Start { switch, controller, socket, metrics, sandbox, keeper })
 }
 
-/// Takes everything over from a running switch, which goes on if this fails. Nothing here may touch its files before
-/// [`Takeover::commit`].
+/// Takes everything over from a running switch, which goes on if this fails. Before [`Takeover::commit`] nothing here may change
+/// what that has on disk or in its keeper, and after it nothing may fail.
 fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result<Start, Failure> {
     let incomplete = || Failure::Failed("the running switch hands over no control socket or state directory".into());
     let (control, lock) = takeover.control().zip(takeover.state_lock()).ok_or_else(incomplete)?;
@@ -118,8 +118,10 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
     let still = takeover.commit(&switch).map_err(Failure::failed)?;
     takeover.wait_gone();
     controller.complete(&takeover, file, arguments);
-    if let Some(keeper) = &keeper {
-        keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect());
+    match &keeper {
+        Some(keeper) => keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect()),
+        None if !setup.keeper => Keeper::dismiss(&setup.about.state_dir),
+        None => {}
     }
     tracing::info!(pid = takeover.pid(), still_us = still.as_micros() as u64, "taken over");
     let _inside = runtime.enter();
@@ -145,7 +147,10 @@ fn start_switch(
 /// What keeps connections over a crash, and what it has kept. Before the process may start no other any more.
 fn find_keeper(setup: &Setup, alone: bool) -> (Option<Arc<Keeper>>, Vec<Kept>) {
     if !setup.keeper {
-        Keeper::dismiss(&setup.about.state_dir, alone);
+        // In a takeover it is the other's, who may go on.
+        if alone {
+            Keeper::dismiss(&setup.about.state_dir);
+        }
         return (None, Vec::new());
     }
     match Keeper::find(&setup.about.state_dir, alone) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::{Bench, GAP, SPLIT_EVENTS, alone};
+use crate::{Bench, GAP, PATIENCE, SPLIT_EVENTS, alone};
 
 /// A process that wants to take over, played by the test. It lets go of the descriptors.
 pub(crate) struct Taker(UnixStream);
@@ -157,4 +157,28 @@ fn a_port_whose_folder_has_gone_begins_anew() {
     bench.json(&["port", "add", &port(bench.path("s.sock"))]);
     assert!(bench.path("s.sock").exists());
     bench.stream(Duration::from_millis(50));
+}
+
+/// One that does without a keeper lets go of what the old one has in its own only when that is gone.
+#[test]
+fn a_new_process_that_fails_leaves_the_keeper_alone() {
+    let _alone = alone();
+    let mut bench = Bench::with_keeper(SPLIT_EVENTS, false, true);
+    bench.keeper = false;
+    let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
+    assert!(!failing.0.wait().unwrap().success());
+    bench.keeper = true;
+    bench.stream(Duration::from_millis(50));
+    bench.crash();
+    bench.stream(Duration::from_millis(50));
+    let port = bench.json(&["port", "show", "vm1"]);
+    assert_eq!((&port["state"], &port["connects"]), (&json!("up"), &json!(1)), "{port}");
+
+    bench.keeper = false;
+    bench.take_over();
+    let deadline = Instant::now() + PATIENCE;
+    while bench.path("state/keeper.sock").exists() {
+        assert!(Instant::now() < deadline, "the keeper goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
