@@ -134,7 +134,7 @@ mod tests {
         let obstacle = folder.path().join("ports.json.new");
         fs::create_dir(&obstacle).unwrap();
         note.follow(&mut store).unwrap_err();
-        assert_eq!(store.ports(), [port.clone()]);
+        assert_eq!(store.ports(), std::slice::from_ref(&port));
         fs::remove_dir(&obstacle).unwrap();
         assert!(note.follow(&mut store).unwrap() && store.ports().is_empty());
         store.replace(vec![port.clone()]).unwrap();
