@@ -11,16 +11,16 @@ use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
-/// Connections served at a time; the others wait.
+use crate::connections;
+
+/// Connections served at a time.
 const MAX_CONNECTIONS: usize = 16;
-/// How long a client may take for its request, and stay silent between two.
+/// How long a client may take for its request and to read the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Pause after a connection could not be accepted, so that it does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 
@@ -41,32 +41,20 @@ pub trait Pages: Send + Sync + 'static {
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, pages: Arc<impl Pages>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    // The semaphore is never closed, so this never ends.
-    while let Ok(place) = places.clone().acquire_owned().await {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!("cannot accept a connection for metrics: {error}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let pages = pages.clone();
-        tokio::spawn(async move {
-            let service = service_fn(|request| {
-                let response = answer(&request, &*pages);
-                async { Ok::<_, Infallible>(response) }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                tracing::debug!("connection for metrics: {error}");
-            }
-            drop(place);
-        });
+    connections::serve(listener, MAX_CONNECTIONS, |stream| connection(stream, pages.clone())).await;
+}
+
+/// Answers one request.
+async fn connection(stream: TcpStream, pages: Arc<impl Pages>) {
+    let service = service_fn(|request| {
+        let response = answer(&request, &*pages);
+        async { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
+    match timeout(PATIENCE, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!("connection for metrics: {error}"),
+        Err(_) => tracing::debug!("connection for metrics: the client is too slow"),
     }
 }
 
@@ -97,6 +85,9 @@ fn reply(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net;
+
     use super::*;
 
     /// Metrics, and readiness.
@@ -125,5 +116,35 @@ mod tests {
             assert_eq!((status("GET", path, &well), status("GET", path, &ill)), (when_well, when_ill), "{path}");
             assert_eq!(status("POST", path, &well), 405);
         }
+    }
+
+    /// Serves in a thread of its own, as long as the test runs.
+    fn start(pages: Told) -> net::SocketAddr {
+        let listener = crate::listener::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        std::thread::spawn(move || {
+            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), Arc::new(pages)).await });
+        });
+        address
+    }
+
+    fn ask(address: net::SocketAddr, path: &str) -> net::TcpStream {
+        let mut stream = net::TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE / 2)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        stream
+    }
+
+    #[test]
+    fn clients_that_stay_keep_nobody_waiting() {
+        let address = start(Told(Ok("#".repeat(16 << 20)), Ok(())));
+        let silent: Vec<_> = (0..MAX_CONNECTIONS).map(|_| net::TcpStream::connect(address).unwrap()).collect();
+        let unread: Vec<_> = (0..MAX_CONNECTIONS).map(|_| ask(address, "/metrics")).collect();
+        let mut answer = String::new();
+        // It ends by itself, too.
+        ask(address, "/healthz").read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok\n"), "{answer}");
+        drop((silent, unread));
     }
 }

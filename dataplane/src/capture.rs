@@ -273,6 +273,11 @@ impl Capture {
         frames
     }
 
+    /// Whether it is of the port with these counters.
+    pub fn is_of(&self, stats: &Arc<PortStats>) -> bool {
+        Arc::ptr_eq(&self.stats, stats)
+    }
+
     /// Frames lost to it so far, for want of room.
     pub fn lost(&self) -> u64 {
         self.stats.capture.lost.load(Ordering::Relaxed)

@@ -168,6 +168,24 @@ async fn watching_starts_at_once_and_ends_with_the_switch() {
     while let Ok(Some(_)) = answers.message().await {}
 }
 
+/// However soon there is another port of its name.
+#[tokio::test]
+async fn a_capture_ends_with_its_port() {
+    let bench = Bench::start();
+    let mut client = client(&bench.socket()).await;
+    add(&mut client, bench.port("vm1")).await.unwrap();
+    let request = proto::CaptureRequest { name: "vm1".into(), ..Default::default() };
+    let mut answers = client.capture(request.clone()).await.unwrap().into_inner();
+    answers.message().await.unwrap().unwrap();
+    let config = bench.switch.port_config("vm1").unwrap();
+    bench.controller.remove_port("vm1", None).unwrap();
+    bench.controller.add_port(config, false).unwrap();
+    let end = tokio::time::timeout(Duration::from_secs(5), answers.message()).await;
+    assert!(end.expect("the capture goes on").unwrap().is_none());
+    client.capture(request).await.unwrap();
+    bench.stop();
+}
+
 #[tokio::test]
 async fn ports_come_and_go_side_by_side() {
     let bench = Bench::start();
@@ -240,6 +258,50 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     assert_eq!(names, ["b", "new"]);
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
     assert!(table.contains("b=vhost") && !table.contains("old=") && !table.contains("new="), "{table}");
+    switch.stop();
+}
+
+/// What is only a matter of tidiness need not be written, and what is new has to be.
+#[test]
+fn a_full_disk_does_not_keep_a_switch_from_starting() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |name: &str| -> PortConfig {
+        format!("{name}=vhost-user:{}", dir.path().join(name).display()).parse().unwrap()
+    };
+    let start = |arguments: &[PortConfig]| {
+        let store = StateStore::open(dir.path()).unwrap();
+        let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
+        let switch = Switch::start(&SwitchConfig::default()).unwrap();
+        let result = Controller::new(switch.clone(), store, about).bring_up(&[], arguments, Vec::new());
+        let ports = switch.ports().len();
+        switch.stop();
+        result.map(|_| ports).map_err(|error| error.to_string())
+    };
+    assert_eq!(start(&[port("a"), port("b")]), Ok(2));
+    // In the way of whatever is written.
+    std::fs::create_dir(dir.path().join("ports.json.new")).unwrap();
+    assert_eq!(start(&[port("a"), port("b")]), Ok(2));
+    assert_eq!(start(&[port("a")]), Ok(2), "another order");
+    assert!(start(&[port("c")]).unwrap_err().contains("cannot write"));
+}
+
+/// A pin holds until its port is removed, and one that another takes the place of is.
+#[test]
+fn a_port_that_is_replaced_leaves_no_pin() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |owner: &str| -> PortConfig {
+        format!("p=vhost-user:{},owner={owner}", dir.path().join("p").display()).parse().unwrap()
+    };
+    let store = StateStore::open(dir.path()).unwrap();
+    let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let controller = Controller::new(switch.clone(), store, about);
+    controller.add_port(port("first"), true).unwrap();
+    controller.pin("p=0".parse().unwrap()).unwrap();
+    controller.add_port(port("second"), true).unwrap();
+    assert!(controller.unpin(&"p".parse().unwrap()).is_err());
+    let pins = std::fs::read_to_string(dir.path().join("pins.json")).unwrap();
+    assert!(pins.contains("\"pins\": []"), "{pins}");
     switch.stop();
 }
 

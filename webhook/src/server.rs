@@ -11,40 +11,28 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use sluice_daemon::connections;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use crate::review;
 
-/// Connections served at a time; the others wait. The API server keeps a few open.
+/// Connections served at a time. The API server keeps a few open.
 const MAX_CONNECTIONS: usize = 64;
 /// Largest AdmissionReview. The API server takes objects of 3 MiB at most, and sends two.
 const MAX_BODY: usize = 8 << 20;
 /// How long a client may take for each step.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Pause after a connection could not be accepted, so that it does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `/mutate` and `/healthz` until it is dropped. Links are to be at `dir` in the pods of VMs.
 pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, dir: String) {
-    let (places, acceptor, dir) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), TlsAcceptor::from(tls), Arc::from(dir));
-    // The semaphore is never closed, so this never ends.
-    while let Ok(place) = places.clone().acquire_owned().await {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(connection(stream, acceptor.clone(), Arc::clone(&dir), place));
-            }
-            Err(error) => {
-                tracing::warn!("cannot accept a connection: {error}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    let (acceptor, dir) = (TlsAcceptor::from(tls), Arc::<str>::from(dir));
+    let serve = |stream| connection(stream, acceptor.clone(), Arc::clone(&dir));
+    connections::serve(listener, MAX_CONNECTIONS, serve).await;
 }
 
-async fn connection(stream: TcpStream, acceptor: TlsAcceptor, dir: Arc<str>, _place: OwnedSemaphorePermit) {
+async fn connection(stream: TcpStream, acceptor: TlsAcceptor, dir: Arc<str>) {
     let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!("TLS: {error}"),

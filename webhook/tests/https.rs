@@ -140,6 +140,19 @@ async fn other_requests_are_refused() {
 }
 
 #[tokio::test]
+async fn clients_that_stay_keep_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = renew(dir.path());
+    let webhook = Webhook::start(dir.path());
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(webhook.address).await.unwrap());
+    }
+    let answered = tokio::time::timeout(PATIENCE / 2, webhook.call(&root, HEALTH)).await;
+    assert_eq!(answered.unwrap().unwrap().0, 200);
+}
+
+#[tokio::test]
 async fn a_renewed_certificate_is_used_without_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let old = renew(dir.path());

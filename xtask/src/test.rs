@@ -79,6 +79,9 @@ const SYSTEMS: [&str; 14] = [
 /// Our programs, beside the switch, that systems tests run.
 const PARTS: [&str; 3] = ["sluice-device-plugin", "sluice-cni", "sluice-binding-sidecar"];
 
+/// The tests of what the systems tests rely on.
+const HARNESS: &str = "harness";
+
 /// The check of what is in `deploy/`, and what it exits with if it could not check anything.
 const DEPLOY: &str = "deploy";
 const SKIPPED: i32 = 77;
@@ -119,6 +122,9 @@ fn stages(options: &Options) -> Vec<Stage> {
     // It is built before the first of them runs.
     unit.env("SLUICE_BIN", e2e::machine::repository().join("target/debug/sluice"));
     stages.push(Stage { name: "unit", command: unit });
+    // The library of the systems tests has tests of its own. Of the whole workspace, with whose features all else is built.
+    let harness = cargo(&["test", "--workspace", "--lib", "--quiet", "soak::"]);
+    stages.push(Stage { name: HARNESS, command: harness });
     if !options.fast {
         stages.push(Stage { name: "build", command: release_build() });
         if options.only.is_some() {
@@ -231,7 +237,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Whether a stage selects tests by their names, which may change.
 fn selects_by_name(name: &str) -> bool {
-    matches!(name, "dpdk" | "uplink-dpdk")
+    matches!(name, HARNESS | "dpdk" | "uplink-dpdk")
 }
 
 /// Runs a stage; gives whether the later ones make sense.

@@ -72,7 +72,7 @@ struct Start {
 
 fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     let store = StateStore::open(&setup.about.state_dir).map_err(Failure::failed)?;
-    let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.group.as_deref()));
+    let bound = runtime.block_on(ControlSocket::bind(&setup.about.control, setup.gid));
     let socket = bound.map_err(Failure::failed)?;
     let metrics = setup.metrics.map(listen).transpose()?;
     let (keeper, kept) = find_keeper(setup, true);
@@ -94,11 +94,13 @@ fn start(setup: &Setup, runtime: &Runtime) -> Result<Start, Failure> {
     Ok(Start { switch, controller, socket, metrics, sandbox, keeper })
 }
 
-/// Takes everything over from a running switch, which goes on if this fails. Nothing here may touch its files before
-/// [`Takeover::commit`].
+/// Takes everything over from a running switch, which goes on if this fails. Before [`Takeover::commit`] nothing here may change
+/// what that has on disk or in its keeper, and after it nothing may fail.
 fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result<Start, Failure> {
     let incomplete = || Failure::Failed("the running switch hands over no control socket or state directory".into());
     let (control, lock) = takeover.control().zip(takeover.state_lock()).ok_or_else(incomplete)?;
+    let listener = runtime.block_on(async { ControlSocket::listener(control, &setup.about.control) });
+    let listener = listener.map_err(Failure::failed)?;
     let store = StateStore::adopt(&setup.about.state_dir, lock).map_err(Failure::failed)?;
     let metrics = match (setup.metrics, takeover.metrics().map(TcpListener::from)) {
         (Some(wanted), Some(given)) if given.local_addr().is_ok_and(|at| listener::is_wanted(at, wanted)) => {
@@ -116,13 +118,14 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
     let still = takeover.commit(&switch).map_err(Failure::failed)?;
     takeover.wait_gone();
     controller.complete(&takeover, file, arguments);
-    if let Some(keeper) = &keeper {
-        keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect());
+    match &keeper {
+        Some(keeper) => keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect()),
+        None if !setup.keeper => Keeper::dismiss(&setup.about.state_dir),
+        None => {}
     }
     tracing::info!(pid = takeover.pid(), still_us = still.as_micros() as u64, "taken over");
     let _inside = runtime.enter();
-    let group = setup.group.as_deref();
-    let socket = ControlSocket::adopt(control, &setup.about.control, group).map_err(Failure::failed)?;
+    let socket = ControlSocket::adopt(listener, &setup.about.control, setup.gid);
     Ok(Start { switch, controller, socket, metrics, sandbox, keeper })
 }
 
@@ -144,7 +147,10 @@ fn start_switch(
 /// What keeps connections over a crash, and what it has kept. Before the process may start no other any more.
 fn find_keeper(setup: &Setup, alone: bool) -> (Option<Arc<Keeper>>, Vec<Kept>) {
     if !setup.keeper {
-        Keeper::dismiss(&setup.about.state_dir, alone);
+        // In a takeover it is the other's, who may go on.
+        if alone {
+            Keeper::dismiss(&setup.about.state_dir);
+        }
         return (None, Vec::new());
     }
     match Keeper::find(&setup.about.state_dir, alone) {
@@ -214,7 +220,7 @@ struct Setup {
     switch: SwitchConfig,
     sandbox: SandboxMode,
     about: About,
-    group: Option<String>,
+    gid: Option<u32>,
     metrics: Option<SocketAddr>,
     keeper: bool,
     file_ports: Vec<PortConfig>,
@@ -232,6 +238,8 @@ impl Setup {
         let absolute = |path: PathBuf| std::path::absolute(path).map_err(|error| Failure::Usage(error.to_string()));
         let control = absolute(args.control.or(file.control).unwrap_or_else(|| DEFAULT_CONTROL.into()))?;
         ControlSocket::check_path(&control).map_err(Failure::Usage)?;
+        // Before a running switch is asked for anything: later there may be no way back.
+        let gid = file.group.as_deref().map(ControlSocket::group_id).transpose().map_err(Failure::failed)?;
         let state_dir = absolute(args.state.or(file.state).unwrap_or_else(|| DEFAULT_STATE.into()))?;
         let socket_root = args.socket_root.or(file.socket_root).map(absolute).transpose()?;
         for port in &args.ports {
@@ -249,7 +257,7 @@ impl Setup {
             },
             sandbox: args.sandbox.or(file.sandbox).unwrap_or_default(),
             about: About { mode, control, state_dir },
-            group: file.group,
+            gid,
             metrics: args.metrics.or(file.metrics),
             keeper: args.keeper.or(file.keeper).unwrap_or(true),
             file_ports: file.ports,

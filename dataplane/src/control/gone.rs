@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use sluice_proto::gone;
 
-use super::Controller;
+use super::{Controller, StateError, StateStore};
 use crate::config::PortConfig;
 use crate::handover::own_uid;
 
@@ -48,6 +48,22 @@ impl Note {
         }
         taken.is_ok()
     }
+
+    /// Removes the ports from what is written down, and takes the note away: both or neither. Returns whether it is to be
+    /// followed for the switch.
+    pub(super) fn follow(&self, store: &mut StateStore) -> Result<bool, StateError> {
+        let before = store.ports().to_vec();
+        // Whoever was before us may have added a port that the note is not about.
+        if !self.file.exists() {
+            return Ok(false);
+        }
+        store.replace(before.iter().filter(|port| !self.is_about(port)).cloned().collect())?;
+        let taken = self.take();
+        if !taken {
+            store.replace(before)?;
+        }
+        Ok(taken)
+    }
 }
 
 impl Controller {
@@ -56,15 +72,20 @@ impl Controller {
     pub(super) fn remove_gone(&self, notes: Vec<Note>) {
         for note in notes {
             let mut store = self.lock();
-            if !note.take() {
-                continue;
+            let stored = store.ports().to_vec();
+            match note.follow(&mut store) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    tracing::warn!("ports of an owner that is gone stay for now: {error}");
+                    continue;
+                }
             }
             let running = self.switch.port_configs();
-            let stored = store.ports().iter().filter(|port| running.iter().all(|other| other.name != port.name));
-            let of_note: Vec<_> = running.iter().chain(stored).filter(|port| note.is_about(port)).cloned().collect();
-            for port in of_note {
+            let stored = stored.iter().filter(|port| running.iter().all(|other| other.name != port.name));
+            for port in running.iter().chain(stored).filter(|port| note.is_about(port)) {
                 tracing::info!(port = port.name, "its owner went while no switch was there to be told");
-                if let Err(error) = self.remove_kept(&mut store, &port.name, port.owner.as_deref()) {
+                if let Err(error) = self.remove_running(&mut store, &port.name, true) {
                     tracing::warn!(port = port.name, "cannot be removed: {error}");
                 }
             }
@@ -98,5 +119,26 @@ mod tests {
         let port = |owner: &str| format!("p=tap:t0,owner={owner}").parse().unwrap();
         assert!(note.is_about(&port("cni/a/if/uid/net")) && !note.is_about(&port("cni/ab/if/uid/net")));
         assert!(note.take() && !note.take());
+    }
+
+    /// Otherwise a full disk would leave the ports of a pod behind for ever.
+    #[test]
+    fn a_note_stays_until_what_it_says_is_written_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = gone::note(&folder.path().join("c.sock"), "cni/a/if/").unwrap();
+        fs::write(&file, "").unwrap();
+        let note = Note { file, owner: "cni/a/if/".into() };
+        let mut store = StateStore::open(folder.path()).unwrap();
+        let port: PortConfig = "p=tap:t0,owner=cni/a/if/uid/net".parse().unwrap();
+        store.replace(vec![port.clone()]).unwrap();
+        let obstacle = folder.path().join("ports.json.new");
+        fs::create_dir(&obstacle).unwrap();
+        note.follow(&mut store).unwrap_err();
+        assert_eq!(store.ports(), std::slice::from_ref(&port));
+        fs::remove_dir(&obstacle).unwrap();
+        assert!(note.follow(&mut store).unwrap() && store.ports().is_empty());
+        store.replace(vec![port.clone()]).unwrap();
+        assert!(!note.follow(&mut store).unwrap());
+        assert_eq!(store.ports(), [port]);
     }
 }

@@ -32,10 +32,18 @@ fn wanted<'p>(
     file: &'p [PortConfig],
     arguments: &'p [PortConfig],
 ) -> impl Iterator<Item = &'p PortConfig> {
-    let given = file.iter().chain(arguments);
-    let kept =
-        store.ports().iter().filter(move |port| file.iter().chain(arguments).all(|other| other.name != port.name));
-    given.chain(kept)
+    file.iter().chain(arguments).chain(left(store, file, arguments))
+}
+
+/// The ports of the last run but for those that are given anew, or whose target is.
+fn left<'p>(
+    store: &'p StateStore,
+    file: &'p [PortConfig],
+    arguments: &'p [PortConfig],
+) -> impl Iterator<Item = &'p PortConfig> {
+    let gives_way =
+        |port: &PortConfig, given: &PortConfig| given.name == port.name || given.target.collides(&port.target);
+    store.ports().iter().filter(move |port| !file.iter().chain(arguments).any(|given| gives_way(port, given)))
 }
 
 /// Why a change was refused. Nothing is left behind then.
@@ -164,7 +172,7 @@ impl Controller {
     /// Connections that were kept over a crash go on. Returns the names of their ports.
     ///
     /// # Errors
-    /// If a given port is refused, or the state cannot be written. The caller then stops the switch.
+    /// If a given port is refused, or one of the command line cannot be written down. The caller then stops the switch.
     pub fn bring_up(
         &self,
         file: &[PortConfig],
@@ -180,12 +188,15 @@ impl Controller {
             Ok(())
         };
         let mut store = self.lock();
-        let notes: Vec<_> = Note::read(&self.about.control).into_iter().filter(Note::take).collect();
-        let is_gone = |port: &PortConfig| notes.iter().any(|note| note.is_about(port));
-        let (gone, left): (Vec<_>, Vec<_>) = store.ports().iter().cloned().partition(is_gone);
-        if !gone.is_empty() {
-            tracing::info!(ports = gone.len(), "removed, since their owners went while no switch was there to be told");
-            store.replace(left)?;
+        let before = store.ports().len();
+        for note in Note::read(&self.about.control) {
+            if let Err(error) = note.follow(&mut store) {
+                tracing::warn!("ports of an owner that is gone stay for now: {error}");
+            }
+        }
+        let gone = before - store.ports().len();
+        if gone > 0 {
+            tracing::info!(ports = gone, "removed, since their owners went while no switch was there to be told");
         }
         let pins = self.restore_pins(&store, file, arguments);
         keep_pins(&mut store, pins);
@@ -208,7 +219,12 @@ impl Controller {
             }
         }
         keep.extend_from_slice(arguments);
-        store.replace(keep)?;
+        let are_stored = arguments.iter().all(|port| store.ports().contains(port));
+        match store.replace(keep) {
+            // What is lost is tidiness, which is no reason not to start.
+            Err(error) if are_stored => tracing::warn!("{error}"),
+            result => result?,
+        }
         Ok(resumed)
     }
 
@@ -231,7 +247,7 @@ impl Controller {
     /// added.
     fn restore_pins(&self, store: &StateStore, file: &[PortConfig], arguments: &[PortConfig]) -> Vec<Pin> {
         let known: BTreeSet<&str> =
-            file.iter().chain(arguments).chain(store.ports()).map(|port| port.name.as_str()).collect();
+            file.iter().chain(arguments).map(|port| port.name.as_str()).chain(store.names()).collect();
         let pins: Vec<Pin> = store.pins().iter().filter(|pin| known.contains(&*pin.queue.port)).cloned().collect();
         for pin in self.switch.restore_pins(&pins) {
             tracing::warn!("{} is pinned to worker {}, which this run does not have", pin.queue, pin.worker);
@@ -306,6 +322,10 @@ impl Controller {
             }
             return Err(error);
         }
+        if replaced.is_some() {
+            // They were for the port that has gone.
+            self.forget_pins(&mut store, &name);
+        }
         match replaced.and_then(|old| old.owner) {
             Some(old) => tracing::info!(port = name, "added in place of that of {old}"),
             None => tracing::info!(port = name, "added"),
@@ -338,27 +358,32 @@ impl Controller {
     fn remove_kept(&self, store: &mut StateStore, name: &str, owner: Option<&str>) -> Result<(), ControlError> {
         // One that could not be restored is only in the store.
         let stored = store.ports().iter().find(|port| port.name == name).cloned();
-        let kept = stored.is_some();
         if let (Some(wanted), Some(port)) = (owner, self.switch.port_config(name).or(stored))
             && port.owner.as_deref() != Some(wanted)
         {
             return Err(ControlError::OtherOwner { name: name.into(), owner: port.owner, wanted: wanted.into() });
         }
-        if kept {
-            let ports = store.without(name);
-            store.replace(ports)?;
-        }
+        let kept = store.remove(name, owner)?;
+        self.remove_running(store, name, kept)
+    }
+
+    /// Removes a port that is not written down any more; `kept` says that it was, and need not be running.
+    fn remove_running(&self, store: &mut StateStore, name: &str, kept: bool) -> Result<(), ControlError> {
         match self.switch.remove_port(name) {
             Err(PortError::NotFound(_)) if kept => {}
             result => drop(result?),
         }
-        let all = PortQueue { port: name.into(), queue: None };
+        self.forget_pins(store, name);
+        tracing::info!(port = name, "removed");
+        Ok(())
+    }
+
+    fn forget_pins(&self, store: &mut StateStore, port: &str) {
+        let all = PortQueue { port: port.into(), queue: None };
         if self.switch.unpin(&all).is_ok() {
             let pins = without_pins(store, &all);
             keep_pins(store, pins);
         }
-        tracing::info!(port = name, "removed");
-        Ok(())
     }
 
     /// As [`Controller::bring_up`] for the ports that another process hands over, which nothing is done with yet.
@@ -397,9 +422,7 @@ impl Controller {
                 tracing::error!(port = port.name, "not taken over: {error}");
             }
         }
-        let kept =
-            store.ports().iter().filter(|port| file.iter().chain(arguments).all(|given| given.name != port.name));
-        let keep = kept.chain(arguments).cloned().collect();
+        let keep = left(&store, file, arguments).chain(arguments).cloned().collect();
         let written = store.replace(keep).map_err(|error| error.to_string());
         if let Err(error) = written.and_then(|()| store.sign().map_err(|error| error.to_string())) {
             tracing::error!("the ports that were taken over may not be found again after a restart: {error}");

@@ -72,7 +72,12 @@ pub fn serve(
     let (stop, stopped) = oneshot::channel();
     let run = move || {
         let _ended = ended;
-        runtime.block_on(serve_until(controller, socket, metrics, stopped))
+        let ControlSocket { listener, rule, file } = socket;
+        let result = runtime.block_on(serve_until(controller, listener, rule, metrics, stopped));
+        // Waits for a takeover under way. If it succeeds the socket's file is the other's, and this process ends here.
+        drop(runtime);
+        drop(file);
+        result
     };
     let thread = thread::Builder::new().name("control".into()).spawn(run)?;
     Ok(ServerHandle { stop, thread })
@@ -80,7 +85,8 @@ pub fn serve(
 
 async fn serve_until(
     controller: Arc<Controller>,
-    socket: ControlSocket,
+    listener: UnixListener,
+    rule: PeerRule,
     metrics: Option<TcpListener>,
     stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
@@ -88,8 +94,6 @@ async fn serve_until(
     if let Some(listener) = metrics {
         tokio::spawn(pages::serve(tokio::net::TcpListener::from_std(listener)?, controller.clone()));
     }
-    // The rest of `socket` stays until the end, and its file with it.
-    let ControlSocket { listener, rule, .. } = socket;
     let listeners = Listeners { control: listener.as_fd().try_clone_to_owned()?, metrics: metrics_fd };
     let (sender, incoming) = mpsc::channel(1);
     tokio::spawn(accept(listener, sender, Doorman { controller: controller.clone(), rule, listeners }));
@@ -368,10 +372,10 @@ impl Control for Service {
         // The first answer, without frames, says that it has begun.
         let mut first = true;
         let answers = IntervalStream::new(interval)
-            .take_while(move |_| controller.switch().port(&request.name).is_some())
-            .map(move |_| {
-                let frames: Vec<_> = capture.drain().into_iter().map(convert::captured).collect();
-                proto::CaptureResponse { frames, lost: capture.lost() }
+            .map_while(move |_| {
+                let is_there = controller.switch().has_captured(&request.name, &capture);
+                let frames = || capture.drain().into_iter().map(convert::captured).collect();
+                is_there.then(frames).map(|frames| proto::CaptureResponse { frames, lost: capture.lost() })
             })
             .filter(move |answer| std::mem::take(&mut first) || !answer.frames.is_empty());
         Ok(Response::new(Box::pin(answers.map(Ok))))

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
 
+use crate::handover::own_uid;
 use crate::limits::MAX_SOCKET_PATH;
 
 /// Why the control socket cannot be made, in one line for the operator.
@@ -82,7 +83,8 @@ fn supplementary_groups(pid: i32) -> Vec<u32> {
 pub struct ControlSocket {
     pub(crate) listener: UnixListener,
     pub(crate) rule: PeerRule,
-    _file: SocketFile,
+    /// `None` if the file is missing.
+    pub(crate) file: Option<SocketFile>,
 }
 
 impl ControlSocket {
@@ -91,8 +93,7 @@ impl ControlSocket {
     ///
     /// # Errors
     /// [`SocketError`].
-    pub async fn bind(path: &Path, group: Option<&str>) -> Result<Self, SocketError> {
-        let gid = group.map(group_id).transpose()?;
+    pub async fn bind(path: &Path, gid: Option<u32>) -> Result<Self, SocketError> {
         let unusable = |source| SocketError::Unusable { path: path.into(), source };
         make_folder(path)?;
         clear_stale(path).await?;
@@ -103,24 +104,57 @@ impl ControlSocket {
         chown(path, None, gid).map_err(unusable)?;
         fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(unusable)?;
         let rule = PeerRule { uid: own.uid(), gids: [own.gid(), gid.unwrap_or(own.gid())] };
-        Ok(Self { listener, rule, _file: file })
+        Ok(Self { listener, rule, file: Some(file) })
     }
 
-    /// Goes on listening on a socket that another process has made and hands over, by its descriptor. To be called within
-    /// the runtime.
+    /// Goes on listening on a socket that another process has made and handed over; its group stays. To be called within the
+    /// runtime. The other process is gone, so nothing here can fail.
+    pub fn adopt(listener: UnixListener, path: &Path, gid: Option<u32>) -> Self {
+        let listener = if path.exists() { listener } else { Self::anew(listener, path) };
+        let own = fs::symlink_metadata(path).ok();
+        let (uid, own_gid) = own.map_or_else(|| (own_uid(), own_gid()), |own| (own.uid(), own.gid()));
+        if let Some(gid) = gid.filter(|gid| *gid != own_gid) {
+            tracing::warn!("the control socket stays with group {own_gid}; a restart gives it to group {gid}");
+        }
+        let file = identity(path).ok().map(|identity| SocketFile { path: path.into(), identity });
+        Self { listener, rule: PeerRule { uid, gids: [own_gid, gid.unwrap_or(own_gid)] }, file }
+    }
+
+    /// In place of a socket whose file is missing, one that can be connected to.
+    fn anew(listener: UnixListener, path: &Path) -> UnixListener {
+        let bound = UnixListener::bind(path);
+        let made = bound.and_then(|new| fs::set_permissions(path, Permissions::from_mode(0o660)).map(|()| new));
+        match &made {
+            Ok(_) => tracing::warn!("the control socket was missing, and is made anew"),
+            Err(error) => tracing::error!("the control socket is missing, and cannot be made anew: {error}"),
+        }
+        made.unwrap_or(listener)
+    }
+
+    /// A listener that another process hands over, by its descriptor. To be called within the runtime.
     ///
     /// # Errors
     /// [`SocketError`].
-    pub fn adopt(listener: OwnedFd, path: &Path, group: Option<&str>) -> Result<Self, SocketError> {
-        let gid = group.map(group_id).transpose()?;
-        let unusable = |source| SocketError::Unusable { path: path.into(), source };
+    pub fn listener(listener: OwnedFd, path: &Path) -> Result<UnixListener, SocketError> {
         let listener = std::os::unix::net::UnixListener::from(listener);
-        listener.set_nonblocking(true).map_err(unusable)?;
-        let listener = UnixListener::from_std(listener).map_err(unusable)?;
-        let file = SocketFile { path: path.into(), identity: identity(path).map_err(unusable)? };
-        let own = fs::symlink_metadata(path).map_err(unusable)?;
-        let rule = PeerRule { uid: own.uid(), gids: [own.gid(), gid.unwrap_or(own.gid())] };
-        Ok(Self { listener, rule, _file: file })
+        let made = listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener));
+        made.map_err(|source| SocketError::Unusable { path: path.into(), source })
+    }
+
+    /// The number of a group that is given by number, or by name as `/etc/group` has it.
+    ///
+    /// # Errors
+    /// [`SocketError::UnknownGroup`].
+    pub fn group_id(group: &str) -> Result<u32, SocketError> {
+        if let Ok(gid) = group.parse() {
+            return Ok(gid);
+        }
+        let table = fs::read_to_string("/etc/group").unwrap_or_default();
+        let find = |line: &str| {
+            let mut fields = line.split(':');
+            (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
+        };
+        table.lines().find_map(find).ok_or_else(|| SocketError::UnknownGroup(group.into()))
     }
 
     /// Whether a path is short enough for a socket.
@@ -142,7 +176,7 @@ impl ControlSocket {
 
 /// The file of a socket that is ours, to be removed unless somebody has put another in its place.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
 }
@@ -193,21 +227,14 @@ async fn clear_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// A group by number, or by name as `/etc/group` has it.
-fn group_id(group: &str) -> Result<u32, SocketError> {
-    if let Ok(gid) = group.parse() {
-        return Ok(gid);
-    }
-    let table = fs::read_to_string("/etc/group").unwrap_or_default();
-    let find = |line: &str| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
-    };
-    table.lines().find_map(find).ok_or_else(|| SocketError::UnknownGroup(group.into()))
+fn own_gid() -> u32 {
+    rustix::process::getegid().as_raw()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     async fn bind(path: &Path) -> Result<ControlSocket, String> {
@@ -252,10 +279,31 @@ mod tests {
         assert_eq!(strangers.allows(&peer), peer.uid() == 0);
     }
 
+    #[tokio::test]
+    async fn is_taken_over_whatever_has_become_of_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.sock");
+        for is_missing in [false, true] {
+            let socket = bind(&path).await.unwrap();
+            let handed_over = ControlSocket::listener(socket.listener.as_fd().try_clone_to_owned().unwrap(), &path);
+            // As a process that exits leaves it.
+            std::mem::forget(socket);
+            if is_missing {
+                fs::remove_file(&path).unwrap();
+            }
+            let socket = ControlSocket::adopt(handed_over.unwrap(), &path, Some(12_345));
+            let (client, served) = tokio::join!(UnixStream::connect(&path), socket.listener.accept());
+            assert!(client.is_ok() && served.is_ok());
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+            drop(socket);
+            assert!(!path.exists());
+        }
+    }
+
     #[test]
     fn groups() {
-        assert_eq!(group_id("1234").unwrap(), 1234);
-        assert_eq!(group_id("root").unwrap(), 0);
-        assert!(group_id("no such group").unwrap_err().to_string().contains("not in /etc/group"));
+        assert_eq!(ControlSocket::group_id("1234").unwrap(), 1234);
+        assert_eq!(ControlSocket::group_id("root").unwrap(), 0);
+        assert!(ControlSocket::group_id("no such group").unwrap_err().to_string().contains("not in /etc/group"));
     }
 }

@@ -1,10 +1,12 @@
 //! What a switch remembers over a restart: its ports and what is pinned to workers, in a directory of its own.
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -62,40 +64,81 @@ struct PinTable {
     pins: Vec<String>,
 }
 
+/// What a file holds: what this build understands, and what it does not, as another one has written it.
+#[derive(Debug, PartialEq, Eq)]
+struct Entries<T> {
+    known: Vec<T>,
+    unknown: Vec<String>,
+}
+
+impl<T: FromStr<Err: fmt::Display> + ToString> Entries<T> {
+    /// An entry that is not understood is no reason to lose it, or the others.
+    fn parse(texts: Vec<String>) -> Self {
+        let mut entries = Self { known: Vec::new(), unknown: Vec::new() };
+        for text in texts {
+            match text.parse() {
+                Ok(entry) => entries.known.push(entry),
+                Err(error) => {
+                    tracing::warn!("'{text}' of the last run is not restored, but kept for another version: {error}");
+                    entries.unknown.push(text);
+                }
+            }
+        }
+        entries
+    }
+
+    fn texts(&self) -> Vec<String> {
+        self.known.iter().map(ToString::to_string).chain(self.unknown.iter().cloned()).collect()
+    }
+}
+
+/// The name of a port that is not understood.
+fn name_of(spec: &str) -> &str {
+    spec.split('=').next().unwrap_or(spec)
+}
+
+/// Whether its owner is that one.
+fn is_of(spec: &str, owner: &str) -> bool {
+    spec.split(',').any(|option| option.strip_prefix("owner=") == Some(owner))
+}
+
 /// The state directory, ours alone as long as this lives.
 #[derive(Debug)]
 pub struct StateStore {
     dir: PathBuf,
-    ports: Vec<PortConfig>,
-    pins: Vec<Pin>,
+    ports: Entries<PortConfig>,
+    pins: Entries<Pin>,
     /// Goes when the process does, however that ends, unless another process was given it.
     lock: File,
 }
 
 impl StateStore {
-    /// Makes the directory if it is missing, locks it, and reads the ports of the last run. A table that cannot be
-    /// understood is put aside with a warning, so that it does not keep the switch from starting.
+    /// Makes the directory if it is missing, locks it, and reads the ports of the last run. A file that is no table is put
+    /// aside with a warning, so that it does not keep the switch from starting.
     ///
     /// # Errors
     /// [`StateError`].
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let unusable = |source| StateError::Unusable { dir: dir.into(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
-        Self::read(dir, lock(dir)?)
+        Self::read(dir, lock(dir)?, put_aside)
     }
 
-    /// As [`StateStore::open`], with the lock that another process hands over, which writes no more.
+    /// As [`StateStore::open`], with the lock that another process hands over, which writes no more. Until it is gone its files
+    /// are left as they are, so that one that is no table is an error.
     ///
     /// # Errors
     /// [`StateError`].
     pub fn adopt(dir: &Path, lock: OwnedFd) -> Result<Self, StateError> {
-        Self::read(dir, lock.into())
+        let refuse = |path: &Path, problem: &str| Err(io::Error::other(format!("{} {problem}", path.display())));
+        Self::read(dir, lock.into(), refuse)
     }
 
-    fn read(dir: &Path, lock: File) -> Result<Self, StateError> {
+    fn read(dir: &Path, lock: File, no_table: impl Fn(&Path, &str) -> io::Result<()>) -> Result<Self, StateError> {
         let unusable = |source| StateError::Unusable { dir: dir.into(), source };
-        let ports = read(&dir.join(TABLE), read_table).map_err(unusable)?;
-        let pins = read(&dir.join(PINS), read_pins).map_err(unusable)?;
+        let read = |name: &str, parse| read(&dir.join(name), parse, &no_table).map_err(unusable);
+        let ports = Entries::parse(read(TABLE, parse_ports)?);
+        let pins = Entries::parse(read(PINS, parse_pins)?);
         Ok(Self { dir: dir.into(), ports, pins, lock })
     }
 
@@ -119,7 +162,7 @@ impl StateStore {
 
     /// The pins written down.
     pub fn pins(&self) -> &[Pin] {
-        &self.pins
+        &self.pins.known
     }
 
     /// Writes down other pins, in the same way as ports.
@@ -127,31 +170,60 @@ impl StateStore {
     /// # Errors
     /// [`StateError::Write`]; the old ones stay then.
     pub fn replace_pins(&mut self, pins: Vec<Pin>) -> Result<(), StateError> {
+        let pins = Entries { known: pins, unknown: self.pins.unknown.clone() };
         if pins != self.pins {
-            self.write(PINS, &PinTable { version: VERSION, pins: pins.iter().map(ToString::to_string).collect() })?;
+            self.write(PINS, &PinTable { version: VERSION, pins: pins.texts() })?;
             self.pins = pins;
         }
         Ok(())
     }
 
-    /// The ports written down.
+    /// The ports written down, but for those that are not understood.
     pub fn ports(&self) -> &[PortConfig] {
-        &self.ports
+        &self.ports.known
+    }
+
+    /// The names of all ports written down.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.ports.known.iter().map(|port| &*port.name).chain(self.ports.unknown.iter().map(|spec| name_of(spec)))
     }
 
     /// The ports written down, less one.
     pub fn without(&self, name: &str) -> Vec<PortConfig> {
-        self.ports.iter().filter(|port| port.name != name).cloned().collect()
+        self.ports().iter().filter(|port| port.name != name).cloned().collect()
     }
 
-    /// Writes down other ports. After a crash at any moment the file has either the old or the new table; the new one once
-    /// this has returned, unless the machine itself goes down within seconds.
+    /// Writes down other ports. Those that are not understood stay, but for such of the same names. After a crash at any moment
+    /// the file has either the old or the new table; the new one once this has returned, unless the machine itself goes down
+    /// within seconds.
     ///
     /// # Errors
     /// [`StateError::Write`]; the old ports stay then.
     pub fn replace(&mut self, ports: Vec<PortConfig>) -> Result<(), StateError> {
-        self.write(TABLE, &Table { version: VERSION, ports: ports.iter().map(ToString::to_string).collect() })?;
-        self.ports = ports;
+        let is_left = |spec: &&String| ports.iter().all(|port| port.name != name_of(spec));
+        let unknown = self.ports.unknown.iter().filter(is_left).cloned().collect();
+        self.write_ports(Entries { known: ports, unknown })
+    }
+
+    /// Removes a port from what is written down, be it understood or not; one that is not only if it is that of `owner`, where
+    /// one is given. Returns whether there was one.
+    ///
+    /// # Errors
+    /// [`StateError::Write`]; nothing is removed then.
+    pub fn remove(&mut self, name: &str, owner: Option<&str>) -> Result<bool, StateError> {
+        let is_left = |spec: &&String| name_of(spec) != name || owner.is_some_and(|owner| !is_of(spec, owner));
+        let unknown = self.ports.unknown.iter().filter(is_left).cloned().collect();
+        let left = Entries { known: self.without(name), unknown };
+        let found = left != self.ports;
+        self.write_ports(left).map(|()| found)
+    }
+
+    fn write_ports(&mut self, ports: Entries<PortConfig>) -> Result<(), StateError> {
+        // A full disk is no trouble to whoever changes nothing.
+        if ports != self.ports {
+            self.write(TABLE, &Table { version: VERSION, ports: ports.texts() })?;
+            self.ports = ports;
+        }
         Ok(())
     }
 
@@ -197,14 +269,22 @@ fn sign(lock: &mut File) -> io::Result<()> {
     writeln!(lock, "{}", std::process::id())
 }
 
-/// What a file holds; nothing if it is not there. One that cannot be understood is put aside.
-fn read<T>(path: &Path, parse: impl FnOnce(&str) -> Result<Vec<T>, String>) -> io::Result<Vec<T>> {
-    match fs::read_to_string(path) {
-        Ok(text) => parse(&text).or_else(|problem| put_aside(path, &problem)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => put_aside(path, "it is not text"),
-        Err(error) => Err(error),
-    }
+/// The entries of a file; none if it is not there. `no_table` says what becomes of one that is no table of ours.
+fn read(
+    path: &Path,
+    parse: fn(&str) -> Result<Vec<String>, String>,
+    no_table: impl Fn(&Path, &str) -> io::Result<()>,
+) -> io::Result<Vec<String>> {
+    let problem = match fs::read_to_string(path) {
+        Ok(text) => match parse(&text) {
+            Ok(entries) => return Ok(entries),
+            Err(problem) => problem,
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => "it is not text".into(),
+        Err(error) => return Err(error),
+    };
+    no_table(path, &format!("cannot be used, since {problem}")).map(|()| Vec::new())
 }
 
 fn check_version(version: u32) -> Result<(), String> {
@@ -212,33 +292,24 @@ fn check_version(version: u32) -> Result<(), String> {
     (version == VERSION).then_some(()).ok_or_else(problem)
 }
 
-/// The pins of a table, or why it cannot be understood.
-fn read_pins(text: &str) -> Result<Vec<Pin>, String> {
+fn parse_pins(text: &str) -> Result<Vec<String>, String> {
     let table: PinTable = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    check_version(table.version)?;
-    table.pins.iter().map(|pin| pin.parse()).collect()
+    check_version(table.version).map(|()| table.pins)
 }
 
-/// The ports of a table, or why it cannot be understood.
-fn read_table(text: &str) -> Result<Vec<PortConfig>, String> {
+fn parse_ports(text: &str) -> Result<Vec<String>, String> {
     let table: Table = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    check_version(table.version)?;
-    let parse = |spec: &String| spec.parse().map_err(|error| format!("port '{spec}': {error}"));
-    table.ports.iter().map(parse).collect()
+    check_version(table.version).map(|()| table.ports)
 }
 
-/// Renames a table that cannot be understood, and starts with an empty one.
-fn put_aside<T>(path: &Path, problem: &str) -> io::Result<Vec<T>> {
+/// Renames a file that is no table of ours, to start with an empty one.
+fn put_aside(path: &Path, problem: &str) -> io::Result<()> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let aside = path.with_file_name(format!("{name}.corrupt-{seconds}"));
     fs::rename(path, &aside)?;
-    tracing::warn!(
-        "{} cannot be used, since {problem}; it is now {}, and nothing of it is restored",
-        path.display(),
-        aside.display()
-    );
-    Ok(Vec::new())
+    tracing::warn!("{} {problem}; it is now {}, and nothing of it is restored", path.display(), aside.display());
+    Ok(())
 }
 
 #[cfg(test)]
@@ -280,7 +351,14 @@ mod tests {
         let store = StateStore::open(dir.path()).unwrap();
         assert_eq!((store.pins(), store.ports()), (&pins[..], &[][..]));
         drop(store);
-        fs::write(dir.path().join(PINS), r#"{"version":1,"pins":["vm1"]}"#).unwrap();
+        fs::write(dir.path().join(PINS), r#"{"version":1,"pins":["vm1=first","vm2=1"]}"#).unwrap();
+        let mut store = StateStore::open(dir.path()).unwrap();
+        assert_eq!(store.pins(), ["vm2=1".parse().unwrap()]);
+        store.replace_pins(pins).unwrap();
+        let text = fs::read_to_string(dir.path().join(PINS)).unwrap();
+        assert!(text.contains("vm1:3=0") && text.contains("vm1=first"), "{text}");
+        drop(store);
+        fs::write(dir.path().join(PINS), r#"{"version":1,"pins":"vm1"}"#).unwrap();
         assert!(StateStore::open(dir.path()).unwrap().pins().is_empty());
         let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(names.iter().any(|name| name.to_string_lossy().starts_with("pins.json.corrupt-")), "{names:?}");
@@ -298,14 +376,9 @@ mod tests {
 
     #[test]
     fn a_corrupt_table_is_put_aside() {
-        for text in [
-            &b"{"[..],
-            b"",
-            b"\xff\xfe",
-            br#"{"version":2,"ports":[]}"#,
-            br#"{"version":1,"ports":["a=tap:"]}"#,
-            br#"{"version":1,"ports":[],"more":1}"#,
-        ] {
+        for text in
+            [&b"{"[..], b"", b"\xff\xfe", br#"{"version":2,"ports":[]}"#, br#"{"version":1,"ports":[],"more":1}"#]
+        {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join(TABLE), text).unwrap();
             assert!(StateStore::open(dir.path()).unwrap().ports().is_empty());
@@ -314,6 +387,38 @@ mod tests {
             assert_eq!(fs::read(dir.path().join(aside)).unwrap(), text);
             assert!(!dir.path().join(TABLE).exists());
         }
+    }
+
+    #[test]
+    fn what_another_version_has_written_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = dir.path().join(TABLE);
+        let odd = ["b=tap:b0,colour=blue,owner=me", "c=warp:c0", "d=tap:"];
+        let all = serde_json::json!({"version": 1, "ports": ["a=tap:a0", odd[0], odd[1], odd[2]]});
+        fs::write(&table, all.to_string()).unwrap();
+        let mut store = StateStore::open(dir.path()).unwrap();
+        assert_eq!(store.ports(), ["a=tap:a0".parse().unwrap()]);
+        assert_eq!(store.names().collect::<Vec<_>>(), ["a", "b", "c", "d"]);
+        let has = |spec: &str| fs::read_to_string(&table).unwrap().contains(&format!("\"{spec}\""));
+        // A port of its name takes the place of one.
+        store.replace(vec![port("new"), port("d")]).unwrap();
+        assert!(has(odd[0]) && has(odd[1]) && !has(odd[2]) && !has("a=tap:a0"));
+        assert!(!store.remove("b", Some("you")).unwrap() && has(odd[0]));
+        assert!(store.remove("b", Some("me")).unwrap() && !has(odd[0]));
+        assert!(store.remove("c", None).unwrap() && !has(odd[1]));
+        assert!(!store.remove("c", None).unwrap());
+        assert_eq!(store.names().collect::<Vec<_>>(), ["new", "d"]);
+    }
+
+    /// The process that hands over may go on, and would find its ports gone at the next start.
+    #[test]
+    fn a_takeover_leaves_files_in_their_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = || OwnedFd::from(File::open(dir.path()).unwrap());
+        fs::write(dir.path().join(TABLE), "{").unwrap();
+        let error = StateStore::adopt(dir.path(), lock()).unwrap_err().to_string();
+        assert!(error.contains("ports.json cannot be used, since"), "{error}");
+        assert_eq!(fs::read_to_string(dir.path().join(TABLE)).unwrap(), "{");
     }
 
     #[test]

@@ -14,8 +14,9 @@
 //! ```
 //!
 //! Until it has said `go` the old process can go back: if the new one fails, hangs up or is silent for too long, its ports
-//! and workers go on as if nothing had been. The new one touches no socket and no file before it has heard `go`. So there
-//! is never a moment at which both forward.
+//! and workers go on as if nothing had been. Before it has heard `go` the new one changes nothing that the old one would miss: it
+//! opens the metrics listener if that is another, asks the keeper to be heard, and shares the rings' journal. So there is never
+//! a moment at which both forward.
 
 mod give;
 mod record;

@@ -70,10 +70,10 @@ impl Keeper {
         }
     }
 
-    /// Has a keeper that may be there let go of everything, for a switch that does without.
-    pub fn dismiss(state: &Path, alone: bool) {
+    /// Has a keeper that may be there let go of everything, for a switch that does without. Any before it must be dead by now.
+    pub fn dismiss(state: &Path) {
         let path = socket(state);
-        let keeper = UnixStream::connect(&path).map(|stream| greet(stream, &path, alone));
+        let keeper = UnixStream::connect(&path).map(|stream| greet(stream, &path, true));
         if let Ok(Ok((keeper, _))) = keeper {
             keeper.settled(Vec::new());
             keeper.end();

@@ -160,7 +160,7 @@ fn who_does_without_has_it_let_go() {
     let (frontend, stamp) = keep(&old, "vm");
     stamp.set_current(true).unwrap();
     drop(old);
-    Keeper::dismiss(bench.dir.path(), true);
+    Keeper::dismiss(bench.dir.path());
     assert!(closes(&frontend, super::GRACE / 2));
 }
 

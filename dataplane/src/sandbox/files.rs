@@ -22,10 +22,9 @@ pub(super) fn restrict(needs: &Needs) -> io::Result<String> {
     let sockets = AccessFs::MakeSock | AccessFs::RemoveFile | AccessFs::ReadDir;
     let state = files | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile;
     let mut rules = vec![
-        // Who calls, what interfaces there are, and groups by name.
+        // Who calls, and what interfaces there are.
         (Path::new("/proc"), files),
         (Path::new("/sys"), files),
-        (Path::new("/etc/group"), AccessFs::ReadFile.into()),
         (&needs.state, state),
         (needs.socket_root.as_deref().unwrap_or(Path::new("/")), sockets),
     ];

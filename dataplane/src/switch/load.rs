@@ -285,8 +285,8 @@ impl Switch {
         drop(tables);
         let loads = lock(&self.inner.loads);
         let describe = |(id, worker): (usize, &Arc<WorkerShared>)| {
-            let (counts, frequency) = (worker.stats.counts(), worker.stats.frequency().max(1.0));
-            let ns = |ticks: u64| (ticks as f64 * 1e9 / frequency) as u64;
+            let counts = worker.stats.counts();
+            let ns = |ticks| worker.stats.ns(ticks);
             let load = loads.workers.get(id).copied().unwrap_or_default();
             WorkerStatus {
                 id,

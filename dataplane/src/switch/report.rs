@@ -114,6 +114,11 @@ impl Switch {
         Capture::start(stats, options).ok_or_else(|| PortError::Captured(name.into()))
     }
 
+    /// Whether the port that is captured is there. Another one of its name is not that.
+    pub fn has_captured(&self, name: &str, capture: &Capture) -> bool {
+        lock(&self.inner.tables).ports.get(name).is_some_and(|entry| capture.is_of(&entry.stats))
+    }
+
     /// One port.
     pub fn port(&self, name: &str) -> Option<PortStatus> {
         let tables = lock(&self.inner.tables);

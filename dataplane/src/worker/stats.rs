@@ -179,6 +179,12 @@ impl WorkerStats {
         }
     }
 
+    /// Ticks of its counters as nanoseconds; 0 before the start. What grows in ticks never shrinks in these, so the length of a
+    /// tick is that of the start.
+    pub fn ns(&self, ticks: u64) -> u64 {
+        self.clock.get().map_or(0, |clock| clock.ns(ticks))
+    }
+
     /// Ticks per second; 0 before the start. Over a long run they follow from the run itself.
     pub fn frequency(&self) -> f64 {
         let Some(clock) = self.clock.get() else { return 0.0 };
@@ -198,6 +204,20 @@ mod tests {
             stats.burst(frames);
         }
         assert_eq!(stats.counts().bursts, [1, 1, 2, 2, 2, 2, 2, 2]);
+    }
+
+    /// Metrics are counters, to which going back is a restart.
+    #[test]
+    fn times_never_go_back() {
+        let stats = WorkerStats::default();
+        assert_eq!(stats.ns(1), 0);
+        stats.begin(&Clock::start());
+        let ticks = 1 << 50;
+        let first = stats.ns(ticks);
+        for _ in 0..100 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            assert_eq!(stats.ns(ticks), first);
+        }
     }
 
     #[test]

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::{Bench, GAP, SPLIT_EVENTS, alone};
+use crate::{Bench, GAP, PATIENCE, SPLIT_EVENTS, alone};
 
 /// A process that wants to take over, played by the test. It lets go of the descriptors.
-struct Taker(UnixStream);
+pub(crate) struct Taker(UnixStream);
 
 impl Taker {
-    fn new(bench: &Bench, version: u32) -> Self {
+    pub(crate) fn new(bench: &Bench, version: u32) -> Self {
         let mut stream = UnixStream::connect(bench.path("ctl.sock")).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(b"SLUICE-TAKEOVER\n").unwrap();
@@ -21,14 +21,14 @@ impl Taker {
         taker
     }
 
-    fn say(&mut self, record: &Value) {
+    pub(crate) fn say(&mut self, record: &Value) {
         let text = record.to_string();
         let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
         bytes.extend(text.bytes());
         self.0.write_all(&bytes).unwrap();
     }
 
-    fn hear(&mut self) -> Value {
+    pub(crate) fn hear(&mut self) -> Value {
         let mut head = [0; 8];
         self.0.read_exact(&mut head).unwrap();
         let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap()) as usize;
@@ -94,6 +94,12 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
     assert!(!failing.0.wait().unwrap().success());
     bench.stream(Duration::from_millis(50));
+    // Its configuration names a group that there is not.
+    std::fs::write(bench.path("group.toml"), "[control]\ngroup = \"no such group\"\n").unwrap();
+    let mut failing = bench.start(&["--takeover", "--config", bench.path("group.toml").to_str().unwrap()]);
+    assert!(!failing.0.wait().unwrap().success());
+    assert!(bench.log().contains("group 'no such group' is not in"), "{}", bench.log());
+    bench.stream(Duration::from_millis(50));
     // One that is to carry a network whose ports have VLANs of their own, which would be missed only when it is too late.
     let inside = bench.path("inside.sock");
     bench.json(&["port", "add", &format!("inside=vhost-user:{},network=blue,vlan=7", inside.display())]);
@@ -151,4 +157,28 @@ fn a_port_whose_folder_has_gone_begins_anew() {
     bench.json(&["port", "add", &port(bench.path("s.sock"))]);
     assert!(bench.path("s.sock").exists());
     bench.stream(Duration::from_millis(50));
+}
+
+/// One that does without a keeper lets go of what the old one has in its own only when that is gone.
+#[test]
+fn a_new_process_that_fails_leaves_the_keeper_alone() {
+    let _alone = alone();
+    let mut bench = Bench::with_keeper(SPLIT_EVENTS, false, true);
+    bench.keeper = false;
+    let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
+    assert!(!failing.0.wait().unwrap().success());
+    bench.keeper = true;
+    bench.stream(Duration::from_millis(50));
+    bench.crash();
+    bench.stream(Duration::from_millis(50));
+    let port = bench.json(&["port", "show", "vm1"]);
+    assert_eq!((&port["state"], &port["connects"]), (&json!("up"), &json!(1)), "{port}");
+
+    bench.keeper = false;
+    bench.take_over();
+    let deadline = Instant::now() + PATIENCE;
+    while bench.path("state/keeper.sock").exists() {
+        assert!(Instant::now() < deadline, "the keeper goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -172,8 +172,12 @@ impl Bench {
 
     /// Lets a new process take over under traffic. Returns the longest gap, in which the new process's start is not.
     fn take_over(&mut self) -> Duration {
+        self.take_over_with(&[])
+    }
+
+    fn take_over_with(&mut self, arguments: &[&str]) -> Duration {
         self.stations.iter_mut().for_each(Station::reset_gap);
-        let new = self.start(&["--takeover"]);
+        let new = self.start(&[&["--takeover"], arguments].concat());
         let mut old = self.switch.replace(new).unwrap();
         let deadline = Instant::now() + PATIENCE;
         let mut status = None;
@@ -450,6 +454,22 @@ fn ports_stations_and_locks_are_taken_over() {
     unsafe { libc::kill(bench.switch.as_ref().unwrap().0.id() as i32, libc::SIGTERM) };
     assert!(bench.switch.as_mut().unwrap().0.wait().unwrap().success());
     assert!(!bench.path("vm1.sock").exists() && !bench.path("ctl.sock").exists());
+}
+
+/// As at any other start, what is given anew goes before what there was.
+#[test]
+fn a_given_port_takes_the_target_of_an_old_one() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT, false);
+    let target = format!("vhost-user:{}", bench.path("x.sock").display());
+    bench.json(&["port", "add", &format!("old={target}")]);
+    bench.take_over_with(&["--port", &format!("new={target}")]);
+    let ports = bench.json(&["port", "list"]);
+    let names: Vec<_> = ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["new", "vm1", "vm2"], "{}", bench.log());
+    let table = std::fs::read_to_string(bench.path("state/ports.json")).unwrap();
+    assert!(table.contains("\"new=") && !table.contains("\"old="), "{table}");
+    bench.check_whole();
 }
 
 /// Where nothing runs, there is nothing to take over.
