@@ -132,9 +132,14 @@ impl Takeover {
     /// [`TakeError::Port`].
     pub fn adopt(&mut self, switch: &Switch, config: &PortConfig) -> Result<(), TakeError> {
         let Some(old) = self.ports.iter_mut().find(|old| old.is(config)) else { return Ok(()) };
-        if let Some(taken) = old.taken.take() {
-            switch.adopt_port(config.clone(), taken)?;
-            old.adopted = true;
+        let Some(taken) = old.taken.take() else { return Ok(()) };
+        match switch.adopt_port(config.clone(), taken) {
+            Ok(()) => old.adopted = true,
+            // As when its frontend has taken memory away. Nobody may keep a new process from taking over, so it begins anew.
+            Err(PortError::Setup(problem)) => {
+                tracing::warn!(port = config.name, "cannot be taken over, and begins anew: {problem}");
+            }
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }
@@ -158,9 +163,14 @@ impl Takeover {
         if self.standing.ports.len() != names.len() {
             return Err(WireError::Invalid("the number of ports has changed".into()).into());
         }
-        for ((old, standing), name) in self.ports.iter().zip(&self.standing.ports).zip(&names) {
-            if old.adopted {
-                switch.adopted_go_on(name, &standing.bases, &standing.stats)?;
+        for ((old, standing), name) in self.ports.iter_mut().zip(&self.standing.ports).zip(&names) {
+            if !old.adopted {
+                continue;
+            }
+            if let Err(error) = switch.adopted_go_on(name, &standing.bases, &standing.stats) {
+                tracing::warn!("{error}; the port begins anew");
+                let _ = switch.remove_port(name);
+                old.adopted = false;
             }
         }
         switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb, true);

@@ -22,6 +22,9 @@ const WRITE: u16 = 2;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
+/// Bytes at the end that no ring and no buffer is in.
+pub(crate) const SPARE: usize = 4096;
+
 /// Shared memory of a guest.
 pub(crate) struct Memory {
     pub(crate) file: File,
@@ -31,7 +34,7 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn new() -> Rc<Self> {
-        let len = 2 * STRIDE;
+        let len = 2 * STRIDE + SPARE;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         unsafe {
             let file = File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC));

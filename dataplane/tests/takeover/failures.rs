@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::{Bench, GAP, PATIENCE, SPLIT_EVENTS, alone};
+use crate::{Bench, GAP, PATIENCE, SPLIT, SPLIT_EVENTS, alone};
 
 /// A process that wants to take over, played by the test. It lets go of the descriptors.
 pub(crate) struct Taker(UnixStream);
@@ -157,6 +157,33 @@ fn a_port_whose_folder_has_gone_begins_anew() {
     bench.json(&["port", "add", &port(bench.path("s.sock"))]);
     assert!(bench.path("s.sock").exists());
     bench.stream(Duration::from_millis(50));
+}
+
+/// A frontend has taken memory away, so that the new process cannot map it. No single one may put takeovers off for ever.
+#[test]
+fn a_port_that_cannot_be_adopted_begins_anew() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT, false);
+    bench.stations[1].shorten_memory();
+    let new = bench.start(&["--takeover"]);
+    let mut old = bench.switch.replace(new).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        assert!(Instant::now() < deadline, "no takeover:\n{}", bench.log());
+        if let Some(status) = old.exited() {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(status.success(), "{status}:\n{}", bench.log());
+    while !bench.stations[1].is_hung_up() {
+        assert!(Instant::now() < deadline, "its connection is there still:\n{}", bench.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(bench.json(&["port", "show", "vm1"])["state"], "up");
+    // It listens still, and has been found again by now, or will be.
+    assert_ne!(bench.json(&["port", "show", "vm2"])["state"], "up");
+    assert!(bench.log().contains("cannot be taken over, and begins anew"), "{}", bench.log());
 }
 
 /// One that does without a keeper lets go of what the old one has in its own only when that is gone.

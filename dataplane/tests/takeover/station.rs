@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 
-use crate::driver::{HEADER, Kind, Memory, Ring, SLOTS};
+use crate::driver::{HEADER, Kind, Memory, Ring, SLOTS, SPARE};
 
 const UVA: u64 = 0x7f00_0000_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -188,6 +188,11 @@ impl Station {
     }
 
     /// Whether the switch has closed the connection.
+    /// Takes memory away that nobody uses.
+    pub(crate) fn shorten_memory(&self) {
+        self.memory.file.set_len((self.memory.len - SPARE) as u64).unwrap();
+    }
+
     pub(crate) fn is_hung_up(&self) -> bool {
         let mut polled =
             libc::pollfd { fd: self.frontend.as_ref().unwrap().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
