@@ -140,13 +140,13 @@ fn offer(
 
 /// Stops the workers at a moment at which nothing is held for a guest that migrates.
 fn quiet(switch: &Switch) -> Result<Frozen<'_>, HandoverError> {
-    for _ in 0..QUIET_ATTEMPTS {
+    for _ in 1..QUIET_ATTEMPTS {
         match switch.freeze() {
-            Err(HandoverError::Migrating) => std::thread::sleep(QUIET_PAUSE),
+            Err(HandoverError::Migrating(_)) => std::thread::sleep(QUIET_PAUSE),
             other => return other,
         }
     }
-    Err(HandoverError::Migrating)
+    switch.freeze()
 }
 
 /// Where everything stands, with the workers stopped.

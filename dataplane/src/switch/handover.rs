@@ -30,8 +30,8 @@ pub enum HandoverError {
     #[error("port {0} is in the midst of a message from its frontend; try again")]
     Busy(String),
     /// Frames are kept for a guest that is on its way to another port, or whose rings are being changed.
-    #[error("frames are being kept for a guest that migrates; try again")]
-    Migrating,
+    #[error("frames are being kept for the guest of port {0}, which migrates; try again, or remove the port")]
+    Migrating(String),
     /// A port cannot be handed over or taken over.
     #[error("port {0}: {1}")]
     Port(String, String),
@@ -116,13 +116,13 @@ impl Switch {
         let mut tables = lock(&self.inner.tables);
         tables.frozen = true;
         self.inner.publish(&mut tables);
-        let held = tables.slots.iter().filter_map(Slot::view).any(|view| {
-            let hold = view.link.hold.as_ref();
-            hold.is_some_and(|hold| !hold.is_empty())
-        });
+        let mut views = tables.slots.iter().filter_map(Slot::view);
+        let held = views.find(|view| view.link.hold.as_ref().is_some_and(|hold| !hold.is_empty()));
+        let port = held.map(|view| tables.configs().get(&view.id).map_or_else(String::new, |port| port.name.clone()));
+        drop(views);
         drop(tables);
         let frozen = Frozen(self);
-        if held { Err(HandoverError::Migrating) } else { Ok(frozen) }
+        port.map_or(Ok(frozen), |port| Err(HandoverError::Migrating(port)))
     }
 
     /// Gives the workers their queues, all at once.
