@@ -130,18 +130,7 @@ impl AfxdpPort {
         options: Options,
         publisher: Arc<dyn Publisher>,
     ) -> std::io::Result<Self> {
-        let mut watcher = Watcher {
-            name: name.into(),
-            interface: interface.into(),
-            options,
-            publisher,
-            device: Device::new(interface)?,
-            news: Netlink::subscribe()?,
-            requests: Netlink::open()?,
-            uplink: None,
-            yielded: false,
-            shown: None,
-        };
+        let mut watcher = Watcher::new(name, interface, options, publisher)?;
         if let Err(e) = watcher.look()
             && matches!(e.kind(), ErrorKind::AlreadyExists | ErrorKind::PermissionDenied | ErrorKind::InvalidInput)
         {
@@ -193,6 +182,21 @@ struct Watcher {
 }
 
 impl Watcher {
+    fn new(name: &str, interface: &str, options: Options, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
+        Ok(Self {
+            name: name.into(),
+            interface: interface.into(),
+            options,
+            publisher,
+            device: Device::new(interface)?,
+            news: Netlink::subscribe()?,
+            requests: Netlink::open()?,
+            uplink: None,
+            yielded: false,
+            shown: None,
+        })
+    }
+
     fn run(mut self, stop: &AtomicBool, wake: &EventFd) {
         let mut failed = false;
         while !stop.load(Ordering::Acquire) {
@@ -325,10 +329,24 @@ impl Watcher {
             return Err(Error::new(ErrorKind::AlreadyExists, problem));
         }
         tracing::warn!(port = self.name, interface, program = attached.id, "removing another XDP program (replace=on)");
-        if program::detach_foreign_link(state.index)? {
-            return Ok(());
+        match program::detach_foreign_link(state.index) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            // Whose link it is, if it is one, only CAP_SYS_ADMIN may ask, which the sandbox takes away.
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => {}
+            Err(e) => return Err(e),
         }
-        self.requests.clear_xdp(state.index, attached.mode)
+        self.requests.clear_xdp(state.index, attached.mode).map_err(|e| match e.kind() {
+            ErrorKind::ResourceBusy => {
+                let problem = format!(
+                    "the XDP program of interface {interface} (id {}) is attached by a link, which cannot be detached from \
+                     within the sandbox; use 'bpftool link detach id', or start the switch with --sandbox off",
+                    attached.id
+                );
+                Error::new(ErrorKind::AlreadyExists, problem)
+            }
+            _ => explain(&format!("cannot remove the XDP program of interface {interface}"), &e),
+        })
     }
 
     /// Tells the workers and the log, if it is news.

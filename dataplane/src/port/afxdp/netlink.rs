@@ -94,9 +94,14 @@ impl Netlink {
 
     /// Takes a program off an interface that was put there without a link, as `ip link set … xdp` does.
     pub(super) fn clear_xdp(&self, ifindex: u32, mode: u8) -> Result<()> {
+        self.put_xdp(ifindex, mode, -1)
+    }
+
+    /// Puts a program there, or none if the descriptor is -1.
+    pub(super) fn put_xdp(&self, ifindex: u32, mode: u8, program: RawFd) -> Result<()> {
         // `XDP_FLAGS_SKB_MODE` for generic, `XDP_FLAGS_DRV_MODE` for native.
         let flags: u32 = if mode == 2 { 1 << 1 } else { 1 << 2 };
-        let mut xdp = attribute(XDP_FD, &(-1i32).to_ne_bytes());
+        let mut xdp = attribute(XDP_FD, &program.to_ne_bytes());
         xdp.extend(attribute(XDP_FLAGS, &flags.to_ne_bytes()));
         self.order(RTM_SETLINK, &interface(ifindex), &attribute(IFLA_XDP | NESTED, &xdp))
     }

@@ -1,0 +1,74 @@
+//! The thread of a port, looking once at a time.
+
+use super::*;
+use crate::sandbox::{self, Needs, SandboxMode};
+use program::{Hook, Program};
+
+/// What the workers were told last.
+#[derive(Default)]
+struct Told {
+    link: Mutex<Option<Link>>,
+    stats: Arc<PortStats>,
+}
+
+impl Publisher for Told {
+    fn publish(&self, link: Link) {
+        *self.link.lock().unwrap() = Some(link);
+    }
+
+    fn forget_stations(&self) {}
+
+    fn announce(&self, _mac: [u8; 6]) {}
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
+}
+
+impl Told {
+    fn state(&self) -> Option<PortState> {
+        self.link.lock().unwrap().as_ref().map(|link| link.state)
+    }
+}
+
+fn watcher(interface: &str, options: Options) -> (Watcher, Arc<Told>) {
+    let told = Arc::new(Told::default());
+    (Watcher::new("up", interface, options, told.clone()).unwrap(), told)
+}
+
+fn index(interface: &str) -> u32 {
+    Device::new(interface).unwrap().state().unwrap().unwrap().index
+}
+
+/// Confines this thread as the whole process is.
+fn confine() {
+    let (state, control) = (std::env::temp_dir(), std::env::temp_dir().join("control.sock"));
+    let (mode, kinds) = (SandboxMode::Auto, vec!["afxdp".into()]);
+    sandbox::apply(&Needs { mode, kinds, state, control, socket_root: None }).unwrap();
+}
+
+#[test]
+fn programs_of_others_are_replaced_from_within_the_sandbox() {
+    in_a_namespace(|| {
+        for name in ["up0", "up1"] {
+            ip(&format!("link add name {name} type veth peer name {name}-far"));
+            ip(&format!("link set {name} up"));
+            ip(&format!("link set {name}-far up"));
+        }
+        let replace = Options { replace: true, ..Options::default() };
+        program::attach_without_link(index("up0")).unwrap();
+        let theirs = Program::attach(index("up1"), Hook::Native, 1).unwrap();
+        confine();
+        let (mut a, told) = watcher("up0", replace);
+        a.look().unwrap();
+        assert_eq!(told.state(), Some(PortState::Up));
+        a.close(PortState::Down, "");
+        // By a link, which is not for us to look up.
+        let (mut b, _) = watcher("up1", replace);
+        let error = b.look().unwrap_err();
+        assert!(error.kind() == ErrorKind::AlreadyExists && error.to_string().contains("--sandbox off"), "{error}");
+        drop(theirs);
+        b.look().unwrap();
+        b.close(PortState::Down, "");
+    });
+}
