@@ -39,7 +39,7 @@ use crate::port::stats::PortStats;
 use crate::port::{Link, Publisher};
 use crate::status::PortState;
 use crate::virtq::notify::EventFd;
-use device::{Device, Promiscuous, State};
+use device::{Channels, Device, Promiscuous, State};
 use napi::Deferral;
 use netlink::Netlink;
 use queue::Queues;
@@ -267,14 +267,16 @@ impl Watcher {
         self.make_way(state)?;
         let interface = &self.interface;
         self.device.prepare().map_err(|e| explain(&format!("cannot bring up interface {interface}"), &e))?;
-        let has = self.device.queues();
+        let channels = self.device.channels().unwrap_or(Channels::ONE);
+        let has = channels.receive;
         let count = self.options.queues.map_or(has, u32::from);
         if count > has {
             let problem = format!("interface {interface} has {has} queues, fewer than queues={count}");
             return Err(Error::new(ErrorKind::InvalidInput, problem));
         }
         let promiscuous = Promiscuous::new(state.index)?;
-        let (queues, failures) = Queues::open(state.index, count, state.mtu, &self.options, self.publisher.stats())
+        let served = channels.first(count);
+        let (queues, failures) = Queues::open(state.index, served, state.mtu, &self.options, self.publisher.stats())
             .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
         let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
         let deferral = if self.options.busy_poll { self.defer(state.index) } else { None };

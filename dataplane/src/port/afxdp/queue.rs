@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
+use super::device::Channels;
 use super::netdev;
 use super::program::{Hook, Program};
 use super::rx::Receiver;
@@ -24,6 +25,8 @@ pub(super) struct Queues {
     /// What the operator calls the way they were opened.
     pub(super) mode: &'static str,
     queues: Vec<(Arc<Receiver>, Arc<Transmitter>)>,
+    /// So many of them send: the kernel throws away what is sent on others, without an error.
+    senders: usize,
     _program: Program,
 }
 
@@ -78,11 +81,11 @@ impl Queue {
 }
 
 impl Queues {
-    /// Opens the first `count` queues in the first way of the mode that works. Returns why the ways before it did not,
+    /// Opens the first queues, so many, in the first way of the mode that works. Returns why the ways before it did not,
     /// for the operator, too.
     pub(super) fn open(
         ifindex: u32,
-        count: u32,
+        channels: Channels,
         mtu: usize,
         options: &Options,
         stats: &Arc<PortStats>,
@@ -103,7 +106,7 @@ impl Queues {
             for multi_buffer in [true, false] {
                 let (mtu, busy_poll) = (AtomicUsize::new(mtu), options.busy_poll);
                 let shared = Arc::new(Shared { mtu, multi_buffer, busy_poll, copies, tx_checksum });
-                match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {
+                match Self::open_in(ifindex, channels, (name, hook, access), &shared, stats) {
                     Ok(queues) => return Ok((queues, failures.join("; "))),
                     Err(e) => last = e,
                 }
@@ -118,14 +121,14 @@ impl Queues {
 
     fn open_in(
         ifindex: u32,
-        count: u32,
+        channels: Channels,
         (mode, hook, access): (&'static str, Hook, Access),
         shared: &Arc<Shared>,
         stats: &Arc<PortStats>,
     ) -> Result<Self> {
-        let program = Program::attach(ifindex, hook, count)?;
+        let program = Program::attach(ifindex, hook, channels.receive)?;
         let mut queues = Vec::new();
-        for queue in 0..count {
+        for queue in 0..channels.receive {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
@@ -137,7 +140,7 @@ impl Queues {
             let transmitter = Transmitter::new(both, rings.tx, rings.completion, tx_frames);
             queues.push((Arc::new(receiver), Arc::new(transmitter)));
         }
-        Ok(Self { shared: shared.clone(), mode, queues, _program: program })
+        Ok(Self { shared: shared.clone(), mode, queues, senders: channels.send as usize, _program: program })
     }
 
     /// For the workers.
@@ -155,7 +158,7 @@ impl Queues {
         let rx = self.queues.iter().enumerate().map(|(pair, (rx, _))| RxEntry { pair, queue: rx.clone() });
         Link {
             rx: rx.collect(),
-            tx: self.queues.iter().map(|(_, tx)| tx.clone() as Arc<dyn TxQueue>).collect(),
+            tx: self.queues.iter().take(self.senders).map(|(_, tx)| tx.clone() as Arc<dyn TxQueue>).collect(),
             features,
             coalesce: true,
             ..Link::down(PortState::Up, None)

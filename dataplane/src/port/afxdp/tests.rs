@@ -82,7 +82,7 @@ impl End {
     fn open_with(name: &str, options: &Options) -> Self {
         let state = Device::new(name).unwrap().state().unwrap().unwrap();
         let stats = Arc::new(PortStats::default());
-        let queues = Queues::open(state.index, 1, state.mtu, options, &stats).unwrap().0;
+        let queues = Queues::open(state.index, Channels::ONE, state.mtu, options, &stats).unwrap().0;
         Self { queues, stats, storage: BurstStorage::default(), scratch: Scratch::default() }
     }
 

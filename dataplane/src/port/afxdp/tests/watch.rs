@@ -29,6 +29,11 @@ impl Told {
     fn state(&self) -> Option<PortState> {
         self.link.lock().unwrap().as_ref().map(|link| link.state)
     }
+
+    /// Queues to receive from, and to send to.
+    fn queues(&self) -> (usize, usize) {
+        self.link.lock().unwrap().as_ref().map(|link| (link.rx.len(), link.tx.len())).unwrap()
+    }
 }
 
 fn watcher(interface: &str, options: Options) -> (Watcher, Arc<Told>) {
@@ -70,5 +75,18 @@ fn programs_of_others_are_replaced_from_within_the_sandbox() {
         drop(theirs);
         b.look().unwrap();
         b.close(PortState::Down, "");
+    });
+}
+
+#[test]
+fn nothing_is_sent_where_there_are_queues_to_receive_only() {
+    in_a_namespace(|| {
+        ip("link add name up0 numrxqueues 2 numtxqueues 1 type veth peer name far0 numrxqueues 1 numtxqueues 2");
+        ip("link set up0 up");
+        ip("link set far0 up");
+        let (mut watcher, told) = watcher("up0", Options::default());
+        watcher.look().unwrap();
+        assert_eq!(told.queues(), (2, 1));
+        watcher.close(PortState::Down, "");
     });
 }
