@@ -85,6 +85,13 @@ pub struct Options {
     pub tx_checksum: Option<bool>,
 }
 
+impl Options {
+    /// Those of an interface's queues that are used.
+    fn served(&self, channels: Channels) -> Channels {
+        channels.first(self.queues.map_or(channels.receive, u32::from))
+    }
+}
+
 /// What the queues of a port know of it.
 #[derive(Debug)]
 struct Shared {
@@ -159,6 +166,8 @@ impl Drop for AfxdpPort {
 struct Uplink {
     index: u32,
     program: u32,
+    /// What it had when it was opened, or when that last changed.
+    channels: Channels,
     _deferral: Option<Deferral>,
     queues: Queues,
     _promiscuous: Promiscuous,
@@ -240,6 +249,7 @@ impl Watcher {
                 return Err(Error::other("the interface's XDP program was removed or replaced"));
             }
         }
+        self.follow_queues(&state)?;
         if self.uplink.is_none() {
             self.uplink = Some(self.open(&state)?);
             // Its own coming up is news.
@@ -258,9 +268,43 @@ impl Watcher {
         Ok(())
     }
 
+    /// Whether the interface, and the program on it, are those that were opened. What cannot be found out has not changed.
     fn is_ours(&self, uplink: &Uplink, state: &State) -> bool {
-        let program = self.requests.xdp(state.index).ok().flatten();
-        uplink.index == state.index && program.is_some_and(|program| program.id == uplink.program)
+        let same_program = match self.requests.xdp(state.index) {
+            Ok(program) => program.is_some_and(|program| program.id == uplink.program),
+            Err(e) => e.raw_os_error() != Some(libc::ENODEV),
+        };
+        uplink.index == state.index && same_program
+    }
+
+    /// Lets go of an interface whose queues were changed (`ethtool -L`), to be opened again: what arrives on a new one would
+    /// pass the port by.
+    fn follow_queues(&mut self, state: &State) -> std::io::Result<()> {
+        // A driver may have others, or none, while its link is down.
+        let (Some(uplink), true) = (&mut self.uplink, state.is_up && state.is_running) else { return Ok(()) };
+        let Some(channels) = self.device.channels().filter(|channels| *channels != uplink.channels) else {
+            return Ok(());
+        };
+        let [before, now] = [uplink.channels, channels].map(|channels| self.options.served(channels));
+        if before == now {
+            uplink.channels = channels;
+            self.warn_of_others(channels);
+            return Ok(());
+        }
+        // The kernel lets go of a queue a moment after its socket is closed, so it is opened with the next look.
+        Err(Error::other("the interface has other queues now"))
+    }
+
+    /// Tells of queues that go to the kernel.
+    fn warn_of_others(&self, channels: Channels) {
+        let (has, count, interface) = (channels.receive, self.options.served(channels).receive, &self.interface);
+        if count < has {
+            tracing::warn!(
+                port = self.name,
+                "interface {interface} spreads frames over {has} queues, of which the port serves {count}; \
+                 the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
+            );
+        }
     }
 
     fn open(&mut self, state: &State) -> std::io::Result<Uplink> {
@@ -268,14 +312,13 @@ impl Watcher {
         let interface = &self.interface;
         self.device.prepare().map_err(|e| explain(&format!("cannot bring up interface {interface}"), &e))?;
         let channels = self.device.channels().unwrap_or(Channels::ONE);
-        let has = channels.receive;
-        let count = self.options.queues.map_or(has, u32::from);
+        let (has, served) = (channels.receive, self.options.served(channels));
+        let count = served.receive;
         if count > has {
             let problem = format!("interface {interface} has {has} queues, fewer than queues={count}");
             return Err(Error::new(ErrorKind::InvalidInput, problem));
         }
         let promiscuous = Promiscuous::new(state.index)?;
-        let served = channels.first(count);
         let (queues, failures) = Queues::open(state.index, served, state.mtu, &self.options, self.publisher.stats())
             .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
         let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
@@ -295,14 +338,10 @@ impl Watcher {
             let port = &self.name;
             tracing::warn!(port, "the driver of {interface} does not complete checksums, so the switch does");
         }
-        if count < has {
-            tracing::warn!(
-                port = self.name,
-                "interface {interface} spreads frames over {has} queues, of which the port serves {count}; \
-                 the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
-            );
-        }
-        Ok(Uplink { index: state.index, program, _deferral: deferral, queues, _promiscuous: promiscuous })
+        self.warn_of_others(channels);
+        // A driver may take some for itself while it has a program, which is no change.
+        let channels = self.device.channels().unwrap_or(channels);
+        Ok(Uplink { index: state.index, program, channels, _deferral: deferral, queues, _promiscuous: promiscuous })
     }
 
     /// Has the driver wait for our calls, where the kernel can do that.
