@@ -85,10 +85,10 @@ impl Switch {
             let mut fds = Fds::default();
             let (kind, paused) = match &entry.driver {
                 Some(Driver::Vhost(port)) => (KindRecord::Anew, Some(port.pause())),
-                Some(Driver::Tap(port)) => {
-                    let fd = port.duplicate().map_err(failed)?;
-                    (KindRecord::Tap(fds.put(std::os::fd::AsFd::as_fd(&fd)).map_err(failed)?), None)
-                }
+                Some(Driver::Tap(port)) => match port.duplicate().map_err(failed)? {
+                    Some(fd) => (KindRecord::Tap(fds.put(std::os::fd::AsFd::as_fd(&fd)).map_err(failed)?), None),
+                    None => (KindRecord::Anew, None),
+                },
                 _ => (KindRecord::Anew, None),
             };
             let (config, stats) = (entry.config.clone(), entry.stats.clone());

@@ -8,6 +8,7 @@ mod driver;
 mod failures;
 mod station;
 mod stops;
+mod taps;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -172,8 +173,13 @@ impl Bench {
 
     /// Lets a new process take over under traffic. Returns the longest gap, in which the new process's start is not.
     fn take_over(&mut self) -> Duration {
+        self.take_over_with(&[])
+    }
+
+    /// The same by a process with more arguments.
+    fn take_over_with(&mut self, arguments: &[&str]) -> Duration {
         self.stations.iter_mut().for_each(Station::reset_gap);
-        let new = self.start(&["--takeover"]);
+        let new = self.start(&[&["--takeover"], arguments].concat());
         let mut old = self.switch.replace(new).unwrap();
         let deadline = Instant::now() + PATIENCE;
         let mut status = None;

@@ -59,14 +59,23 @@ impl Tap {
 
     /// A tap that another process had open.
     pub(super) fn adopt(fd: OwnedFd, interface: &str) -> Result<Self> {
+        let tap = Self { file: fd.into() };
+        if tap.is(interface)? {
+            return Ok(tap);
+        }
+        Err(Error::new(ErrorKind::InvalidInput, format!("the descriptor is not that of tap {interface}")))
+    }
+
+    /// Whether it is the interface of that name.
+    ///
+    /// # Errors
+    /// If the interface is no more.
+    pub(super) fn is(&self, interface: &str) -> Result<bool> {
         let mut request = named(interface)?;
         let wanted = request.ifr_name;
         // SAFETY: the kernel fills a valid local ifreq.
-        check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
-        if request.ifr_name != wanted {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("the descriptor is not that of tap {interface}")));
-        }
-        Ok(Self { file: fd.into() })
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
+        Ok(request.ifr_name == wanted)
     }
 
     /// Its descriptor, duplicated.
@@ -111,8 +120,8 @@ impl Tap {
             0.. => Ok(()),
             _ => Err(match Error::last_os_error().raw_os_error() {
                 Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => DropReason::Full,
-                // The interface is down, as the host's administrator wants.
-                Some(libc::EIO) => DropReason::LinkDown,
+                // The interface is down or was removed, as the host's administrator wants.
+                Some(libc::EIO | libc::EBADFD) => DropReason::LinkDown,
                 _ => DropReason::CannotConvert,
             }),
         }

@@ -27,6 +27,7 @@ const READS: usize = 16;
 
 /// A running tap port. The interface goes when it is dropped, if it was made by us.
 pub struct TapPort {
+    interface: String,
     publisher: Arc<dyn Publisher>,
     tap: Arc<Tap>,
 }
@@ -43,7 +44,7 @@ impl TapPort {
     /// # Errors
     /// If the kernel refuses, with advice.
     pub fn start(interface: &str, mtu: Option<u16>, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
-        Ok(Self::publish(Tap::open(interface, mtu)?, publisher))
+        Ok(Self::publish(Tap::open(interface, mtu)?, interface, publisher))
     }
 
     /// As [`TapPort::start`] for an interface that another process had open, by its descriptor.
@@ -51,18 +52,20 @@ impl TapPort {
     /// # Errors
     /// If it is another's.
     pub fn adopt(fd: OwnedFd, interface: &str, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
-        Ok(Self::publish(Tap::adopt(fd, interface)?, publisher))
+        Ok(Self::publish(Tap::adopt(fd, interface)?, interface, publisher))
     }
 
-    /// The descriptor, duplicated, for another process to adopt.
+    /// The descriptor, duplicated, for another process to adopt. `None` if the host has removed the interface, or renamed
+    /// it: what the port is to have is made anew then.
     ///
     /// # Errors
-    /// If this one has none left.
-    pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
-        self.tap.duplicate()
+    /// If this process has no descriptors left.
+    pub fn duplicate(&self) -> std::io::Result<Option<OwnedFd>> {
+        let is_there = self.tap.is(&self.interface).unwrap_or(false);
+        is_there.then(|| self.tap.duplicate()).transpose()
     }
 
-    fn publish(tap: Tap, publisher: Arc<dyn Publisher>) -> Self {
+    fn publish(tap: Tap, interface: &str, publisher: Arc<dyn Publisher>) -> Self {
         let tap = Arc::new(tap);
         let stats = publisher.stats().clone();
         let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
@@ -73,7 +76,7 @@ impl TapPort {
             tx: vec![Arc::new(TapTx { tap: tap.clone(), stats })],
             ..Link::down(PortState::Up, None)
         });
-        Self { publisher, tap }
+        Self { interface: interface.into(), publisher, tap }
     }
 }
 
@@ -219,12 +222,42 @@ mod tests {
         bytes
     }
 
-    /// In a network of its own. As root.
-    #[test]
-    fn datagrams_that_are_made_here_are_counted() {
-        let test = || {
+    /// Runs a test in a network of its own. As root.
+    fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(|| {
             // SAFETY: no pointers are passed; it changes this thread only.
             assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "this test runs as root");
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    fn ip(arguments: &str) {
+        assert!(
+            std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap().success(),
+            "ip {arguments}"
+        );
+    }
+
+    #[test]
+    fn frames_for_an_interface_that_was_removed_find_the_link_down() {
+        in_a_namespace(|| {
+            let tap = Tap::open("t0", None).unwrap();
+            let write = || tap.write(&[0; HEADER], &[2; 60], &[]);
+            assert!(write().is_ok() && tap.is("t0").unwrap());
+            ip("link set t0 down");
+            assert_eq!(write(), Err(DropReason::LinkDown));
+            ip("link set t0 name t1");
+            assert!(!tap.is("t0").unwrap());
+            ip("link del t1");
+            assert_eq!(write(), Err(DropReason::LinkDown));
+            assert!(tap.is("t1").is_err());
+        });
+    }
+
+    #[test]
+    fn datagrams_that_are_made_here_are_counted() {
+        in_a_namespace(|| {
             let (tap, stats) = (Arc::new(Tap::open("t0", None).unwrap()), Arc::new(PortStats::default()));
             let (mut storage, mut scratch) = (BurstStorage::default(), Scratch::default());
             let mut burst = storage.begin();
@@ -234,7 +267,6 @@ mod tests {
             TapTx { tap, stats: stats.clone() }.send(&burst, &[0], &mut scratch).unwrap();
             // One has come, three have gone.
             assert_eq!((stats.tx(0).read().0, stats.made()), (3, 2));
-        };
-        std::thread::spawn(test).join().unwrap();
+        });
     }
 }
