@@ -274,6 +274,13 @@ impl Switch {
                         continue;
                     }
                 },
+                Some(Driver::Tap(tap)) => {
+                    // Whoever had it may have had another.
+                    if let Some(Err(error)) = config.mtu.map(|mtu| tap.set_mtu(mtu)) {
+                        tracing::warn!(port = name, mtu = config.mtu, "cannot set the MTU of its interface: {error}");
+                    }
+                    Some(Driver::Tap(tap))
+                }
                 other => other,
             };
             self.exchange(&name, |place| *place = driver);

@@ -42,3 +42,16 @@ fn taps_that_are_gone_are_made_anew() {
         assert!(ip("-o link show tap0").contains("UP") && ip("-o link show tap1").contains("UP"));
     });
 }
+
+#[test]
+fn a_tap_gets_the_mtu_that_is_given_anew() {
+    let _alone = alone();
+    in_a_namespace(|| {
+        let port = |mtu| format!("host=tap:tap0,network=host,mtu={mtu}");
+        let mut bench = Bench::with(SPLIT, false, false, &["--port", &port(1400)]);
+        let before = ip("-o link show tap0");
+        assert!(before.contains(" mtu 1400 "), "{before}");
+        bench.take_over_with(&["--port", &port(1300)]);
+        assert_eq!(ip("-o link show tap0"), before.replace(" mtu 1400 ", " mtu 1300 "));
+    });
+}

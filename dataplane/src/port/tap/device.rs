@@ -151,22 +151,37 @@ fn named(interface: &str) -> Result<libc::ifreq> {
 }
 
 fn bring_up(interface: &str, mtu: Option<u16>) -> Result<()> {
-    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-    let socket = unsafe {
-        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        check(fd)?;
-        OwnedFd::from_raw_fd(fd)
-    };
-    let mut request = named(interface)?;
+    let socket = control_socket()?;
     if let Some(mtu) = mtu {
-        request.ifr_ifru.ifru_mtu = i32::from(mtu);
-        // SAFETY: a valid local ifreq with a terminated name.
-        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })?;
+        set_mtu_by(&socket, interface, mtu)?;
     }
-    // SAFETY: as above; the flags are those that the first call filled in.
+    let mut request = named(interface)?;
+    // SAFETY: a valid local ifreq with a terminated name; the flags are those that the first call filled in.
     unsafe {
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request))?;
         request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request))
+    }
+}
+
+/// Sets the MTU of an interface.
+pub(super) fn set_mtu(interface: &str, mtu: u16) -> Result<()> {
+    set_mtu_by(&control_socket()?, interface, mtu)
+}
+
+fn set_mtu_by(socket: &OwnedFd, interface: &str, mtu: u16) -> Result<()> {
+    let mut request = named(interface)?;
+    request.ifr_ifru.ifru_mtu = i32::from(mtu);
+    // SAFETY: a valid local ifreq with a terminated name.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
+}
+
+/// A socket for requests about interfaces.
+fn control_socket() -> Result<OwnedFd> {
+    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        check(fd)?;
+        Ok(OwnedFd::from_raw_fd(fd))
     }
 }

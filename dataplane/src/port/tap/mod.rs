@@ -55,6 +55,14 @@ impl TapPort {
         Ok(Self::publish(Tap::adopt(fd, interface)?, interface, publisher))
     }
 
+    /// Gives an adopted interface the MTU that it is to have. Not before the other process has let go of it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_mtu(&self, mtu: u16) -> std::io::Result<()> {
+        device::set_mtu(&self.interface, mtu)
+    }
+
     /// The descriptor, duplicated, for another process to adopt. `None` if the host has removed the interface, or renamed
     /// it: what the port is to have is made anew then.
     ///
