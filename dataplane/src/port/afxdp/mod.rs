@@ -30,7 +30,7 @@ mod umem;
 use std::io::{Error, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ use crate::virtq::notify::EventFd;
 use device::{Channels, Device, Promiscuous, State};
 use napi::Deferral;
 use netlink::Netlink;
-use queue::Queues;
+use queue::{Queues, Unsent};
 use socket::Socket;
 use umem::Umem;
 
@@ -62,9 +62,7 @@ struct Queue {
     umem: Umem,
     shared: Arc<Shared>,
     stats: Arc<PortStats>,
-    /// Not zero if the kernel did not take all that was to be sent: whoever receives asks it again. Counts how often
-    /// that was looked at in vain.
-    unsent: AtomicU32,
+    unsent: Unsent,
     /// Frames that the driver has refused and that still count as sent.
     refused: AtomicU64,
 }
