@@ -3,7 +3,7 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use super::socket::check;
+use crate::port::check;
 
 /// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS`, `ETHTOOL_GCHANNELS` (`linux/ethtool.h`).
 const GET_FLAGS: u32 = 0x25;

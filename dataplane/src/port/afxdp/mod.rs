@@ -2,8 +2,8 @@
 //!
 //! Raw system calls, no library: a socket with four rings for each queue (`ring`, `socket`), over a pool of frames
 //! (`umem`) that belongs to that queue alone, so that receiving and sending, and two queues, share nothing. `rx` and
-//! `tx` are the two queue traits over them, `program` is the XDP program that feeds the sockets, `netlink` and `device`
-//! know the interface.
+//! `tx` are the two queue traits over them, `program` is the XDP program that feeds the sockets, and `device` knows
+//! the interface.
 //!
 //! A thread for each port watches the interface. It may vanish and return, lose its carrier or change its MTU at any
 //! time; workers only ever see the port's link go down and come up.
@@ -16,7 +16,6 @@ mod device;
 mod mapping;
 mod napi;
 mod netdev;
-mod netlink;
 mod program;
 mod queue;
 mod ring;
@@ -28,17 +27,15 @@ mod tx;
 mod umem;
 
 use std::io::{Error, ErrorKind};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
-use crate::port::{Link, Publisher};
+use crate::port::watch::{End, Watch};
+use crate::port::{Link, Publisher, netlink};
 use crate::status::PortState;
-use crate::virtq::notify::EventFd;
 use device::{Channels, Device, Promiscuous, State};
 use napi::Deferral;
 use netlink::Netlink;
@@ -112,9 +109,7 @@ impl Shared {
 
 /// A running AF_XDP port. The interface is the kernel's again when it is dropped.
 pub struct AfxdpPort {
-    stop: Arc<AtomicBool>,
-    wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _watch: Watch,
 }
 
 impl std::fmt::Debug for AfxdpPort {
@@ -141,21 +136,7 @@ impl AfxdpPort {
         {
             return Err(e);
         }
-        let (stop, wake) = (Arc::new(AtomicBool::new(false)), Arc::new(EventFd::new()?));
-        let ended = (stop.clone(), wake.clone());
-        let thread = std::thread::Builder::new().name("sl-afxdp".into()).stack_size(256 << 10);
-        let thread = thread.spawn(move || watcher.run(&ended.0, &ended.1))?;
-        Ok(Self { stop, wake, thread: Some(thread) })
-    }
-}
-
-impl Drop for AfxdpPort {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        self.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        Ok(Self { _watch: Watch::start("sl-afxdp", move |end| watcher.run(end))? })
     }
 }
 
@@ -204,17 +185,17 @@ impl Watcher {
         })
     }
 
-    fn run(mut self, stop: &AtomicBool, wake: &EventFd) {
+    fn run(mut self, end: &End) {
         let mut failed = false;
-        while !stop.load(Ordering::Acquire) {
+        while !end.has_come() {
             // An attempt to open makes news of its own; one that fails is not repeated for that.
-            wait((!failed).then_some(&self.news), wake, LOOK);
+            end.wait((!failed).then_some(&self.news), Some(LOOK));
             self.news.drain();
-            if !stop.load(Ordering::Acquire) {
+            if !end.has_come() {
                 let was_up = self.is_up();
                 failed = self.look().is_err();
                 if was_up && !self.is_up() {
-                    wait(None, wake, PAUSE);
+                    end.wait(None, Some(PAUSE));
                 }
             }
         }
@@ -419,15 +400,6 @@ impl Watcher {
             }
         }
     }
-}
-
-/// Waits for news, if any is wanted, for the end, or for a while.
-fn wait(news: Option<&Netlink>, wake: &EventFd, time: Duration) {
-    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // The kernel passes over negative descriptors.
-    let mut fds = [poll(news.map_or(-1, Netlink::as_raw_fd)), poll(wake.as_raw_fd())];
-    // SAFETY: the kernel writes to the local array of the length given.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, time.as_millis() as libc::c_int) };
 }
 
 fn explain(what: &str, e: &Error) -> Error {

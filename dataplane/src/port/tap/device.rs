@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use crate::limits::MAX_CHAIN;
 use crate::mem::SourceSegment;
+use crate::port::check;
 use crate::switch::DropReason;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -132,10 +133,6 @@ impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
-}
-
-fn check(result: libc::c_int) -> Result<()> {
-    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
 }
 
 fn named(interface: &str) -> Result<libc::ifreq> {

@@ -1,9 +1,9 @@
-//! The little of rtnetlink (`linux/rtnetlink.h`) that an uplink needs: news of interfaces, and who has an XDP program.
+//! The little of rtnetlink (`linux/rtnetlink.h`) that ports need: news of interfaces, and who has an XDP program.
 
 use std::io::{Error, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use super::socket::check;
+use crate::port::check;
 
 const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
@@ -127,9 +127,9 @@ impl Netlink {
     }
 }
 
-impl AsRawFd for Netlink {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
