@@ -211,7 +211,7 @@ impl Switch {
                 }
                 (PortTarget::Tap { interface }, KindRecord::Tap(fd)) => {
                     let fd = fds.take(fd).ok_or_else(|| io::Error::other("the descriptor of the tap is missing"))?;
-                    TapPort::adopt(fd, interface, publisher).map(Driver::Tap)
+                    TapPort::adopt(fd, interface, config.mtu, publisher).map(Driver::Tap)
                 }
                 _ => Err(io::Error::other("it was handed over as another kind of port")),
             }
@@ -276,7 +276,7 @@ impl Switch {
                 },
                 Some(Driver::Tap(tap)) => {
                     // Whoever had it may have had another.
-                    if let Some(Err(error)) = config.mtu.map(|mtu| tap.set_mtu(mtu)) {
+                    if let Err(error) = tap.set_mtu() {
                         tracing::warn!(port = name, mtu = config.mtu, "cannot set the MTU of its interface: {error}");
                     }
                     Some(Driver::Tap(tap))

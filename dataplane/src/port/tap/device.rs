@@ -161,6 +161,16 @@ fn bring_up(interface: &str, mtu: Option<u16>) -> Result<()> {
     }
 }
 
+/// Whether there is an interface of that name.
+pub(super) fn exists(interface: &str) -> bool {
+    let ask = || {
+        let (socket, mut request) = (control_socket()?, named(interface)?);
+        // SAFETY: a valid local ifreq with a terminated name.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) })
+    };
+    ask().is_ok()
+}
+
 /// Sets the MTU of an interface.
 pub(super) fn set_mtu(interface: &str, mtu: u16) -> Result<()> {
     set_mtu_by(&control_socket()?, interface, mtu)

@@ -2,39 +2,8 @@
 
 use super::*;
 use crate::sandbox::{self, Needs, SandboxMode};
+use crate::testing::Told;
 use program::{Hook, Program};
-
-/// What the workers were told last.
-#[derive(Default)]
-struct Told {
-    link: Mutex<Option<Link>>,
-    stats: Arc<PortStats>,
-}
-
-impl Publisher for Told {
-    fn publish(&self, link: Link) {
-        *self.link.lock().unwrap() = Some(link);
-    }
-
-    fn forget_stations(&self) {}
-
-    fn announce(&self, _mac: [u8; 6]) {}
-
-    fn stats(&self) -> &Arc<PortStats> {
-        &self.stats
-    }
-}
-
-impl Told {
-    fn state(&self) -> Option<PortState> {
-        self.link.lock().unwrap().as_ref().map(|link| link.state)
-    }
-
-    /// Queues to receive from, and to send to.
-    fn queues(&self) -> (usize, usize) {
-        self.link.lock().unwrap().as_ref().map(|link| (link.rx.len(), link.tx.len())).unwrap()
-    }
-}
 
 fn watcher(interface: &str, options: Options) -> (Watcher, Arc<Told>) {
     let told = Arc::new(Told::default());
@@ -66,7 +35,7 @@ fn programs_of_others_are_replaced_from_within_the_sandbox() {
         confine();
         let (mut a, told) = watcher("up0", replace);
         a.look().unwrap();
-        assert_eq!(told.state(), Some(PortState::Up));
+        assert_eq!(told.state(), Some((PortState::Up, None)));
         a.close(PortState::Down, "");
         // By a link, which is not for us to look up.
         let (mut b, _) = watcher("up1", replace);
@@ -109,7 +78,7 @@ fn queues_that_are_added_are_served() {
         for name in ["up0", "up1"] {
             run("ethtool", &format!("-L {name} rx 3 tx 2"));
         }
-        assert!(all.look().is_err() && told.state() == Some(PortState::Down));
+        assert!(all.look().is_err() && told.state().is_some_and(|(state, _)| state == PortState::Down));
         let began = Instant::now();
         while all.look().is_err() {
             assert!(began.elapsed() < Duration::from_secs(5));
@@ -137,7 +106,7 @@ fn what_cannot_be_found_out_changes_nothing() {
         watcher.requests = Netlink::open_generic().unwrap();
         assert!(watcher.requests.xdp(index("up0")).is_err());
         watcher.look().unwrap();
-        assert_eq!((told.state(), told.stats.connects.load(Ordering::Relaxed)), (Some(PortState::Up), 1));
+        assert_eq!((told.state(), told.stats.connects.load(Ordering::Relaxed)), (Some((PortState::Up, None)), 1));
         watcher.close(PortState::Down, "");
     });
 }
