@@ -1,8 +1,8 @@
 //! Looking at a port's frames while they pass.
 //!
 //! A worker that finds a port's capture on copies its frames into one of a few buffers, the control side empties them.
-//! A worker never waits for it: a buffer that is being emptied is passed over, one that is full loses the frame, and
-//! both are counted. Frames that are not wanted cost a look at their headers and are not copied.
+//! A worker never waits for it: a buffer that is full or being emptied is passed over, and a frame for which none is left
+//! is lost and counted. Frames that are not wanted cost a look at their headers and are not copied.
 
 pub mod filter;
 
@@ -133,6 +133,11 @@ impl Lane {
         self.bytes.get(..self.used).unwrap_or_default()
     }
 
+    /// Whether a record of so many bytes fits.
+    fn has_room(&self, size: usize) -> bool {
+        self.bytes.len() - self.used >= HEADER + size
+    }
+
     /// Adds a record: a header, made for the number of bytes that follow, and those, up to the first `size` bytes of a
     /// frame. `false` if there is no room.
     fn add(
@@ -187,15 +192,18 @@ impl CapturePoint {
         else {
             return;
         };
-        // One buffer and one look at the clock for the whole burst, and none if nothing of it is wanted.
-        let mut lane = None;
+        // One buffer and one look at the clock for the whole burst, if it fits, and none if nothing of it is wanted.
+        let mut lane: Option<(SpinGuard<'_, Lane>, u64)> = None;
         for &place in places {
             let (frame, reason) = (burst.frame(place), reason(place));
             if wanted.filter.as_ref().is_some_and(|filter| !filter.matches(frame.head(), frame.len(), reason)) {
                 continue;
             }
             let size = frame.len().min(wanted.snap_length);
-            let kept = lane.get_or_insert_with(|| self.lane()).as_mut().is_some_and(|(lane, time)| {
+            if !lane.as_ref().is_some_and(|(lane, _)| lane.has_room(size)) {
+                lane = self.lane(size);
+            }
+            let kept = lane.as_mut().is_some_and(|(lane, time)| {
                 lane.add(|size| header(*time, direction, reason, frame.len(), size), burst, frame, size)
             });
             if !kept {
@@ -210,9 +218,9 @@ impl CapturePoint {
         self.record(burst, &[burst.count() as u8], Direction::Rx, |_| Some(reason));
     }
 
-    /// A buffer that nobody uses at the moment, and the time.
-    fn lane(&self) -> Option<(SpinGuard<'_, Lane>, u64)> {
-        let lane = self.lanes.iter().find_map(|lane| lane.try_lock())?;
+    /// A buffer that nobody uses at the moment with room for `size` bytes, and the time.
+    fn lane(&self, size: usize) -> Option<(SpinGuard<'_, Lane>, u64)> {
+        let lane = self.lanes.iter().filter_map(|lane| lane.try_lock()).find(|lane| lane.has_room(size))?;
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         Some((lane, time))
     }
@@ -369,7 +377,8 @@ mod tests {
     fn what_does_not_fit_is_lost_and_counted() {
         let stats = Arc::new(PortStats::default());
         let mut capture = Capture::start(stats.clone(), CaptureOptions::default()).unwrap();
-        let fit = LANE / (HEADER + 9000);
+        // All of the buffers, though there is one worker only.
+        let fit = LANES * (LANE / (HEADER + 9000));
         // Buffers are used again.
         for round in 1..4 {
             (0..fit + 3).for_each(|_| record(&stats, 9000, Direction::Rx, None));

@@ -2,12 +2,15 @@
 
 use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::mem::tests::memfd;
 use crate::mem::{GuestMemory, Log, Region};
 use crate::port::stats::PortStats;
 use crate::port::vhost::queue::QueueSetup;
+use crate::port::{Link, Publisher};
+use crate::status::PortState;
 use crate::virtq::{RingConfig, Vring};
 
 /// Bytes of memory of a test guest.
@@ -269,4 +272,45 @@ pub(crate) fn frame(dst: u64, src: u64, len: usize) -> Vec<u8> {
     bytes.extend((14..len).map(|at| (at * 7 + len) as u8));
     bytes.truncate(12 + len);
     bytes
+}
+
+/// Stands for the workers of a port: what they were told last.
+#[derive(Default)]
+pub(crate) struct Told {
+    link: Mutex<Option<Link>>,
+    pub(crate) stats: Arc<PortStats>,
+}
+
+impl Publisher for Told {
+    fn publish(&self, link: Link) {
+        *self.link.lock().unwrap() = Some(link);
+    }
+
+    fn forget_stations(&self) {}
+
+    fn announce(&self, _mac: [u8; 6]) {}
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
+}
+
+impl Told {
+    /// How the port is, and why.
+    pub(crate) fn state(&self) -> Option<(PortState, Option<String>)> {
+        self.link.lock().unwrap().as_ref().map(|link| (link.state, link.reason.clone()))
+    }
+
+    pub(crate) fn wait_for(&self, wanted: PortState) {
+        let began = Instant::now();
+        while self.state().is_none_or(|(state, _)| state != wanted) {
+            assert!(began.elapsed() < Duration::from_secs(5), "{:?}", self.state());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Queues to receive from, and to send to.
+    pub(crate) fn queues(&self) -> (usize, usize) {
+        self.link.lock().unwrap().as_ref().map(|link| (link.rx.len(), link.tx.len())).unwrap()
+    }
 }

@@ -8,9 +8,11 @@
 pub mod afxdp;
 #[cfg(feature = "dpdk")]
 pub mod dpdk;
+mod netlink;
 pub mod stats;
 pub mod tap;
 pub mod vhost;
+mod watch;
 mod wire_frame;
 
 use std::os::fd::RawFd;
@@ -149,4 +151,9 @@ pub trait Publisher: Send + Sync {
     fn journal(&self) -> Option<(Arc<Journal>, String)> {
         None
     }
+}
+
+/// The error of a call that failed.
+fn check(result: libc::c_int) -> std::io::Result<()> {
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -85,10 +85,10 @@ impl Switch {
             let mut fds = Fds::default();
             let (kind, paused) = match &entry.driver {
                 Some(Driver::Vhost(port)) => (KindRecord::Anew, Some(port.pause())),
-                Some(Driver::Tap(port)) => {
-                    let fd = port.duplicate().map_err(failed)?;
-                    (KindRecord::Tap(fds.put(std::os::fd::AsFd::as_fd(&fd)).map_err(failed)?), None)
-                }
+                Some(Driver::Tap(port)) => match port.duplicate().map_err(failed)? {
+                    Some(fd) => (KindRecord::Tap(fds.put(std::os::fd::AsFd::as_fd(&fd)).map_err(failed)?), None),
+                    None => (KindRecord::Anew, None),
+                },
                 _ => (KindRecord::Anew, None),
             };
             let (config, stats) = (entry.config.clone(), entry.stats.clone());
@@ -211,7 +211,7 @@ impl Switch {
                 }
                 (PortTarget::Tap { interface }, KindRecord::Tap(fd)) => {
                     let fd = fds.take(fd).ok_or_else(|| io::Error::other("the descriptor of the tap is missing"))?;
-                    TapPort::adopt(fd, interface, publisher).map(Driver::Tap)
+                    TapPort::adopt(fd, interface, config.mtu, publisher).map(Driver::Tap)
                 }
                 _ => Err(io::Error::other("it was handed over as another kind of port")),
             }
@@ -274,6 +274,13 @@ impl Switch {
                         continue;
                     }
                 },
+                Some(Driver::Tap(tap)) => {
+                    // Whoever had it may have had another.
+                    if let Err(error) = tap.set_mtu() {
+                        tracing::warn!(port = name, mtu = config.mtu, "cannot set the MTU of its interface: {error}");
+                    }
+                    Some(Driver::Tap(tap))
+                }
                 other => other,
             };
             self.exchange(&name, |place| *place = driver);

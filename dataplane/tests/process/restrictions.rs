@@ -235,6 +235,10 @@ fn uplinks_and_taps_can_be_added_later() {
     daemon.eventually("lost link", |daemon| daemon.state("up").0 != "up");
     ip(&["-n", &namespace.0, "link", "set", "far0", "up"]);
     daemon.wait_up("up");
+    ip(&["-n", &namespace.0, "link", "del", "sluice0"]);
+    daemon.eventually("lost tap", |daemon| daemon.state("host").0 != "up");
+    ip(&["-n", &namespace.0, "tuntap", "add", "sluice0", "mode", "tap"]);
+    daemon.wait_up("host");
     for name in ["up", "host"] {
         assert!(daemon.call(&["port", "del", name]).status.success());
     }

@@ -8,6 +8,7 @@ mod driver;
 mod failures;
 mod station;
 mod stops;
+mod taps;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -175,6 +176,7 @@ impl Bench {
         self.take_over_with(&[])
     }
 
+    /// The same by a process with more arguments.
     fn take_over_with(&mut self, arguments: &[&str]) -> Duration {
         self.stations.iter_mut().for_each(Station::reset_gap);
         let new = self.start(&[&["--takeover"], arguments].concat());

@@ -5,11 +5,10 @@
 //! socket but for an epoll instance, to which the socket belongs only while the worker is about to sleep, or asleep.
 
 use std::io::Result;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-
-use super::socket::Socket;
+use rustix::io::Errno;
 
 /// Readable while a socket that it listens to is.
 #[derive(Debug)]
@@ -22,15 +21,15 @@ impl Bell {
         Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
     }
 
-    /// Rings from now on, and at once if there are frames.
-    pub(super) fn listen(&self, socket: &Socket) {
-        // It can only fail if it was done already.
-        let _ = epoll::add(&self.epoll, socket, EventData::new_u64(0), EventFlags::IN);
+    /// Rings from now on, and at once if there are frames. `false` if the kernel has no room for that.
+    pub(super) fn listen(&self, socket: &impl AsFd) -> bool {
+        let done = epoll::add(&self.epoll, socket, EventData::new_u64(0), EventFlags::IN);
+        matches!(done, Ok(()) | Err(Errno::EXIST))
     }
 
     /// Does not ring any more.
-    pub(super) fn ignore(&self, socket: &Socket) {
-        // As above.
+    pub(super) fn ignore(&self, socket: &impl AsFd) {
+        // It can only fail if it did not listen.
         let _ = epoll::delete(&self.epoll, socket);
     }
 }
@@ -38,5 +37,21 @@ impl Bell {
 impl AsRawFd for Bell {
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtq::notify::EventFd;
+
+    #[test]
+    fn a_bell_that_cannot_ring_says_so() {
+        let (bell, event) = (Bell::new().unwrap(), EventFd::new().unwrap());
+        assert!(bell.listen(&event));
+        assert!(bell.listen(&event), "it does already");
+        // What epoll takes no descriptors into.
+        let mute = Bell { epoll: event.as_fd().try_clone_to_owned().unwrap() };
+        assert!(!mute.listen(&bell.epoll));
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use super::socket::check;
+use crate::port::check;
 
 /// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS`, `ETHTOOL_GCHANNELS` (`linux/ethtool.h`).
 const GET_FLAGS: u32 = 0x25;
@@ -25,6 +25,23 @@ pub(super) struct State {
     pub(super) is_up: bool,
     /// It has a carrier.
     pub(super) is_running: bool,
+}
+
+/// Numbers of queues, which begin at 0 for both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Channels {
+    pub(super) receive: u32,
+    pub(super) send: u32,
+}
+
+impl Channels {
+    /// What an interface has whose driver does not tell.
+    pub(super) const ONE: Self = Self { receive: 1, send: 1 };
+
+    /// The first queues, so many to receive from, and those of them that send.
+    pub(super) fn first(self, receive: u32) -> Self {
+        Self { receive, send: self.send.min(receive) }
+    }
 }
 
 /// Asks about one interface, by name, in the network namespace of the thread that made it.
@@ -83,14 +100,13 @@ impl Device {
         Ok(())
     }
 
-    /// Receive queues in use.
-    pub(super) fn queues(&self) -> u32 {
+    /// Queues in use. `None` if the driver does not tell.
+    pub(super) fn channels(&self) -> Option<Channels> {
         // `struct ethtool_channels`: four maxima, then the four in use: rx, tx, other, combined.
         let mut channels = [GET_CHANNELS, 0, 0, 0, 0, 0, 0, 0, 0];
-        match self.ethtool(&mut channels) {
-            Ok(()) => (channels[5] + channels[8]).max(1),
-            Err(_) => 1,
-        }
+        self.ethtool(&mut channels).ok()?;
+        let [rx, tx, combined] = [channels[5], channels[6], channels[8]];
+        Some(Channels { receive: (rx + combined).max(1), send: (tx + combined).max(1) })
     }
 
     fn ethtool<const N: usize>(&self, command: &mut [u32; N]) -> Result<()> {

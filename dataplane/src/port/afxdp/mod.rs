@@ -2,8 +2,8 @@
 //!
 //! Raw system calls, no library: a socket with four rings for each queue (`ring`, `socket`), over a pool of frames
 //! (`umem`) that belongs to that queue alone, so that receiving and sending, and two queues, share nothing. `rx` and
-//! `tx` are the two queue traits over them, `program` is the XDP program that feeds the sockets, `netlink` and `device`
-//! know the interface.
+//! `tx` are the two queue traits over them, `program` is the XDP program that feeds the sockets, and `device` knows
+//! the interface.
 //!
 //! A thread for each port watches the interface. It may vanish and return, lose its carrier or change its MTU at any
 //! time; workers only ever see the port's link go down and come up.
@@ -16,7 +16,6 @@ mod device;
 mod mapping;
 mod napi;
 mod netdev;
-mod netlink;
 mod program;
 mod queue;
 mod ring;
@@ -28,21 +27,19 @@ mod tx;
 mod umem;
 
 use std::io::{Error, ErrorKind};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
-use crate::port::{Link, Publisher};
+use crate::port::watch::{End, Watch};
+use crate::port::{Link, Publisher, netlink};
 use crate::status::PortState;
-use crate::virtq::notify::EventFd;
-use device::{Device, Promiscuous, State};
+use device::{Channels, Device, Promiscuous, State};
 use napi::Deferral;
 use netlink::Netlink;
-use queue::Queues;
+use queue::{Queues, Unsent};
 use socket::Socket;
 use umem::Umem;
 
@@ -62,9 +59,7 @@ struct Queue {
     umem: Umem,
     shared: Arc<Shared>,
     stats: Arc<PortStats>,
-    /// Not zero if the kernel did not take all that was to be sent: whoever receives asks it again. Counts how often
-    /// that was looked at in vain.
-    unsent: AtomicU32,
+    unsent: Unsent,
     /// Frames that the driver has refused and that still count as sent.
     refused: AtomicU64,
 }
@@ -83,6 +78,13 @@ pub struct Options {
     /// Leave checksums to who sends the frame, the driver or the kernel before it; `None` means if the driver says that it
     /// completes them.
     pub tx_checksum: Option<bool>,
+}
+
+impl Options {
+    /// Those of an interface's queues that are used.
+    fn served(&self, channels: Channels) -> Channels {
+        channels.first(self.queues.map_or(channels.receive, u32::from))
+    }
 }
 
 /// What the queues of a port know of it.
@@ -107,9 +109,7 @@ impl Shared {
 
 /// A running AF_XDP port. The interface is the kernel's again when it is dropped.
 pub struct AfxdpPort {
-    stop: Arc<AtomicBool>,
-    wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _watch: Watch,
 }
 
 impl std::fmt::Debug for AfxdpPort {
@@ -130,38 +130,13 @@ impl AfxdpPort {
         options: Options,
         publisher: Arc<dyn Publisher>,
     ) -> std::io::Result<Self> {
-        let mut watcher = Watcher {
-            name: name.into(),
-            interface: interface.into(),
-            options,
-            publisher,
-            device: Device::new(interface)?,
-            news: Netlink::subscribe()?,
-            requests: Netlink::open()?,
-            uplink: None,
-            yielded: false,
-            shown: None,
-        };
+        let mut watcher = Watcher::new(name, interface, options, publisher)?;
         if let Err(e) = watcher.look()
             && matches!(e.kind(), ErrorKind::AlreadyExists | ErrorKind::PermissionDenied | ErrorKind::InvalidInput)
         {
             return Err(e);
         }
-        let (stop, wake) = (Arc::new(AtomicBool::new(false)), Arc::new(EventFd::new()?));
-        let ended = (stop.clone(), wake.clone());
-        let thread = std::thread::Builder::new().name("sl-afxdp".into()).stack_size(256 << 10);
-        let thread = thread.spawn(move || watcher.run(&ended.0, &ended.1))?;
-        Ok(Self { stop, wake, thread: Some(thread) })
-    }
-}
-
-impl Drop for AfxdpPort {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        self.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        Ok(Self { _watch: Watch::start("sl-afxdp", move |end| watcher.run(end))? })
     }
 }
 
@@ -170,6 +145,8 @@ impl Drop for AfxdpPort {
 struct Uplink {
     index: u32,
     program: u32,
+    /// What it had when it was opened, or when that last changed.
+    channels: Channels,
     _deferral: Option<Deferral>,
     queues: Queues,
     _promiscuous: Promiscuous,
@@ -193,17 +170,32 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn run(mut self, stop: &AtomicBool, wake: &EventFd) {
+    fn new(name: &str, interface: &str, options: Options, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
+        Ok(Self {
+            name: name.into(),
+            interface: interface.into(),
+            options,
+            publisher,
+            device: Device::new(interface)?,
+            news: Netlink::subscribe()?,
+            requests: Netlink::open()?,
+            uplink: None,
+            yielded: false,
+            shown: None,
+        })
+    }
+
+    fn run(mut self, end: &End) {
         let mut failed = false;
-        while !stop.load(Ordering::Acquire) {
+        while !end.has_come() {
             // An attempt to open makes news of its own; one that fails is not repeated for that.
-            wait((!failed).then_some(&self.news), wake, LOOK);
+            end.wait((!failed).then_some(&self.news), Some(LOOK));
             self.news.drain();
-            if !stop.load(Ordering::Acquire) {
+            if !end.has_come() {
                 let was_up = self.is_up();
                 failed = self.look().is_err();
                 if was_up && !self.is_up() {
-                    wait(None, wake, PAUSE);
+                    end.wait(None, Some(PAUSE));
                 }
             }
         }
@@ -236,6 +228,7 @@ impl Watcher {
                 return Err(Error::other("the interface's XDP program was removed or replaced"));
             }
         }
+        self.follow_queues(&state)?;
         if self.uplink.is_none() {
             self.uplink = Some(self.open(&state)?);
             // Its own coming up is news.
@@ -254,23 +247,58 @@ impl Watcher {
         Ok(())
     }
 
+    /// Whether the interface, and the program on it, are those that were opened. What cannot be found out has not changed.
     fn is_ours(&self, uplink: &Uplink, state: &State) -> bool {
-        let program = self.requests.xdp(state.index).ok().flatten();
-        uplink.index == state.index && program.is_some_and(|program| program.id == uplink.program)
+        let same_program = match self.requests.xdp(state.index) {
+            Ok(program) => program.is_some_and(|program| program.id == uplink.program),
+            Err(e) => e.raw_os_error() != Some(libc::ENODEV),
+        };
+        uplink.index == state.index && same_program
+    }
+
+    /// Lets go of an interface whose queues were changed (`ethtool -L`), to be opened again: what arrives on a new one would
+    /// pass the port by.
+    fn follow_queues(&mut self, state: &State) -> std::io::Result<()> {
+        // A driver may have others, or none, while its link is down.
+        let (Some(uplink), true) = (&mut self.uplink, state.is_up && state.is_running) else { return Ok(()) };
+        let Some(channels) = self.device.channels().filter(|channels| *channels != uplink.channels) else {
+            return Ok(());
+        };
+        let [before, now] = [uplink.channels, channels].map(|channels| self.options.served(channels));
+        if before == now {
+            uplink.channels = channels;
+            self.warn_of_others(channels);
+            return Ok(());
+        }
+        // The kernel lets go of a queue a moment after its socket is closed, so it is opened with the next look.
+        Err(Error::other("the interface has other queues now"))
+    }
+
+    /// Tells of queues that go to the kernel.
+    fn warn_of_others(&self, channels: Channels) {
+        let (has, count, interface) = (channels.receive, self.options.served(channels).receive, &self.interface);
+        if count < has {
+            tracing::warn!(
+                port = self.name,
+                "interface {interface} spreads frames over {has} queues, of which the port serves {count}; \
+                 the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
+            );
+        }
     }
 
     fn open(&mut self, state: &State) -> std::io::Result<Uplink> {
         self.make_way(state)?;
         let interface = &self.interface;
         self.device.prepare().map_err(|e| explain(&format!("cannot bring up interface {interface}"), &e))?;
-        let has = self.device.queues();
-        let count = self.options.queues.map_or(has, u32::from);
+        let channels = self.device.channels().unwrap_or(Channels::ONE);
+        let (has, served) = (channels.receive, self.options.served(channels));
+        let count = served.receive;
         if count > has {
             let problem = format!("interface {interface} has {has} queues, fewer than queues={count}");
             return Err(Error::new(ErrorKind::InvalidInput, problem));
         }
         let promiscuous = Promiscuous::new(state.index)?;
-        let (queues, failures) = Queues::open(state.index, count, state.mtu, &self.options, self.publisher.stats())
+        let (queues, failures) = Queues::open(state.index, served, state.mtu, &self.options, self.publisher.stats())
             .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
         let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
         let deferral = if self.options.busy_poll { self.defer(state.index) } else { None };
@@ -289,14 +317,10 @@ impl Watcher {
             let port = &self.name;
             tracing::warn!(port, "the driver of {interface} does not complete checksums, so the switch does");
         }
-        if count < has {
-            tracing::warn!(
-                port = self.name,
-                "interface {interface} spreads frames over {has} queues, of which the port serves {count}; \
-                 the rest goes to the kernel unless 'ethtool -L {interface} combined {count}' is set"
-            );
-        }
-        Ok(Uplink { index: state.index, program, _deferral: deferral, queues, _promiscuous: promiscuous })
+        self.warn_of_others(channels);
+        // A driver may take some for itself while it has a program, which is no change.
+        let channels = self.device.channels().unwrap_or(channels);
+        Ok(Uplink { index: state.index, program, channels, _deferral: deferral, queues, _promiscuous: promiscuous })
     }
 
     /// Has the driver wait for our calls, where the kernel can do that.
@@ -325,10 +349,24 @@ impl Watcher {
             return Err(Error::new(ErrorKind::AlreadyExists, problem));
         }
         tracing::warn!(port = self.name, interface, program = attached.id, "removing another XDP program (replace=on)");
-        if program::detach_foreign_link(state.index)? {
-            return Ok(());
+        match program::detach_foreign_link(state.index) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            // Whose link it is, if it is one, only CAP_SYS_ADMIN may ask, which the sandbox takes away.
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => {}
+            Err(e) => return Err(e),
         }
-        self.requests.clear_xdp(state.index, attached.mode)
+        self.requests.clear_xdp(state.index, attached.mode).map_err(|e| match e.kind() {
+            ErrorKind::ResourceBusy => {
+                let problem = format!(
+                    "the XDP program of interface {interface} (id {}) is attached by a link, which cannot be detached from \
+                     within the sandbox; use 'bpftool link detach id', or start the switch with --sandbox off",
+                    attached.id
+                );
+                Error::new(ErrorKind::AlreadyExists, problem)
+            }
+            _ => explain(&format!("cannot remove the XDP program of interface {interface}"), &e),
+        })
     }
 
     /// Tells the workers and the log, if it is news.
@@ -362,15 +400,6 @@ impl Watcher {
             }
         }
     }
-}
-
-/// Waits for news, if any is wanted, for the end, or for a while.
-fn wait(news: Option<&Netlink>, wake: &EventFd, time: Duration) {
-    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // The kernel passes over negative descriptors.
-    let mut fds = [poll(news.map_or(-1, Netlink::as_raw_fd)), poll(wake.as_raw_fd())];
-    // SAFETY: the kernel writes to the local array of the length given.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, time.as_millis() as libc::c_int) };
 }
 
 fn explain(what: &str, e: &Error) -> Error {

@@ -116,6 +116,14 @@ impl Drop for Program {
     }
 }
 
+/// Attaches a program without a link, as `ip link set … xdp` does.
+#[cfg(test)]
+pub(super) fn attach_without_link(ifindex: u32) -> Result<()> {
+    let sockets = create_map(1)?;
+    let program = load(sockets.as_raw_fd())?;
+    super::netlink::Netlink::open()?.put_xdp(ifindex, 1, program.as_raw_fd())
+}
+
 fn create_map(queues: u32) -> Result<OwnedFd> {
     let (key_size, value_size) = (4u32, 4u32);
     bpf_fd(MAP_CREATE, &mut [MAP_TYPE_XSKMAP, key_size, value_size, queues.max(1)])
@@ -160,6 +168,9 @@ fn load(map: RawFd) -> Result<OwnedFd> {
 }
 
 /// Detaches the program that another process has attached by a link to an interface. `false` if there is none.
+///
+/// # Errors
+/// `EPERM` without CAP_SYS_ADMIN.
 pub(super) fn detach_foreign_link(ifindex: u32) -> Result<bool> {
     let mut id = 0u32;
     loop {

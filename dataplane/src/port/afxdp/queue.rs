@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
+use super::device::Channels;
 use super::netdev;
 use super::program::{Hook, Program};
 use super::rx::Receiver;
@@ -24,6 +25,8 @@ pub(super) struct Queues {
     /// What the operator calls the way they were opened.
     pub(super) mode: &'static str,
     queues: Vec<(Arc<Receiver>, Arc<Transmitter>)>,
+    /// So many of them send: the kernel throws away what is sent on others, without an error.
+    senders: usize,
     _program: Program,
 }
 
@@ -59,30 +62,60 @@ impl Queue {
         kick != Kick::Done
     }
 
-    /// Looks after what is unsent: at once, and then ever less often, since the worker's other queues wait for the call.
+    /// Looks after what is unsent.
     #[inline]
     pub(super) fn look_after_unsent(&self) {
-        let looks = self.unsent.load(Ordering::Relaxed);
-        if looks > 0 {
-            let is_due = looks.is_power_of_two() || looks.is_multiple_of(LOOKS_PER_KICK);
-            let left = if is_due && !self.kick() { 0 } else { looks.wrapping_add(1).max(1) };
-            // Whoever sends may have left something new.
-            let _ = self.unsent.compare_exchange(looks, left, Ordering::Relaxed, Ordering::Relaxed);
-        }
+        self.unsent.look(|| self.kick());
     }
 
     /// Whether there is something unsent that a worker has to stay awake for.
     pub(super) fn is_unsent(&self) -> bool {
-        (1..MAX_LOOKS).contains(&self.unsent.load(Ordering::Relaxed))
+        (1..MAX_LOOKS).contains(&self.unsent.0.load(Ordering::Relaxed))
+    }
+}
+
+/// Whether the kernel did not take all that was to be sent: not zero then, and how often that was looked at. Whoever
+/// receives asks it again.
+#[derive(Debug, Default)]
+pub(super) struct Unsent(AtomicU32);
+
+impl Unsent {
+    /// Something is left. Release: it is in the ring for who sees the mark.
+    pub(super) fn mark(&self) {
+        self.0.store(1, Ordering::Release);
+    }
+
+    pub(super) fn is_marked(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    /// Asks the kernel again by `kick`, which says whether it wants to be asked once more: at once, and then ever less often,
+    /// since the worker's other queues wait for the call.
+    #[inline]
+    fn look(&self, kick: impl FnOnce() -> bool) {
+        let looks = self.0.load(Ordering::Relaxed);
+        if looks == 0 {
+            return;
+        }
+        let (mut seen, next) = (looks, looks.wrapping_add(1).max(1));
+        if looks.is_power_of_two() || looks.is_multiple_of(LOOKS_PER_KICK) {
+            // What is left during the call is marked anew, and stays so.
+            self.0.swap(0, Ordering::Acquire);
+            if !kick() {
+                return;
+            }
+            seen = 0;
+        }
+        let _ = self.0.compare_exchange(seen, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
 impl Queues {
-    /// Opens the first `count` queues in the first way of the mode that works. Returns why the ways before it did not,
+    /// Opens the first queues, so many, in the first way of the mode that works. Returns why the ways before it did not,
     /// for the operator, too.
     pub(super) fn open(
         ifindex: u32,
-        count: u32,
+        channels: Channels,
         mtu: usize,
         options: &Options,
         stats: &Arc<PortStats>,
@@ -103,7 +136,7 @@ impl Queues {
             for multi_buffer in [true, false] {
                 let (mtu, busy_poll) = (AtomicUsize::new(mtu), options.busy_poll);
                 let shared = Arc::new(Shared { mtu, multi_buffer, busy_poll, copies, tx_checksum });
-                match Self::open_in(ifindex, count, (name, hook, access), &shared, stats) {
+                match Self::open_in(ifindex, channels, (name, hook, access), &shared, stats) {
                     Ok(queues) => return Ok((queues, failures.join("; "))),
                     Err(e) => last = e,
                 }
@@ -118,18 +151,18 @@ impl Queues {
 
     fn open_in(
         ifindex: u32,
-        count: u32,
+        channels: Channels,
         (mode, hook, access): (&'static str, Hook, Access),
         shared: &Arc<Shared>,
         stats: &Arc<PortStats>,
     ) -> Result<Self> {
-        let program = Program::attach(ifindex, hook, count)?;
+        let program = Program::attach(ifindex, hook, channels.receive)?;
         let mut queues = Vec::new();
-        for queue in 0..count {
+        for queue in 0..channels.receive {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
-            let (unsent, refused) = (AtomicU32::new(0), AtomicU64::new(0));
+            let (unsent, refused) = (Unsent::default(), AtomicU64::new(0));
             let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
             both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
@@ -137,7 +170,7 @@ impl Queues {
             let transmitter = Transmitter::new(both, rings.tx, rings.completion, tx_frames);
             queues.push((Arc::new(receiver), Arc::new(transmitter)));
         }
-        Ok(Self { shared: shared.clone(), mode, queues, _program: program })
+        Ok(Self { shared: shared.clone(), mode, queues, senders: channels.send as usize, _program: program })
     }
 
     /// For the workers.
@@ -155,7 +188,7 @@ impl Queues {
         let rx = self.queues.iter().enumerate().map(|(pair, (rx, _))| RxEntry { pair, queue: rx.clone() });
         Link {
             rx: rx.collect(),
-            tx: self.queues.iter().map(|(_, tx)| tx.clone() as Arc<dyn TxQueue>).collect(),
+            tx: self.queues.iter().take(self.senders).map(|(_, tx)| tx.clone() as Arc<dyn TxQueue>).collect(),
             features,
             coalesce: true,
             ..Link::down(PortState::Up, None)
@@ -172,5 +205,38 @@ impl Queues {
     /// Where all frames are: for each queue, those to receive into and those to send from.
     pub(super) fn audit(&self) -> Vec<[Audit; 2]> {
         self.queues.iter().map(|(rx, tx)| [rx.audit(), tx.audit()]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_while_the_kernel_is_asked_stays_marked() {
+        let unsent = Unsent::default();
+        unsent.look(|| unreachable!("nothing is left"));
+        unsent.mark();
+        unsent.look(|| {
+            // Another worker's.
+            unsent.mark();
+            false
+        });
+        assert!(unsent.is_marked());
+        unsent.look(|| false);
+        assert!(!unsent.is_marked());
+    }
+
+    #[test]
+    fn the_kernel_is_asked_ever_less_often() {
+        let (unsent, mut calls) = (Unsent::default(), 0);
+        unsent.mark();
+        for _ in 0..1000 {
+            unsent.look(|| {
+                calls += 1;
+                true
+            });
+        }
+        assert!((20..50).contains(&calls) && unsent.is_marked(), "{calls}");
     }
 }

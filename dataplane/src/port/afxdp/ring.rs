@@ -116,6 +116,12 @@ impl<T: Copy> Producer<T> {
         self.next.wrapping_sub(self.shared.atomic(self.shared.consumer).load(Ordering::Acquire))
     }
 
+    /// What the kernel does when it waits for a system call.
+    #[cfg(test)]
+    pub(super) fn ask_for_wakeup(&self) {
+        self.shared.atomic(self.shared.flags).store(libc::XDP_RING_NEED_WAKEUP, Ordering::Relaxed);
+    }
+
     /// Whether the kernel waits for a system call before it looks at the ring (`XDP_RING_NEED_WAKEUP`).
     #[inline]
     pub(super) fn needs_wakeup(&self) -> bool {

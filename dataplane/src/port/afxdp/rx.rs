@@ -18,7 +18,7 @@ use crate::virtq::Fault;
 /// frame that the kernel can make.
 const TAKE: usize = 128;
 
-/// Looks at an empty ring for one call that polls the driver.
+/// Looks at an empty ring for one call that polls or wakes the driver.
 const EMPTY_POLLS: u32 = 32;
 
 /// A queue to receive from.
@@ -95,7 +95,12 @@ impl RxQueue for Receiver {
         let Queue { pair, socket, shared, stats, .. } = &*self.both;
         self.both.look_after_unsent();
         let mut taken = state.take();
-        if taken == 0 && shared.busy_poll && state.is_time_to_poll() {
+        // A driver that had run out of frames does not look for those that were given back before it said so.
+        let waits = taken == 0 && state.fill.needs_wakeup();
+        if taken == 0 && (shared.busy_poll || waits) && state.is_time_to_poll() {
+            if waits {
+                stats.rx(*pair).notified();
+            }
             socket.kick_rx();
             taken = state.take();
         }
@@ -124,9 +129,8 @@ impl RxQueue for Receiver {
         if self.both.is_unsent() {
             return true;
         }
-        // The bell rings at once if there is something in the ring: nothing can be missed.
-        self.bell.listen(&self.both.socket);
-        false
+        // The bell rings at once if there is something in the ring: nothing can be missed, unless it cannot ring.
+        !self.bell.listen(&self.both.socket)
     }
 
     fn disarm(&self) {
@@ -141,7 +145,7 @@ impl RxQueue for Receiver {
 }
 
 impl State {
-    /// Whether to poll the driver, having found nothing: at once, and then ever less often, since the worker's other
+    /// Whether to call the driver, having found nothing: at once, and then ever less often, since the worker's other
     /// queues wait for the call.
     fn is_time_to_poll(&mut self) -> bool {
         self.empty = self.empty.wrapping_add(1);
@@ -199,3 +203,37 @@ impl State {
 }
 
 const _: () = assert!(TAKE >= BURST && TAKE <= RING as usize);
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, AtomicUsize};
+
+    use super::super::Shared;
+    use super::super::queue::Unsent;
+    use super::super::socket::{Rings, Socket};
+    use super::super::umem::Umem;
+    use super::*;
+    use crate::port::stats::PortStats;
+
+    /// As root.
+    #[test]
+    fn a_driver_that_has_run_out_is_woken_and_no_other() {
+        let (umem, [frames, _]) = Umem::new([RING, RING]).unwrap();
+        let (socket, Rings { fill, rx, .. }) = Socket::open(&umem, false, false).unwrap();
+        let mtu = AtomicUsize::new(1500);
+        let shared = Shared { mtu, multi_buffer: false, busy_poll: false, copies: false, tx_checksum: false };
+        let (stats, unsent, refused) = (Arc::new(PortStats::default()), Unsent::default(), AtomicU64::new(0));
+        let both = Queue { pair: 0, socket, umem, shared: Arc::new(shared), stats: stats.clone(), unsent, refused };
+        let receiver = Receiver::new(Arc::new(both), fill, rx, frames).unwrap();
+        let mut storage = BurstStorage::default();
+        let mut calls_in = |looks: u64| {
+            let before = stats.rx(0).read().2;
+            (0..looks).for_each(|_| assert_eq!(receiver.poll(&mut storage, &mut |_| {}).unwrap(), 0));
+            stats.rx(0).read().2 - before
+        };
+        assert_eq!(calls_in(1000), 0);
+        receiver.state.lock().fill.ask_for_wakeup();
+        assert_eq!(calls_in(1), 1);
+        assert!((20..50).contains(&calls_in(1000)));
+    }
+}

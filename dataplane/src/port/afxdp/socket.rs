@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::mapping::Mapping;
 use super::ring::{Consumer, Offsets, Producer};
 use super::umem::{CHUNK, METADATA, Umem};
+use crate::port::check;
 
 /// Entries of each ring, and frames of each direction.
 pub(super) const RING: u32 = 2048;
@@ -225,9 +226,4 @@ impl AsRawFd for Socket {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
-}
-
-/// The error of a call that failed.
-pub(super) fn check(result: libc::c_int) -> Result<()> {
-    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
 }

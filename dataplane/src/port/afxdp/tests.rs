@@ -1,6 +1,7 @@
 //! Two ends of a wire, both ours: what is sent, what arrives, and where the pool's frames are afterwards. As root.
 
 mod trouble;
+mod watch;
 
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
@@ -30,10 +31,7 @@ fn on_a_wire(mtu: usize, test: impl FnOnce(&mut End, &mut End) + Send + 'static)
 
 /// The same with options of both ends.
 fn on_a_wire_with(mtu: usize, options: Options, test: impl FnOnce(&mut End, &mut End) + Send + 'static) {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let thread = std::thread::spawn(move || {
-        // SAFETY: no pointers are passed; it changes this thread only.
-        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "these tests run as root");
+    in_a_namespace(move || {
         ip(&format!("link add name end-a mtu {mtu} type veth peer name end-b mtu {mtu}"));
         let ends = ["end-a", "end-b"].map(|name| {
             ip(&format!("link set {name} addrgenmode none up"));
@@ -44,6 +42,16 @@ fn on_a_wire_with(mtu: usize, options: Options, test: impl FnOnce(&mut End, &mut
         for end in [a, b] {
             end.check_books();
         }
+    });
+}
+
+/// Runs a test in a network of its own, which goes with the thread.
+fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let thread = std::thread::spawn(|| {
+        // SAFETY: no pointers are passed; it changes this thread only.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "these tests run as root");
+        test();
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -74,7 +82,7 @@ impl End {
     fn open_with(name: &str, options: &Options) -> Self {
         let state = Device::new(name).unwrap().state().unwrap().unwrap();
         let stats = Arc::new(PortStats::default());
-        let queues = Queues::open(state.index, 1, state.mtu, options, &stats).unwrap().0;
+        let queues = Queues::open(state.index, Channels::ONE, state.mtu, options, &stats).unwrap().0;
         Self { queues, stats, storage: BurstStorage::default(), scratch: Scratch::default() }
     }
 

@@ -234,7 +234,7 @@ impl Transmitter {
         while wakeup && self.both.kick() {
             calls -= 1;
             if calls == 0 {
-                self.both.unsent.store(1, Ordering::Relaxed);
+                self.both.unsent.mark();
                 break;
             }
         }
@@ -254,7 +254,7 @@ impl Transmitter {
 
     /// Asks the kernel again for what it did not send.
     pub(super) fn retry(&self) {
-        if self.both.unsent.load(Ordering::Relaxed) > 0 {
+        if self.both.unsent.is_marked() {
             self.both.kick();
         }
     }

@@ -10,16 +10,14 @@ mod queue;
 mod tests;
 
 use std::io::{Error, Result};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::port::stats::PortStats;
+use crate::port::watch::{End, Watch};
 use crate::port::{Link, Publisher, RxEntry, TxQueue};
 use crate::status::PortState;
-use crate::virtq::notify::EventFd;
 use ffi::Device;
 use queue::{Receiver, Transmitter};
 
@@ -29,9 +27,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A running DPDK port. The device is removed when it is dropped.
 #[derive(Debug)]
 pub struct DpdkPort {
-    stop: Arc<AtomicBool>,
-    wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _watch: Watch,
 }
 
 impl DpdkPort {
@@ -57,29 +53,15 @@ impl DpdkPort {
         publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         let (driver, queues, mtu) = (opened.driver(), opened.queues(), opened.mtu());
         tracing::info!(port = name, device, driver, queues, mtu, "uplink open");
-        let (stop, wake) = (Arc::new(AtomicBool::new(false)), Arc::new(EventFd::new()?));
-        let ended = (stop.clone(), wake.clone());
         let device = Arc::new(opened);
-        let thread = std::thread::Builder::new().name("sl-dpdk".into()).stack_size(256 << 10);
-        let thread = thread.spawn(move || watch(&device, publisher.as_ref(), &ended.0, &ended.1))?;
-        Ok(Self { stop, wake, thread: Some(thread) })
-    }
-}
-
-impl Drop for DpdkPort {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        self.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        Ok(Self { _watch: Watch::start("sl-dpdk", move |end| watch(&device, publisher.as_ref(), end))? })
     }
 }
 
 /// Tells the workers of the link, until the end. Who drops the device last is this thread: workers have let go of it.
-fn watch(device: &Arc<Device>, publisher: &dyn Publisher, stop: &AtomicBool, wake: &EventFd) {
+fn watch(device: &Arc<Device>, publisher: &dyn Publisher, end: &End) {
     let mut shown = None;
-    while !stop.load(Ordering::Acquire) {
+    while !end.has_come() {
         let reason = match device.is_up() {
             Ok(true) => None,
             Ok(false) => Some("the device has no link"),
@@ -92,9 +74,7 @@ fn watch(device: &Arc<Device>, publisher: &dyn Publisher, stop: &AtomicBool, wak
             ));
             shown = Some(reason);
         }
-        let mut fd = libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: the kernel writes to one local structure.
-        unsafe { libc::poll(&raw mut fd, 1, LOOK.as_millis() as libc::c_int) };
+        end.wait(None, Some(LOOK));
     }
     publisher.publish(Link::down(PortState::Down, None));
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use crate::limits::MAX_CHAIN;
 use crate::mem::SourceSegment;
+use crate::port::check;
 use crate::switch::DropReason;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -59,14 +60,23 @@ impl Tap {
 
     /// A tap that another process had open.
     pub(super) fn adopt(fd: OwnedFd, interface: &str) -> Result<Self> {
+        let tap = Self { file: fd.into() };
+        if tap.is(interface)? {
+            return Ok(tap);
+        }
+        Err(Error::new(ErrorKind::InvalidInput, format!("the descriptor is not that of tap {interface}")))
+    }
+
+    /// Whether it is the interface of that name.
+    ///
+    /// # Errors
+    /// If the interface is no more.
+    pub(super) fn is(&self, interface: &str) -> Result<bool> {
         let mut request = named(interface)?;
         let wanted = request.ifr_name;
         // SAFETY: the kernel fills a valid local ifreq.
-        check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
-        if request.ifr_name != wanted {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("the descriptor is not that of tap {interface}")));
-        }
-        Ok(Self { file: fd.into() })
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &raw mut request) })?;
+        Ok(request.ifr_name == wanted)
     }
 
     /// Its descriptor, duplicated.
@@ -111,8 +121,8 @@ impl Tap {
             0.. => Ok(()),
             _ => Err(match Error::last_os_error().raw_os_error() {
                 Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => DropReason::Full,
-                // The interface is down, as the host's administrator wants.
-                Some(libc::EIO) => DropReason::LinkDown,
+                // The interface is down or was removed, as the host's administrator wants.
+                Some(libc::EIO | libc::EBADFD) => DropReason::LinkDown,
                 _ => DropReason::CannotConvert,
             }),
         }
@@ -123,10 +133,6 @@ impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
-}
-
-fn check(result: libc::c_int) -> Result<()> {
-    if result < 0 { Err(Error::last_os_error()) } else { Ok(()) }
 }
 
 fn named(interface: &str) -> Result<libc::ifreq> {
@@ -142,22 +148,47 @@ fn named(interface: &str) -> Result<libc::ifreq> {
 }
 
 fn bring_up(interface: &str, mtu: Option<u16>) -> Result<()> {
-    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-    let socket = unsafe {
-        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        check(fd)?;
-        OwnedFd::from_raw_fd(fd)
-    };
-    let mut request = named(interface)?;
+    let socket = control_socket()?;
     if let Some(mtu) = mtu {
-        request.ifr_ifru.ifru_mtu = i32::from(mtu);
-        // SAFETY: a valid local ifreq with a terminated name.
-        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })?;
+        set_mtu_by(&socket, interface, mtu)?;
     }
-    // SAFETY: as above; the flags are those that the first call filled in.
+    let mut request = named(interface)?;
+    // SAFETY: a valid local ifreq with a terminated name; the flags are those that the first call filled in.
     unsafe {
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request))?;
         request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request))
+    }
+}
+
+/// Whether there is an interface of that name.
+pub(super) fn exists(interface: &str) -> bool {
+    let ask = || {
+        let (socket, mut request) = (control_socket()?, named(interface)?);
+        // SAFETY: a valid local ifreq with a terminated name.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) })
+    };
+    ask().is_ok()
+}
+
+/// Sets the MTU of an interface.
+pub(super) fn set_mtu(interface: &str, mtu: u16) -> Result<()> {
+    set_mtu_by(&control_socket()?, interface, mtu)
+}
+
+fn set_mtu_by(socket: &OwnedFd, interface: &str, mtu: u16) -> Result<()> {
+    let mut request = named(interface)?;
+    request.ifr_ifru.ifru_mtu = i32::from(mtu);
+    // SAFETY: a valid local ifreq with a terminated name.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
+}
+
+/// A socket for requests about interfaces.
+fn control_socket() -> Result<OwnedFd> {
+    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        check(fd)?;
+        Ok(OwnedFd::from_raw_fd(fd))
     }
 }

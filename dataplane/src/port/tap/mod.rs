@@ -1,16 +1,21 @@
 //! Tap ports: the host's own stack as a station.
 //!
 //! The tap carries virtio-net headers (`IFF_VNET_HDR`), so super-packets and partial checksums pass in both directions.
+//!
+//! A thread for each port sleeps until there is news of the host's interfaces, and looks whether its own is still there.
 
 mod device;
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::frame::{Burst, BurstStorage};
 use crate::limits::MAX_FRAME;
 use crate::mem::SourceSegment;
+use crate::port::netlink::Netlink;
 use crate::port::stats::PortStats;
+use crate::port::watch::{End, Watch};
 use crate::port::{Link, Publisher, RxEntry, RxQueue, TxQueue};
 use crate::status::PortState;
 use crate::switch::DropReason;
@@ -25,10 +30,15 @@ const HEADER: usize = 12;
 /// Frames read at a time. Each has a buffer of its own, of the size of a super-packet.
 const READS: usize = 16;
 
+/// Time until it is looked whether an interface that was removed is back.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A running tap port. The interface goes when it is dropped, if it was made by us.
 pub struct TapPort {
-    publisher: Arc<dyn Publisher>,
-    tap: Arc<Tap>,
+    interface: String,
+    mtu: Option<u16>,
+    tap: Arc<Mutex<Arc<Tap>>>,
+    _watch: Watch,
 }
 
 impl std::fmt::Debug for TapPort {
@@ -43,44 +53,121 @@ impl TapPort {
     /// # Errors
     /// If the kernel refuses, with advice.
     pub fn start(interface: &str, mtu: Option<u16>, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
-        Ok(Self::publish(Tap::open(interface, mtu)?, publisher))
+        Self::with(Tap::open(interface, mtu)?, interface, mtu, publisher)
     }
 
     /// As [`TapPort::start`] for an interface that another process had open, by its descriptor.
     ///
     /// # Errors
     /// If it is another's.
-    pub fn adopt(fd: OwnedFd, interface: &str, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
-        Ok(Self::publish(Tap::adopt(fd, interface)?, publisher))
+    pub fn adopt(
+        fd: OwnedFd,
+        interface: &str,
+        mtu: Option<u16>,
+        publisher: Arc<dyn Publisher>,
+    ) -> std::io::Result<Self> {
+        Self::with(Tap::adopt(fd, interface)?, interface, mtu, publisher)
     }
 
-    /// The descriptor, duplicated, for another process to adopt.
+    fn with(tap: Tap, interface: &str, mtu: Option<u16>, publisher: Arc<dyn Publisher>) -> std::io::Result<Self> {
+        let (tap, news) = (Arc::new(Mutex::new(Arc::new(tap))), Netlink::subscribe()?);
+        let watcher = Watcher { interface: interface.into(), mtu, publisher, tap: tap.clone(), news, problem: None };
+        watcher.publish();
+        let watch = Watch::start("sl-tap", move |end| watcher.run(end))?;
+        Ok(Self { interface: interface.into(), mtu, tap, _watch: watch })
+    }
+
+    /// Gives an adopted interface the MTU that it is to have. Not before the other process has let go of it.
     ///
     /// # Errors
-    /// If this one has none left.
-    pub fn duplicate(&self) -> std::io::Result<OwnedFd> {
-        self.tap.duplicate()
+    /// If the kernel refuses.
+    pub fn set_mtu(&self) -> std::io::Result<()> {
+        self.mtu.map_or(Ok(()), |mtu| device::set_mtu(&self.interface, mtu))
     }
 
-    fn publish(tap: Tap, publisher: Arc<dyn Publisher>) -> Self {
-        let tap = Arc::new(tap);
-        let stats = publisher.stats().clone();
-        let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
-        let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats: stats.clone() };
-        publisher.publish(Link {
-            state: PortState::Up,
-            rx: vec![RxEntry { pair: 0, queue: Arc::new(rx) }],
-            tx: vec![Arc::new(TapTx { tap: tap.clone(), stats })],
-            ..Link::down(PortState::Up, None)
-        });
-        Self { publisher, tap }
+    /// The descriptor, duplicated, for another process to adopt. `None` if the host has removed the interface, or renamed
+    /// it: what the port is to have is made anew then.
+    ///
+    /// # Errors
+    /// If this process has no descriptors left.
+    pub fn duplicate(&self) -> std::io::Result<Option<OwnedFd>> {
+        let tap = current(&self.tap);
+        let is_there = tap.is(&self.interface).unwrap_or(false);
+        is_there.then(|| tap.duplicate()).transpose()
     }
 }
 
-impl Drop for TapPort {
-    fn drop(&mut self) {
+fn current(tap: &Mutex<Arc<Tap>>) -> Arc<Tap> {
+    tap.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Looks after the interface, which the host may remove.
+struct Watcher {
+    interface: String,
+    mtu: Option<u16>,
+    publisher: Arc<dyn Publisher>,
+    tap: Arc<Mutex<Arc<Tap>>>,
+    news: Netlink,
+    /// Why there is no interface.
+    problem: Option<String>,
+}
+
+impl Watcher {
+    fn run(mut self, end: &End) {
+        while !end.has_come() {
+            self.look();
+            // An attempt to open makes news of its own.
+            match self.problem {
+                None => end.wait(Some(&self.news), None),
+                Some(_) => end.wait(None, Some(LOOK)),
+            }
+            self.news.drain();
+        }
         self.publisher.publish(Link::down(PortState::Down, None));
         self.publisher.forget_stations();
+    }
+
+    fn look(&mut self) {
+        let problem = if self.problem.is_none() {
+            current(&self.tap).is(&self.interface).err().map(|_| "the interface was removed".into())
+        } else if !device::exists(&self.interface) {
+            // Who has removed it may not want it back, so it is not made anew.
+            return;
+        } else {
+            self.reopen().err().map(|e| e.to_string())
+        };
+        if self.problem != problem {
+            self.problem = problem;
+            self.publish();
+            let interface = &self.interface;
+            match &self.problem {
+                Some(reason) => tracing::warn!(interface, reason, "tap down"),
+                None => tracing::info!(interface, "tap up again"),
+            }
+        }
+    }
+
+    fn reopen(&self) -> std::io::Result<()> {
+        let tap = Arc::new(Tap::open(&self.interface, self.mtu)?);
+        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = tap;
+        Ok(())
+    }
+
+    /// Tells the workers how it is.
+    fn publish(&self) {
+        let link = Link::down(PortState::Down, self.problem.clone());
+        if self.problem.is_some() {
+            return self.publisher.publish(link);
+        }
+        let (tap, stats) = (current(&self.tap), self.publisher.stats().clone());
+        let buffers = (0..READS).map(|_| vec![0; HEADER + MAX_FRAME].into_boxed_slice()).collect();
+        let rx = TapRx { tap: tap.clone(), buffers: SpinLock::new(buffers), stats: stats.clone() };
+        self.publisher.publish(Link {
+            state: PortState::Up,
+            rx: vec![RxEntry { pair: 0, queue: Arc::new(rx) }],
+            tx: vec![Arc::new(TapTx { tap, stats })],
+            ..link
+        });
     }
 }
 
@@ -206,6 +293,7 @@ impl TxQueue for TapTx {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Told;
     use crate::wire::offload::VirtioNetHdr;
 
     /// A super-packet of UDP with three datagrams of 100 bytes, with its virtio-net header.
@@ -219,12 +307,70 @@ mod tests {
         bytes
     }
 
-    /// In a network of its own. As root.
-    #[test]
-    fn datagrams_that_are_made_here_are_counted() {
-        let test = || {
+    /// Runs a test in a network of its own. As root.
+    fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(|| {
             // SAFETY: no pointers are passed; it changes this thread only.
             assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "this test runs as root");
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    fn ip(arguments: &str) {
+        assert!(
+            std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap().success(),
+            "ip {arguments}"
+        );
+    }
+
+    #[test]
+    fn frames_for_an_interface_that_was_removed_find_the_link_down() {
+        in_a_namespace(|| {
+            let tap = Tap::open("t0", None).unwrap();
+            let write = || tap.write(&[0; HEADER], &[2; 60], &[]);
+            assert!(write().is_ok() && tap.is("t0").unwrap());
+            ip("link set t0 down");
+            assert_eq!(write(), Err(DropReason::LinkDown));
+            ip("link set t0 name t1");
+            assert!(!tap.is("t0").unwrap());
+            ip("link del t1");
+            assert_eq!(write(), Err(DropReason::LinkDown));
+            assert!(tap.is("t1").is_err());
+        });
+    }
+
+    #[test]
+    fn an_interface_may_be_removed_and_return() {
+        in_a_namespace(|| {
+            let told = Arc::new(Told::default());
+            let port = TapPort::start("t0", Some(1400), told.clone()).unwrap();
+            assert_eq!(told.state(), Some((PortState::Up, None)));
+            assert!(port.duplicate().unwrap().is_some());
+            ip("link del t0");
+            told.wait_for(PortState::Down);
+            assert_eq!(told.state(), Some((PortState::Down, Some("the interface was removed".into()))));
+            assert!(port.duplicate().unwrap().is_none());
+            // What is no tap is not for us.
+            ip("link add name t0 type veth peer name t1");
+            std::thread::sleep(LOOK * 3 / 2);
+            let (state, reason) = told.state().unwrap();
+            assert!(
+                state == PortState::Down && reason.as_ref().is_some_and(|why| why.contains("cannot open tap")),
+                "{reason:?}"
+            );
+            ip("link del t0");
+            ip("tuntap add t0 mode tap");
+            told.wait_for(PortState::Up);
+            assert!(port.duplicate().unwrap().is_some());
+            drop(port);
+            assert_eq!(told.state(), Some((PortState::Down, None)));
+        });
+    }
+
+    #[test]
+    fn datagrams_that_are_made_here_are_counted() {
+        in_a_namespace(|| {
             let (tap, stats) = (Arc::new(Tap::open("t0", None).unwrap()), Arc::new(PortStats::default()));
             let (mut storage, mut scratch) = (BurstStorage::default(), Scratch::default());
             let mut burst = storage.begin();
@@ -234,7 +380,6 @@ mod tests {
             TapTx { tap, stats: stats.clone() }.send(&burst, &[0], &mut scratch).unwrap();
             // One has come, three have gone.
             assert_eq!((stats.tx(0).read().0, stats.made()), (3, 2));
-        };
-        std::thread::spawn(test).join().unwrap();
+        });
     }
 }

@@ -1,9 +1,9 @@
-//! The little of rtnetlink (`linux/rtnetlink.h`) that an uplink needs: news of interfaces, and who has an XDP program.
+//! The little of rtnetlink (`linux/rtnetlink.h`) that ports need: news of interfaces, and who has an XDP program.
 
 use std::io::{Error, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use super::socket::check;
+use crate::port::check;
 
 const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
@@ -94,9 +94,14 @@ impl Netlink {
 
     /// Takes a program off an interface that was put there without a link, as `ip link set … xdp` does.
     pub(super) fn clear_xdp(&self, ifindex: u32, mode: u8) -> Result<()> {
+        self.put_xdp(ifindex, mode, -1)
+    }
+
+    /// Puts a program there, or none if the descriptor is -1.
+    pub(super) fn put_xdp(&self, ifindex: u32, mode: u8, program: RawFd) -> Result<()> {
         // `XDP_FLAGS_SKB_MODE` for generic, `XDP_FLAGS_DRV_MODE` for native.
         let flags: u32 = if mode == 2 { 1 << 1 } else { 1 << 2 };
-        let mut xdp = attribute(XDP_FD, &(-1i32).to_ne_bytes());
+        let mut xdp = attribute(XDP_FD, &program.to_ne_bytes());
         xdp.extend(attribute(XDP_FLAGS, &flags.to_ne_bytes()));
         self.order(RTM_SETLINK, &interface(ifindex), &attribute(IFLA_XDP | NESTED, &xdp))
     }
@@ -122,9 +127,9 @@ impl Netlink {
     }
 }
 
-impl AsRawFd for Netlink {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
