@@ -1,6 +1,8 @@
 //! Connections of a server that anybody on the network may call.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
@@ -9,13 +11,16 @@ use tokio::task::JoinHandle;
 /// Pause after a connection could not be accepted, so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves connections, each in a task of its own, until the runtime ends. If there are more than `limit`, the oldest goes: the
-/// newest may be the kubelet, who ends a process that does not answer.
-pub async fn serve<F>(listener: TcpListener, limit: usize, connection: impl Fn(TcpStream) -> F)
+/// What a connection sets once its client has shown who it is, or done anything that costs it more than to connect.
+pub type Settled = Arc<AtomicBool>;
+
+/// Serves connections, each in a task of its own, until the runtime ends. If there are more than `limit`, the oldest goes, of those
+/// that have not settled if there are any: the newest may be the kubelet, who ends a process that does not answer.
+pub async fn serve<F>(listener: TcpListener, limit: usize, connection: impl Fn(TcpStream, Settled) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut served: VecDeque<JoinHandle<()>> = VecDeque::new();
+    let mut served: VecDeque<(JoinHandle<()>, Settled)> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -25,14 +30,68 @@ where
                 continue;
             }
         };
-        served.retain(|task| !task.is_finished());
-        if served.len() >= limit
-            && let Some(oldest) = served.pop_front()
-        {
-            oldest.abort();
+        served.retain(|(task, _)| !task.is_finished());
+        if served.len() >= limit {
+            let oldest = served.iter().position(|(_, settled)| !settled.load(Ordering::Relaxed)).unwrap_or(0);
+            if let Some((task, _)) = served.remove(oldest) {
+                task.abort();
+            }
         }
-        served.push_back(tokio::spawn(connection(stream)));
+        let settled = Settled::default();
+        served.push_back((tokio::spawn(connection(stream, settled.clone())), settled));
         // It has its turn before others can take its place.
         tokio::task::yield_now().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// Settles by a byte, which it answers, and stays.
+    async fn connection(mut stream: TcpStream, settled: Settled) {
+        let byte = stream.read_u8().await.unwrap();
+        settled.store(true, Ordering::Relaxed);
+        stream.write_u8(byte).await.unwrap();
+        std::future::pending().await
+    }
+
+    #[test]
+    fn who_has_settled_stays_longest() {
+        let listener = crate::listener::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        std::thread::spawn(move || {
+            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), 3, connection).await });
+        });
+        let connect = || {
+            let stream = net::TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            stream
+        };
+        let settle = |mut stream: &net::TcpStream| {
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+        };
+        let first = connect();
+        settle(&first);
+        let silent: Vec<_> = (0..4).map(|_| connect()).collect();
+        // Those that came before the last two are gone by now.
+        let last = connect();
+        settle(&last);
+        for mut stream in &silent[..3] {
+            let end = stream.read(&mut [0]);
+            assert!(
+                end.as_ref().is_ok_and(|count| *count == 0)
+                    || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset)
+            );
+        }
+        first.set_nonblocking(true).unwrap();
+        assert_eq!((&first).read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 }

@@ -41,7 +41,7 @@ pub trait Pages: Send + Sync + 'static {
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, pages: Arc<impl Pages>) {
-    connections::serve(listener, MAX_CONNECTIONS, |stream| connection(stream, pages.clone())).await;
+    connections::serve(listener, MAX_CONNECTIONS, |stream, _| connection(stream, pages.clone())).await;
 }
 
 /// Answers one request.

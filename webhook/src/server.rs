@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -11,7 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use sluice_daemon::connections;
+use sluice_daemon::connections::{self, Settled};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -28,16 +29,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Serves `/mutate` and `/healthz` until it is dropped. Links are to be at `dir` in the pods of VMs.
 pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, dir: String) {
     let (acceptor, dir) = (TlsAcceptor::from(tls), Arc::<str>::from(dir));
-    let serve = |stream| connection(stream, acceptor.clone(), Arc::clone(&dir));
+    let serve = |stream, settled| connection(stream, settled, acceptor.clone(), Arc::clone(&dir));
     connections::serve(listener, MAX_CONNECTIONS, serve).await;
 }
 
-async fn connection(stream: TcpStream, acceptor: TlsAcceptor, dir: Arc<str>) {
+async fn connection(stream: TcpStream, settled: Settled, acceptor: TlsAcceptor, dir: Arc<str>) {
     let stream = match timeout(PATIENCE, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!("TLS: {error}"),
         Err(_) => return tracing::debug!("TLS: the client is too slow"),
     };
+    settled.store(true, Ordering::Relaxed);
     let service = service_fn(|request| {
         let dir = dir.clone();
         async move { Ok::<_, Infallible>(answer(request, &dir).await) }

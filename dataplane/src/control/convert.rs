@@ -188,9 +188,9 @@ impl From<ControlError> for tonic::Status {
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
             ControlError::Folder(_)
             | ControlError::OtherOwner { .. }
-            | ControlError::Port { source: PortError::Setup(_) | PortError::Captured(_) | PortError::Networks(_) } => {
-                tonic::Code::FailedPrecondition
-            }
+            | ControlError::Port {
+                source: PortError::Setup(_) | PortError::Withdrawn(_) | PortError::Captured(_) | PortError::Networks(_),
+            } => tonic::Code::FailedPrecondition,
             ControlError::State(_) => tonic::Code::Internal,
         };
         Self::new(code, error.to_string())

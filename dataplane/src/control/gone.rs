@@ -52,15 +52,14 @@ impl Note {
     /// Removes the ports from what is written down, and takes the note away: both or neither. Returns whether it is to be
     /// followed for the switch.
     pub(super) fn follow(&self, store: &mut StateStore) -> Result<bool, StateError> {
-        let before = store.ports().to_vec();
         // Whoever was before us may have added a port that the note is not about.
         if !self.file.exists() {
             return Ok(false);
         }
-        store.replace(before.iter().filter(|port| !self.is_about(port)).cloned().collect())?;
+        let before = store.remove_owned(&self.owner)?;
         let taken = self.take();
         if !taken {
-            store.replace(before)?;
+            store.put_back(before)?;
         }
         Ok(taken)
     }

@@ -91,7 +91,7 @@ fn hint(error: &PortError) -> String {
         PortError::Limit { .. } => "; remove some first".into(),
         PortError::Captured(_) => "; end that first".into(),
         PortError::NoWorker { .. } | PortError::NotPinned(_) => "; see 'sluice worker list'".into(),
-        PortError::Setup(_) | PortError::Networks(_) => String::new(),
+        PortError::Setup(_) | PortError::Withdrawn(_) | PortError::Networks(_) => String::new(),
     }
 }
 

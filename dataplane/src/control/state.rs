@@ -65,7 +65,7 @@ struct PinTable {
 }
 
 /// What a file holds: what this build understands, and what it does not, as another one has written it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Entries<T> {
     known: Vec<T>,
     unknown: Vec<String>,
@@ -97,10 +97,13 @@ fn name_of(spec: &str) -> &str {
     spec.split('=').next().unwrap_or(spec)
 }
 
-/// Whether its owner is that one.
-fn is_of(spec: &str, owner: &str) -> bool {
-    spec.split(',').any(|option| option.strip_prefix("owner=") == Some(owner))
+/// Its owner, if it has one.
+fn owner_of(spec: &str) -> Option<&str> {
+    spec.split(',').find_map(|option| option.strip_prefix("owner="))
 }
+
+/// The ports that were written down before a change.
+pub(super) struct Before(Entries<PortConfig>);
 
 /// The state directory, ours alone as long as this lives.
 #[derive(Debug)]
@@ -211,11 +214,33 @@ impl StateStore {
     /// # Errors
     /// [`StateError::Write`]; nothing is removed then.
     pub fn remove(&mut self, name: &str, owner: Option<&str>) -> Result<bool, StateError> {
-        let is_left = |spec: &&String| name_of(spec) != name || owner.is_some_and(|owner| !is_of(spec, owner));
+        let is_left =
+            |spec: &&String| name_of(spec) != name || owner.is_some_and(|owner| owner_of(spec) != Some(owner));
         let unknown = self.ports.unknown.iter().filter(is_left).cloned().collect();
         let left = Entries { known: self.without(name), unknown };
         let found = left != self.ports;
         self.write_ports(left).map(|()| found)
+    }
+
+    /// Removes the ports whose owners begin with this, be they understood or not.
+    ///
+    /// # Errors
+    /// [`StateError::Write`]; nothing is removed then.
+    pub(super) fn remove_owned(&mut self, prefix: &str) -> Result<Before, StateError> {
+        let before = self.ports.clone();
+        let is_left = |owner: Option<&str>| !owner.is_some_and(|owner| owner.starts_with(prefix));
+        let mut left = before.clone();
+        left.known.retain(|port| is_left(port.owner.as_deref()));
+        left.unknown.retain(|spec| is_left(owner_of(spec)));
+        self.write_ports(left).map(|()| Before(before))
+    }
+
+    /// Takes a change back.
+    ///
+    /// # Errors
+    /// [`StateError::Write`].
+    pub(super) fn put_back(&mut self, before: Before) -> Result<(), StateError> {
+        self.write_ports(before.0)
     }
 
     fn write_ports(&mut self, ports: Entries<PortConfig>) -> Result<(), StateError> {
@@ -403,6 +428,9 @@ mod tests {
         // A port of its name takes the place of one.
         store.replace(vec![port("new"), port("d")]).unwrap();
         assert!(has(odd[0]) && has(odd[1]) && !has(odd[2]) && !has("a=tap:a0"));
+        let before = store.remove_owned("m").unwrap();
+        assert!(!has(odd[0]) && has(odd[1]));
+        store.put_back(before).unwrap();
         assert!(!store.remove("b", Some("you")).unwrap() && has(odd[0]));
         assert!(store.remove("b", Some("me")).unwrap() && !has(odd[0]));
         assert!(store.remove("c", None).unwrap() && !has(odd[1]));

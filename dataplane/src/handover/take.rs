@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::config::PortConfig;
+use crate::config::{PortConfig, PortTarget};
 use crate::handover::record::{Answer, Hello, KindRecord, Offer, Standing};
 use crate::handover::wire::{self, Fds, GREETING, WireError};
 use crate::handover::{FdbRecord, VERSION};
@@ -135,8 +135,8 @@ impl Takeover {
         let Some(taken) = old.taken.take() else { return Ok(()) };
         match switch.adopt_port(config.clone(), taken) {
             Ok(()) => old.adopted = true,
-            // As when its frontend has taken memory away. Nobody may keep a new process from taking over, so it begins anew.
-            Err(PortError::Setup(problem)) => {
+            // No frontend may keep a new process from taking over, so its port begins anew.
+            Err(PortError::Withdrawn(problem)) => {
                 tracing::warn!(port = config.name, "cannot be taken over, and begins anew: {problem}");
             }
             Err(error) => return Err(error.into()),
@@ -164,16 +164,13 @@ impl Takeover {
             return Err(WireError::Invalid("the number of ports has changed".into()).into());
         }
         for ((old, standing), name) in self.ports.iter_mut().zip(&self.standing.ports).zip(&names) {
-            if !old.adopted {
-                continue;
-            }
-            if let Err(error) = switch.adopted_go_on(name, &standing.bases, &standing.stats) {
-                tracing::warn!("{error}; the port begins anew");
+            if old.adopted && !switch.adopted_go_on(name, &standing.bases, &standing.stats)? {
                 let _ = switch.remove_port(name);
                 old.adopted = false;
             }
         }
         switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb, true);
+        switch.forget_absent_stations();
         switch.restore_totals(&self.standing.removed);
         self.say("ready")?;
         let go: String = self.hear()?;
@@ -197,10 +194,11 @@ impl Takeover {
         };
         let counts = self.standing.ports.get(place).map(|standing| standing.stats.clone()).unwrap_or_default();
         let end = Instant::now() + RELEASE_LIMIT;
+        let is_interface = !matches!(config.target, PortTarget::VhostUser { .. });
         loop {
             match switch.add_port_again(config.clone(), &counts) {
                 // The kernel lets go of an interface a moment after the process that had it.
-                Err(PortError::Setup(_)) if Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
+                Err(PortError::Setup(_)) if is_interface && Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
                 Ok(()) => break,
                 Err(error) => return Err(error),
             }

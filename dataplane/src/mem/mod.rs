@@ -104,7 +104,7 @@ static MAPPED: AtomicU64 = AtomicU64::new(0);
 
 impl Room {
     fn for_bytes(bytes: u64) -> Result<Self, MemError> {
-        let add = |mapped: u64| Some(mapped + bytes).filter(|_| bytes <= MAX_MAPPED.saturating_sub(mapped) / 2);
+        let add = |mapped: u64| (bytes <= MAX_MAPPED.saturating_sub(mapped) / 2).then(|| mapped + bytes);
         let added = MAPPED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
         added.map(|_| Self(bytes)).map_err(|_| MemError::NoRoom(bytes))
     }

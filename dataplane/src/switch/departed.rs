@@ -22,13 +22,13 @@ pub(super) fn inherit_hold(link: &mut Link, before: &Slot) {
 
 impl Inner {
     /// Drops what was held for guests that were not heard in time, and forgets where they were. Has workers look again where
-    /// frames are left for one that receives: a worker that another one made wait did not deliver them.
+    /// frames are left: a worker that another one made wait did not deliver them.
     pub(super) fn end_holds(&self) {
         let mut tables = lock(&self.tables);
         let (mut ended, mut is_left) = (Vec::new(), false);
         for slot in &mut tables.slots {
             let Slot::Used(view) = slot else { continue };
-            is_left |= view.link.receives() && view.link.hold.as_ref().is_some_and(|hold| !hold.is_empty());
+            is_left |= view.link.hold.as_ref().is_some_and(|hold| !hold.is_empty());
             let over = |hold: &Arc<Hold>| view.link.tx.is_empty() && !hold.goes_on();
             if let Some(hold) = view.link.hold.clone().filter(over) {
                 ended.push((view.id, hold));
@@ -40,7 +40,9 @@ impl Inner {
             self.publish(&mut tables);
             // A device may have it yet, which no worker has any more.
             ended.iter().for_each(|(_, hold)| hold.clear());
-            self.fdb.retain(|entry| ended.iter().any(|(port, _)| *port == entry.port));
+            for (port, _) in &ended {
+                self.forget_stations(&tables, *port);
+            }
         }
     }
 }

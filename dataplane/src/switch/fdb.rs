@@ -224,17 +224,18 @@ impl Fdb {
         self.put(station, port, is_static, 0)
     }
 
-    /// Moves a station that is configured to be elsewhere, until [`Fdb::set`] moves it back, unless somebody else is at the table.
+    /// Moves a station from the port behind which it is configured to be, until [`Fdb::set`] moves it back. Nothing is done if it is
+    /// not there any more, or somebody else is at the table.
     #[cold]
-    pub fn displace(&self, station: Station, port: PortId) -> Learned {
+    pub fn displace(&self, station: Station, home: PortId, port: PortId) -> Learned {
         let Some(_change) = self.change.try_lock() else { return Learned::No };
-        let home = self.find(station).map(|(bucket, way, place)| {
-            self.remove(bucket, way);
-            place.port()
-        });
-        match (home, self.put(station, port, false, 0)) {
-            (Some(home), Learned::Yes) if home != port => Learned::Moved(home),
-            (_, learned) => learned,
+        match self.find(station) {
+            Some((bucket, way, place)) if place.port() == home && self.admit(port, false) => self.remove(bucket, way),
+            _ => return Learned::No,
+        }
+        match self.put(station, port, false, 0) {
+            Learned::Yes => Learned::Moved(home),
+            other => other,
         }
     }
 

@@ -9,6 +9,7 @@ use crate::limits::{BURST, MAX_FRAME, MAX_PORTS};
 use crate::mem::SourceSegment;
 use crate::port::PortId;
 use crate::port::vhost::hold::Label;
+use crate::status::PortState;
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
 use crate::switch::fdb::{Fdb, Learned, Station};
@@ -380,6 +381,8 @@ impl Forwarder {
         let mut learned = self.fdb.learn(station, ingress.id);
         if learned == Learned::Elsewhere {
             learned = self.claim(snapshot, ingress, station);
+        } else if matches!(learned, Learned::Moved(_)) && ingress.mac == Some(source) {
+            self.fdb.insert(station, ingress.id, true);
         }
         if let Learned::Moved(before) = learned
             && let Some(before) = snapshot.port(before).filter(|before| before.network == network)
@@ -406,10 +409,12 @@ impl Forwarder {
         if ingress.mac == Some(station.mac) {
             return self.fdb.insert(station, ingress.id, true);
         }
-        // Its guest has gone to another host. A port that has an address of its own leads to none.
-        let receives = |home| snapshot.port(home).is_some_and(|home| home.link.receives());
-        if ingress.mac.is_none() && !self.fdb.lookup(station).is_some_and(receives) {
-            return self.fdb.displace(station, ingress.id);
+        // Its guest has gone to another host, and is not just having a ring changed. A port that has an address of its own leads
+        // to none.
+        let home = self.fdb.lookup(station).filter(|_| ingress.mac.is_none());
+        let is_there = |home| snapshot.port(home).is_some_and(|home| home.link.state == PortState::Up);
+        if let Some(home) = home.filter(|home| !is_there(*home)) {
+            return self.fdb.displace(station, home, ingress.id);
         }
         Learned::Elsewhere
     }

@@ -239,21 +239,31 @@ impl Switch {
         outcome
     }
 
-    /// Makes the queues of a port that was taken over, from where its rings stand, and goes on with its counts.
+    /// Makes the queues of a port that was taken over, from where its rings stand, and goes on with its counts. Returns whether
+    /// that could be done, or its frontend has seen to it that not.
     ///
     /// # Errors
     /// [`HandoverError::Port`].
-    pub(crate) fn adopted_go_on(&self, name: &str, bases: &[u32], counts: &StatsRecord) -> Result<(), HandoverError> {
+    pub(crate) fn adopted_go_on(&self, name: &str, bases: &[u32], counts: &StatsRecord) -> Result<bool, HandoverError> {
         let driver = self.exchange(name, |driver| driver.take());
-        if let Some(stats) = self.port_stats(name) {
-            stats.restore(counts);
-        }
         let outcome = match &driver {
             Some(Driver::Adopted(adopted)) => adopted.go_on(bases),
             _ => Ok(()),
         };
         self.exchange(name, |place| *place = driver);
-        outcome.map_err(|error| HandoverError::Port(name.into(), error.to_string()))
+        match outcome {
+            Ok(()) => {
+                if let Some(stats) = self.port_stats(name) {
+                    stats.restore(counts);
+                }
+                Ok(true)
+            }
+            Err(error) if error.is_of_frontend() => {
+                tracing::warn!(port = name, "cannot be taken over, and begins anew: {error}");
+                Ok(false)
+            }
+            Err(error) => Err(HandoverError::Port(name.into(), error.to_string())),
+        }
     }
 
     /// Lets the ports that were taken over serve their frontends. Returns those that cannot: they begin anew.
@@ -325,12 +335,22 @@ impl Switch {
             if network != *domain || vlan.egress(vid).is_none() || (!newer && is_known()) {
                 continue;
             }
-            // Configured stations are configured again; of several ports that may have one, it is behind this.
-            let is_own = entry.config.mac.is_some_and(|own| own.to_u64() == mac);
-            if if is_static { is_own } else { !self.inner.fdb.is_static(station) } {
+            // Of several ports that have a configured one, it is behind this. Who comes late gets its own when it can receive.
+            let is_own = || newer && entry.config.mac.is_some_and(|own| own.to_u64() == mac);
+            if if is_static { is_own() } else { !self.inner.fdb.is_static(station) } {
                 self.inner.fdb.set(station, entry.id, is_static, age);
             }
         }
+    }
+
+    /// Forgets configured stations of ports that cannot receive, as another build may have had them.
+    pub(crate) fn forget_absent_stations(&self) {
+        let tables = lock(&self.inner.tables);
+        let is_absent = |id: PortId| {
+            let view = tables.slots.get(usize::from(id.0)).and_then(Slot::view);
+            view.is_none_or(|view| !view.link.receives() && view.link.hold.is_none())
+        };
+        self.inner.fdb.retain(|entry| entry.is_static && is_absent(entry.port));
     }
 
     fn port_stats(&self, name: &str) -> Option<Arc<PortStats>> {

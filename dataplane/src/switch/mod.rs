@@ -41,7 +41,7 @@ use crate::port::PortId;
 use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{Setup, SocketPlace, VhostPort};
+use crate::port::vhost::{AdoptError, Setup, SocketPlace, VhostPort};
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Learned, Station};
@@ -98,6 +98,9 @@ pub enum PortError {
     /// The port's own set-up failed.
     #[error("{0}")]
     Setup(String),
+    /// Its frontend has taken away what another process got from it, so that its connection cannot go on.
+    #[error("{0}")]
+    Withdrawn(String),
 }
 
 /// A running switch: workers, ports and tables. Share it by `Arc`.
@@ -225,7 +228,9 @@ impl Switch {
             }
             Err(e) => {
                 self.inner.release(&mut tables, &name);
-                Err(PortError::Setup(e.to_string()))
+                let adoption = e.get_ref().and_then(|source| source.downcast_ref::<AdoptError>());
+                let is_withdrawn = adoption.is_some_and(AdoptError::is_of_frontend);
+                Err(if is_withdrawn { PortError::Withdrawn(e.to_string()) } else { PortError::Setup(e.to_string()) })
             }
         }
     }
@@ -405,9 +410,7 @@ impl Inner {
         if !moved.ports.is_empty() {
             self.forget_moved(tables, &moved);
         }
-        for other in tables.ports.values().filter(|other| other.config.mac.is_some()) {
-            self.add_static(tables, &other.config, other.id);
-        }
+        self.add_statics_but(tables, entry.id);
         tables.slots[usize::from(entry.id.0)] = Slot::Free;
     }
 
@@ -419,8 +422,15 @@ impl Inner {
         }
     }
 
-    /// Forgets the stations behind a port.
-    fn forget_stations(&self, id: PortId) {
+    /// Forgets the stations behind a port. An address that another one has, too, is that one's now.
+    fn forget_stations(&self, tables: &Tables, id: PortId) {
         self.fdb.retain_of(id, |_| true);
+        self.add_statics_but(tables, id);
+    }
+
+    fn add_statics_but(&self, tables: &Tables, id: PortId) {
+        for other in tables.ports.values().filter(|other| other.config.mac.is_some() && other.id != id) {
+            self.add_static(tables, &other.config, other.id);
+        }
     }
 }

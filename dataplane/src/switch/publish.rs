@@ -146,16 +146,17 @@ impl Publisher for PortPublisher {
         }
         // No worker learns behind the port any more; what is known would only swallow frames.
         if down && !was_down {
-            inner.forget_stations(self.id);
+            inner.forget_stations(&tables, self.id);
         }
     }
 
     fn forget_stations(&self) {
         let Some(inner) = self.inner.upgrade() else { return };
+        let tables = lock(&inner.tables);
         let holds = |view: Arc<PortView>| view.link.hold.is_some();
         // Frames for them are held until they are heard elsewhere.
-        if !lock(&inner.tables).slots[usize::from(self.id.0)].view().is_some_and(holds) {
-            inner.forget_stations(self.id);
+        if !tables.slots[usize::from(self.id.0)].view().is_some_and(holds) {
+            inner.forget_stations(&tables, self.id);
         }
     }
 

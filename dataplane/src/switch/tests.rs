@@ -445,10 +445,13 @@ fn a_guest_that_has_gone_to_another_host_is_heard_behind_the_uplink() {
     bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
     assert_eq!(bench.fdb.lookup(station), Some(PortId(0)), "it is here");
     let (hold, up) = bench.hold(0, PortState::Up);
+    bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!((bench.fdb.lookup(station), hold.len()), (Some(PortId(0)), 1), "a ring is changed");
+    bench.relink(0, Link { hold: Some(hold.clone()), ..Link::down(PortState::Down, None) });
     let to_it = frame(mac(0), mac(1), 61);
     bench.send(1, std::slice::from_ref(&to_it));
     bench.send(1, &[frame(BROADCAST, mac(0), 60)]);
-    assert_eq!((bench.fdb.lookup(station), hold.len()), (Some(PortId(0)), 2), "another guest has claimed it");
+    assert_eq!((bench.fdb.lookup(station), hold.len()), (Some(PortId(0)), 3), "another guest has claimed it");
     bench.post(2, 8, 256);
     bench.send(2, &[frame(BROADCAST, mac(0), 60)]);
     assert_eq!((bench.fdb.lookup(station), bench.fdb.is_static(station)), (Some(PortId(2)), false));
@@ -470,6 +473,13 @@ fn adding_a_port_takes_no_address_from_another() {
     come_up(&switch, "a", None);
     come_up(&switch, "b", None);
     assert_eq!(place(), Some(PortId(0)));
+    // Who goes leaves it to the other, and does not get it back before it is heard.
+    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(0), stats: Arc::default() };
+    publisher.publish(Link::down(PortState::Down, Some("gone".into())));
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    assert_eq!((place(), switch.inner.fdb.is_static(station)), (Some(PortId(1)), true));
+    come_up(&switch, "a", None);
+    assert_eq!(place(), Some(PortId(1)));
     switch.remove_port("a").unwrap();
     assert_eq!(place(), Some(PortId(1)));
     switch.remove_port("b").unwrap();

@@ -187,12 +187,12 @@ impl Station {
         self.frontend.as_ref().unwrap().get_features().unwrap()
     }
 
-    /// Whether the switch has closed the connection.
     /// Takes memory away that nobody uses.
     pub(crate) fn shorten_memory(&self) {
         self.memory.file.set_len((self.memory.len - SPARE) as u64).unwrap();
     }
 
+    /// Whether the switch has closed the connection.
     pub(crate) fn is_hung_up(&self) -> bool {
         let mut polled =
             libc::pollfd { fd: self.frontend.as_ref().unwrap().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };

@@ -236,7 +236,10 @@ impl Arena {
             now.fds,
         );
         ensure!(now.fds == before.fds, "descriptors went from {} to {}", before.fds, now.fds);
-        ensure!(now.threads <= before.threads, "threads went from {} to {}", before.threads, now.threads);
+        // One that has changed ports stays for a second, in case there is more to do.
+        let threads = || Ok(self.switch.usage()?.threads <= before.threads);
+        wait::until_true("the threads to be as few as before", ARRIVAL, threads)
+            .with_context(|| format!("threads went from {} to {}", before.threads, now.threads))?;
         let grown = now.resident_kib.saturating_sub(before.resident_kib);
         // A sanitizer keeps what is freed.
         ensure!(

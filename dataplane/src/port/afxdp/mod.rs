@@ -359,8 +359,8 @@ impl Watcher {
         self.requests.clear_xdp(state.index, attached.mode).map_err(|e| match e.kind() {
             ErrorKind::ResourceBusy => {
                 let problem = format!(
-                    "the XDP program of interface {interface} (id {}) is attached by a link, which cannot be detached from \
-                     within the sandbox; use 'bpftool link detach id', or start the switch with --sandbox off",
+                    "the XDP program of interface {interface} (id {}) is attached by a link, which only CAP_SYS_ADMIN may \
+                     detach, and the sandbox takes that away; use 'bpftool link detach id'",
                     attached.id
                 );
                 Error::new(ErrorKind::AlreadyExists, problem)

@@ -72,8 +72,8 @@ pub(super) struct Device {
     spread: usize,
     /// MTU that the port is configured to.
     mtu: Option<u16>,
-    /// The frontend's, which was told to be too large.
-    told_mtu: Option<u16>,
+    /// The frontend's was told to be too large.
+    told_mtu: bool,
     /// Shown until the link is up.
     note: String,
     pub(super) features: u64,
@@ -105,7 +105,7 @@ impl Device {
             publisher,
             spread: queues.map_or(MAX_QUEUE_PAIRS, |queues| usize::from(queues.max(1))),
             mtu,
-            told_mtu: None,
+            told_mtu: false,
             note: before.map_or_else(|| WAITING.to_owned(), |reason| format!("{WAITING}; before that: {reason}")),
             features: 0,
             protocol: 0,
@@ -145,7 +145,7 @@ impl Device {
         let mtu = u16::try_from(mtu).ok().filter(|&mtu| mtu >= 68).ok_or(DeviceError::Mtu(mtu))?;
         match self.mtu {
             // The frontend may say so as often as it likes.
-            Some(ours) if mtu > ours && self.told_mtu.replace(mtu) != Some(mtu) => {
+            Some(ours) if mtu > ours && !std::mem::replace(&mut self.told_mtu, true) => {
                 tracing::warn!(frontend = mtu, port = ours, "the guest's MTU is larger than its port's");
             }
             _ => tracing::debug!(mtu, "the frontend set its MTU"),

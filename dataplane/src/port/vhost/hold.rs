@@ -18,6 +18,9 @@ use crate::sync::SpinLock;
 /// How long a guest may be away.
 const LIFE: Duration = Duration::from_secs(2);
 
+/// How long another worker may take to deliver all of it. Who does not wait for that may overtake it.
+const RELEASE: Duration = Duration::from_millis(20);
+
 /// The frames kept for one guest.
 #[derive(Debug)]
 pub struct Hold {
@@ -102,7 +105,14 @@ impl Hold {
     /// front. Those that are too old are dropped instead. Nothing is done if another worker is at it and does not come to an end:
     /// it delivers, or the housekeeper has it done again.
     pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, FrameVlan, &[u8])) {
-        let Some(mut held) = self.held.lock_in_time() else { return };
+        let begun = Instant::now();
+        let mut held = loop {
+            match self.held.try_lock() {
+                Some(held) => break held,
+                None if begun.elapsed() > RELEASE => return,
+                None => std::hint::spin_loop(),
+            }
+        };
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {

@@ -55,6 +55,17 @@ pub enum AdoptError {
     Io(#[from] io::Error),
 }
 
+impl AdoptError {
+    /// Whether a frontend can bring it about, by taking away what it has given.
+    pub fn is_of_frontend(&self) -> bool {
+        match self {
+            Self::Memory(error) => !matches!(error, MemError::Map(_) | MemError::NoRoom(_) | MemError::Stat(_)),
+            Self::Ring(_) => true,
+            _ => false,
+        }
+    }
+}
+
 impl Device {
     /// Writes down everything but where the rings stand.
     pub(super) fn export(&self, stream: BorrowedFd<'_>, fds: &mut Fds) -> io::Result<DeviceRecord> {

@@ -40,7 +40,10 @@ fn programs_of_others_are_replaced_from_within_the_sandbox() {
         // By a link, which is not for us to look up.
         let (mut b, _) = watcher("up1", replace);
         let error = b.look().unwrap_err();
-        assert!(error.kind() == ErrorKind::AlreadyExists && error.to_string().contains("--sandbox off"), "{error}");
+        assert!(
+            error.kind() == ErrorKind::AlreadyExists && error.to_string().contains("bpftool link detach"),
+            "{error}"
+        );
         drop(theirs);
         b.look().unwrap();
         b.close(PortState::Down, "");
