@@ -15,7 +15,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub type Settled = Arc<AtomicBool>;
 
 /// Serves connections, each in a task of its own, until the runtime ends. If there are more than `limit`, the oldest goes, of those
-/// that have not settled if there are any: the newest may be the kubelet, who ends a process that does not answer.
+/// that have settled or of those that have not, whichever are more: the newest may be the kubelet, who ends a process that
+/// does not answer.
 pub async fn serve<F>(listener: TcpListener, limit: usize, connection: impl Fn(TcpStream, Settled) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -32,7 +33,9 @@ where
         };
         served.retain(|(task, _)| !task.is_finished());
         if served.len() >= limit {
-            let oldest = served.iter().position(|(_, settled)| !settled.load(Ordering::Relaxed)).unwrap_or(0);
+            let has_settled = |(_, settled): &(_, Settled)| settled.load(Ordering::Relaxed);
+            let most = served.iter().filter(|served| has_settled(served)).count() > limit / 2;
+            let oldest = served.iter().position(|served| has_settled(served) == most).unwrap_or(0);
             if let Some((task, _)) = served.remove(oldest) {
                 task.abort();
             }
@@ -49,15 +52,15 @@ mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::net;
 
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
     use super::*;
 
     /// Settles by a byte, which it answers, and stays.
-    async fn connection(mut stream: TcpStream, settled: Settled) {
-        let byte = stream.read_u8().await.unwrap();
+    async fn connection(stream: TcpStream, settled: Settled) {
+        let mut byte = [0];
+        stream.readable().await.unwrap();
+        assert_eq!(stream.try_read(&mut byte).unwrap(), 1);
         settled.store(true, Ordering::Relaxed);
-        stream.write_u8(byte).await.unwrap();
+        assert_eq!(stream.try_write(&byte).unwrap(), 1);
         std::future::pending().await
     }
 
@@ -67,7 +70,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         std::thread::spawn(move || {
-            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), 3, connection).await });
+            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), 4, connection).await });
         });
         let connect = || {
             let stream = net::TcpStream::connect(address).unwrap();
@@ -80,7 +83,7 @@ mod tests {
         };
         let first = connect();
         settle(&first);
-        let silent: Vec<_> = (0..4).map(|_| connect()).collect();
+        let silent: Vec<_> = (0..5).map(|_| connect()).collect();
         // Those that came before the last two are gone by now.
         let last = connect();
         settle(&last);

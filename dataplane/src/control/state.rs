@@ -99,7 +99,7 @@ fn name_of(spec: &str) -> &str {
 
 /// Its owner, if it has one.
 fn owner_of(spec: &str) -> Option<&str> {
-    spec.split(',').find_map(|option| option.strip_prefix("owner="))
+    spec.split(',').skip(1).find_map(|option| option.strip_prefix("owner="))
 }
 
 /// The ports that were written down before a change.

@@ -381,8 +381,6 @@ impl Forwarder {
         let mut learned = self.fdb.learn(station, ingress.id);
         if learned == Learned::Elsewhere {
             learned = self.claim(snapshot, ingress, station);
-        } else if matches!(learned, Learned::Moved(_)) && ingress.mac == Some(source) {
-            self.fdb.insert(station, ingress.id, true);
         }
         if let Learned::Moved(before) = learned
             && let Some(before) = snapshot.port(before).filter(|before| before.network == network)

@@ -246,20 +246,24 @@ impl Switch {
     /// [`HandoverError::Port`].
     pub(crate) fn adopted_go_on(&self, name: &str, bases: &[u32], counts: &StatsRecord) -> Result<bool, HandoverError> {
         let driver = self.exchange(name, |driver| driver.take());
+        // Before, since a fault that it has had is among them.
+        let stats = self.port_stats(name);
+        if let Some(stats) = &stats {
+            stats.restore(counts);
+        }
         let outcome = match &driver {
             Some(Driver::Adopted(adopted)) => adopted.go_on(bases),
             _ => Ok(()),
         };
         self.exchange(name, |place| *place = driver);
         match outcome {
-            Ok(()) => {
-                if let Some(stats) = self.port_stats(name) {
-                    stats.restore(counts);
-                }
-                Ok(true)
-            }
+            Ok(()) => Ok(true),
             Err(error) if error.is_of_frontend() => {
                 tracing::warn!(port = name, "cannot be taken over, and begins anew: {error}");
+                // They are that port's.
+                if let Some(stats) = &stats {
+                    stats.restore(&StatsRecord::default());
+                }
                 Ok(false)
             }
             Err(error) => Err(HandoverError::Port(name.into(), error.to_string())),
@@ -343,14 +347,15 @@ impl Switch {
         }
     }
 
-    /// Forgets configured stations of ports that cannot receive, as another build may have had them.
+    /// Forgets stations behind ports that cannot receive. Another build may have had configured ones there; and nothing would
+    /// forget what was restored there later.
     pub(crate) fn forget_absent_stations(&self) {
         let tables = lock(&self.inner.tables);
         let is_absent = |id: PortId| {
             let view = tables.slots.get(usize::from(id.0)).and_then(Slot::view);
             view.is_none_or(|view| !view.link.receives() && view.link.hold.is_none())
         };
-        self.inner.fdb.retain(|entry| entry.is_static && is_absent(entry.port));
+        self.inner.fdb.retain(|entry| is_absent(entry.port));
     }
 
     fn port_stats(&self, name: &str) -> Option<Arc<PortStats>> {

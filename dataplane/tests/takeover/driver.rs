@@ -37,7 +37,8 @@ impl Memory {
         let len = 2 * STRIDE + SPARE;
         // SAFETY: the name is a C string, the descriptor that comes back is ours, and the mapping is new.
         unsafe {
-            let file = File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC));
+            let file =
+                File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING));
             file.set_len(len as u64).unwrap();
             let both = libc::PROT_READ | libc::PROT_WRITE;
             let base = libc::mmap(std::ptr::null_mut(), len, both, libc::MAP_SHARED, file.as_raw_fd(), 0);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::station::Station;
 use crate::{Bench, GAP, PATIENCE, SPLIT, SPLIT_EVENTS, alone};
 
 /// A process that wants to take over, played by the test. It lets go of the descriptors.
@@ -163,8 +164,13 @@ fn a_port_whose_folder_has_gone_begins_anew() {
 #[test]
 fn a_port_that_cannot_be_adopted_begins_anew() {
     let _alone = alone();
+    withdraw(Station::shorten_memory);
+    withdraw(Station::seal_memory);
+}
+
+fn withdraw(memory: fn(&Station)) {
     let mut bench = Bench::new(SPLIT, false);
-    bench.stations[1].shorten_memory();
+    memory(&bench.stations[1]);
     let new = bench.start(&["--takeover"]);
     let mut old = bench.switch.replace(new).unwrap();
     let deadline = Instant::now() + PATIENCE;

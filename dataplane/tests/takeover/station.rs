@@ -192,6 +192,13 @@ impl Station {
         self.memory.file.set_len((self.memory.len - SPARE) as u64).unwrap();
     }
 
+    /// Seals its memory, so that it can be mapped for writing no more.
+    pub(crate) fn seal_memory(&self) {
+        // SAFETY: plain flags on a descriptor that is open.
+        let done = unsafe { libc::fcntl(self.memory.file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE) };
+        assert_eq!(done, 0);
+    }
+
     /// Whether the switch has closed the connection.
     pub(crate) fn is_hung_up(&self) -> bool {
         let mut polled =

@@ -11,6 +11,8 @@ use vhost::vhost_user::message::FrontendReq;
 use crate::handover::{DeviceRecord, Fds, LogRecord, PlaceRecord, RegionRecord, RingRecord, VhostRecord};
 use crate::keeper::Stamp;
 use crate::limits::{MAX_MEM_SLOTS, MAX_RING};
+use vm_memory::mmap::MmapRegionError;
+
 use crate::mem::{GuestMemory, Log, MemError, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::handler::{Device, MAX_RINGS};
@@ -59,8 +61,12 @@ impl AdoptError {
     /// Whether a frontend can bring it about, by taking away what it has given.
     pub fn is_of_frontend(&self) -> bool {
         match self {
-            Self::Memory(error) => !matches!(error, MemError::Map(_) | MemError::NoRoom(_) | MemError::Stat(_)),
-            Self::Ring(_) => true,
+            // The kernel's own troubles are those of all ports; a seal on the file is its maker's.
+            Self::Memory(MemError::Map(MmapRegionError::Mmap(error))) => {
+                error.kind() == io::ErrorKind::PermissionDenied
+            }
+            Self::Memory(MemError::Map(_) | MemError::Stat(_)) => false,
+            Self::Memory(_) | Self::Ring(_) => true,
             _ => false,
         }
     }
