@@ -48,17 +48,31 @@ where
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::net;
 
+    use tokio::io::Interest;
+
     use super::*;
+
+    /// Has a server of a test run in a thread of its own, and gives its address.
+    pub(crate) fn start<F: Future>(server: impl FnOnce(TcpListener) -> F + Send + 'static) -> net::SocketAddr {
+        let listener = crate::listener::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        std::thread::spawn(move || {
+            runtime.block_on(async { server(TcpListener::from_std(listener).unwrap()).await });
+        });
+        address
+    }
 
     /// Settles by a byte, which it answers, and stays.
     async fn connection(stream: TcpStream, settled: Settled) {
         let mut byte = [0];
-        stream.readable().await.unwrap();
-        assert_eq!(stream.try_read(&mut byte).unwrap(), 1);
+        // Until it is there: readiness may be told too early.
+        let read = stream.async_io(Interest::READABLE, || stream.try_read(&mut byte));
+        assert_eq!(read.await.unwrap(), 1);
         settled.store(true, Ordering::Relaxed);
         assert_eq!(stream.try_write(&byte).unwrap(), 1);
         std::future::pending().await
@@ -66,12 +80,7 @@ mod tests {
 
     #[test]
     fn who_has_settled_stays_longest() {
-        let listener = crate::listener::listen("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        std::thread::spawn(move || {
-            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), 4, connection).await });
-        });
+        let address = start(|listener| serve(listener, 4, connection));
         let connect = || {
             let stream = net::TcpStream::connect(address).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();

@@ -118,17 +118,6 @@ mod tests {
         }
     }
 
-    /// Serves in a thread of its own, as long as the test runs.
-    fn start(pages: Told) -> net::SocketAddr {
-        let listener = crate::listener::listen("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        std::thread::spawn(move || {
-            runtime.block_on(async { serve(TcpListener::from_std(listener).unwrap(), Arc::new(pages)).await });
-        });
-        address
-    }
-
     fn ask(address: net::SocketAddr, path: &str) -> net::TcpStream {
         let mut stream = net::TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE / 2)).unwrap();
@@ -138,7 +127,8 @@ mod tests {
 
     #[test]
     fn clients_that_stay_keep_nobody_waiting() {
-        let address = start(Told(Ok("#".repeat(16 << 20)), Ok(())));
+        let pages = Told(Ok("#".repeat(16 << 20)), Ok(()));
+        let address = connections::tests::start(|listener| serve(listener, Arc::new(pages)));
         let silent: Vec<_> = (0..MAX_CONNECTIONS).map(|_| net::TcpStream::connect(address).unwrap()).collect();
         let unread: Vec<_> = (0..MAX_CONNECTIONS).map(|_| ask(address, "/metrics")).collect();
         let mut answer = String::new();
