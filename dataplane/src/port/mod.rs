@@ -15,7 +15,7 @@ pub mod vhost;
 mod watch;
 mod wire_frame;
 
-use std::os::fd::RawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use crate::frame::{Burst, BurstStorage};
@@ -156,4 +156,14 @@ pub trait Publisher: Send + Sync {
 /// The error of a call that failed.
 fn check(result: libc::c_int) -> std::io::Result<()> {
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A socket for requests about interfaces (`netdevice(7)`).
+fn interface_socket() -> std::io::Result<OwnedFd> {
+    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        check(fd)?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
 }

@@ -15,7 +15,7 @@ use crate::switch::{Inner, Slot, lock};
 /// Lets a link go on with what the port's last one holds, if nobody is there any more to take it.
 pub(super) fn inherit_hold(link: &mut Link, before: &Slot) {
     let Slot::Used(before) = before else { return };
-    if link.state != PortState::Up && link.hold.is_none() && before.link.tx.is_empty() {
+    if link.state != PortState::Up && link.hold.is_none() && !before.link.receives() {
         link.hold = before.link.hold.clone().filter(|hold| hold.goes_on());
     }
 }
@@ -29,7 +29,7 @@ impl Inner {
         for slot in &mut tables.slots {
             let Slot::Used(view) = slot else { continue };
             is_left |= view.link.hold.as_ref().is_some_and(|hold| !hold.is_empty());
-            let over = |hold: &Arc<Hold>| view.link.tx.is_empty() && !hold.goes_on();
+            let over = |hold: &Arc<Hold>| !view.link.receives() && !hold.goes_on();
             if let Some(hold) = view.link.hold.clone().filter(over) {
                 ended.push((view.id, hold));
                 let link = Arc::new(Link { hold: None, ..Link::clone(&view.link) });

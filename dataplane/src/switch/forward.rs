@@ -200,10 +200,10 @@ impl Forwarder {
     /// Delivers what was held for guests whose rings run again, or that were heard elsewhere before they could receive there.
     pub fn release_returned(&mut self, snapshot: &Snapshot) {
         for port in snapshot.ports.iter().flatten() {
-            if port.link.tx.is_empty() {
-                self.release_moved(snapshot, port);
-            } else {
+            if port.link.receives() {
                 self.release(snapshot, port, |_| Some(port.as_ref()));
+            } else {
+                self.release_moved(snapshot, port);
             }
         }
     }
@@ -233,7 +233,7 @@ impl Forwarder {
     ) {
         let Some(hold) = &from.link.hold else { return };
         // Where nothing can be delivered it is held again, if not in the same place.
-        let receives = |to: &&PortView| !to.link.tx.is_empty() || (to.link.hold.is_some() && to.id != from.id);
+        let receives = |to: &&PortView| to.link.receives() || (to.link.hold.is_some() && to.id != from.id);
         let Some(mut storage) = self.spare.take() else { return };
         // Those of the burst at hand are not those of what is delivered in its midst.
         let flooded = std::mem::take(&mut self.flooded);
@@ -459,7 +459,7 @@ impl Forwarder {
         unchanged: bool,
     ) {
         let Some(first) = egress.link.tx.first().filter(|_| egress.stats.fault().is_none()) else {
-            if let Some(hold) = egress.link.hold.as_ref().filter(|_| egress.link.tx.is_empty()) {
+            if let Some(hold) = egress.link.hold.as_ref().filter(|_| !egress.link.receives()) {
                 self.scratch.copies.extra += u64::from(list.count);
                 hold.keep(burst, list.as_slice(), self.flooded);
                 // Who heard a station elsewhere since this burst was decided on has delivered only what was held before.

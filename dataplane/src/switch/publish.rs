@@ -53,7 +53,7 @@ impl Inner {
         let ports: Vec<_> = slots.iter().map(Slot::view).collect();
         let mut networks = vec![Vec::new(); tables.networks.len()];
         // Also one whose rings are just being changed: it keeps what comes.
-        let is_there = |link: &Link| !link.tx.is_empty() || link.state == PortState::Up && link.hold.is_some();
+        let is_there = |link: &Link| link.receives() || link.state == PortState::Up && link.hold.is_some();
         for port in ports.iter().flatten().filter(|port| is_there(&port.link)) {
             if let Some(members) = networks.get_mut(usize::from(port.network)) {
                 members.push(port.id);

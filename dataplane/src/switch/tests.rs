@@ -109,7 +109,7 @@ impl Bench {
             stations.push(Station_ { out, into, rx, stats });
         }
         let members = |network: u16| {
-            let of = |view: &&Arc<PortView>| view.network == network && !view.link.tx.is_empty();
+            let of = |view: &&Arc<PortView>| view.network == network && view.link.receives();
             views.iter().flatten().filter(of).map(|view| view.id).collect()
         };
         let networks = (0..=ports.iter().map(|port| port.network).max().unwrap_or(0)).map(members).collect();

@@ -53,6 +53,17 @@ impl<T> SpinLock<T> {
         }
     }
 
+    /// As [`SpinLock::lock`], but not for longer than that.
+    pub fn lock_within(&self, patience: Duration) -> Option<SpinGuard<'_, T>> {
+        let begun = Instant::now();
+        loop {
+            match self.try_lock() {
+                None if begun.elapsed() <= patience => std::hint::spin_loop(),
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Takes the lock, spinning while its holder finishes its burst, but not for long: a holder that has lost its CPU must
     /// not take the others' time with it. Who has waited in vain once is not followed by others: nobody waits for
     /// the same hold again, who comes later gets `None` at once.

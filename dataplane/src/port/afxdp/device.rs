@@ -3,7 +3,7 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use crate::port::check;
+use crate::port::{check, interface_socket};
 
 /// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS`, `ETHTOOL_GCHANNELS` (`linux/ethtool.h`).
 const GET_FLAGS: u32 = 0x25;
@@ -53,13 +53,7 @@ pub(super) struct Device {
 
 impl Device {
     pub(super) fn new(name: &str) -> Result<Self> {
-        // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-        let socket = unsafe {
-            let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-            check(fd)?;
-            OwnedFd::from_raw_fd(fd)
-        };
-        Ok(Self { name: name.into(), socket })
+        Ok(Self { name: name.into(), socket: interface_socket()? })
     }
 
     /// How it is. `None` if there is no such interface.

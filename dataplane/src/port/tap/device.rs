@@ -2,12 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use crate::limits::MAX_CHAIN;
 use crate::mem::SourceSegment;
-use crate::port::check;
+use crate::port::{check, interface_socket};
 use crate::switch::DropReason;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -148,7 +148,7 @@ fn named(interface: &str) -> Result<libc::ifreq> {
 }
 
 fn bring_up(interface: &str, mtu: Option<u16>) -> Result<()> {
-    let socket = control_socket()?;
+    let socket = interface_socket()?;
     if let Some(mtu) = mtu {
         set_mtu_by(&socket, interface, mtu)?;
     }
@@ -164,7 +164,7 @@ fn bring_up(interface: &str, mtu: Option<u16>) -> Result<()> {
 /// Whether there is an interface of that name.
 pub(super) fn exists(interface: &str) -> bool {
     let ask = || {
-        let (socket, mut request) = (control_socket()?, named(interface)?);
+        let (socket, mut request) = (interface_socket()?, named(interface)?);
         // SAFETY: a valid local ifreq with a terminated name.
         check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) })
     };
@@ -173,7 +173,7 @@ pub(super) fn exists(interface: &str) -> bool {
 
 /// Sets the MTU of an interface.
 pub(super) fn set_mtu(interface: &str, mtu: u16) -> Result<()> {
-    set_mtu_by(&control_socket()?, interface, mtu)
+    set_mtu_by(&interface_socket()?, interface, mtu)
 }
 
 fn set_mtu_by(socket: &OwnedFd, interface: &str, mtu: u16) -> Result<()> {
@@ -181,14 +181,4 @@ fn set_mtu_by(socket: &OwnedFd, interface: &str, mtu: u16) -> Result<()> {
     request.ifr_ifru.ifru_mtu = i32::from(mtu);
     // SAFETY: a valid local ifreq with a terminated name.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
-}
-
-/// A socket for requests about interfaces.
-fn control_socket() -> Result<OwnedFd> {
-    // SAFETY: no pointers are passed, and the descriptor that comes back is ours alone.
-    unsafe {
-        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        check(fd)?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
 }

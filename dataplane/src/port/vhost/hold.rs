@@ -105,14 +105,7 @@ impl Hold {
     /// front. Those that are too old are dropped instead. Nothing is done if another worker is at it and does not come to an end:
     /// it delivers, or the housekeeper has it done again.
     pub fn release<T>(&self, whither: impl Fn(Label) -> Option<T>, mut deliver: impl FnMut(T, FrameVlan, &[u8])) {
-        let begun = Instant::now();
-        let mut held = loop {
-            match self.held.try_lock() {
-                Some(held) => break held,
-                None if begun.elapsed() > RELEASE => return,
-                None => std::hint::spin_loop(),
-            }
-        };
+        let Some(mut held) = self.held.lock_within(RELEASE) else { return };
         let Held { frames, bytes, since } = &mut *held;
         let late = since.is_some_and(|since| since.elapsed() > LIFE);
         frames.retain(|frame| {

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::BackendReqHandler;
 use vhost::vhost_user::message::FrontendReq;
+use vm_memory::mmap::MmapRegionError;
 
 use crate::handover::{DeviceRecord, Fds, LogRecord, PlaceRecord, RegionRecord, RingRecord, VhostRecord};
 use crate::keeper::Stamp;
 use crate::limits::{MAX_MEM_SLOTS, MAX_RING};
-use vm_memory::mmap::MmapRegionError;
-
 use crate::mem::{GuestMemory, Log, MemError, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::handler::{Device, MAX_RINGS};
