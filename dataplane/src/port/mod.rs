@@ -101,8 +101,8 @@ pub struct Link {
     pub features: Vec<&'static str>,
     /// Guest memory mapped, in bytes.
     pub memory_bytes: u64,
-    /// What is received comes as a wire has cut it up: it pays to merge it for receivers that prefer that.
-    pub coalesce: bool,
+    /// Behind it is a wire. What comes from there has been cut up: it pays to merge it for receivers that prefer that.
+    pub is_wire: bool,
 }
 
 impl Link {
@@ -122,7 +122,7 @@ impl Link {
             hold: None,
             features: Vec::new(),
             memory_bytes: 0,
-            coalesce: false,
+            is_wire: false,
         }
     }
 }

@@ -483,7 +483,7 @@ impl Forwarder {
                 ready.count = admitted;
             }
         }
-        if ingress.link.coalesce && ready.count > 1 {
+        if ingress.link.is_wire && ready.count > 1 {
             let before = ready.count;
             ready.coalesce(burst, self.shared, first.prefers());
             if ready.count < before {
@@ -569,8 +569,7 @@ fn refuse(egress: &PortView, burst: &Burst<'_>, places: &[u8], reason: DropReaso
 fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
     let tagged = egress.vlan.egress(frame.vid).ok_or(DropReason::VlanDenied)?;
     frame.set_tagged(tagged);
-    // Beyond a port that has other VLANs with their tags it would be in one of those.
-    if !tagged && matches!(egress.vlan, VlanPolicy::Trunk { .. }) && frame.bears_own_tag() {
+    if !tagged && egress.may_have_other_vlans() && frame.bears_own_tag() {
         return Err(DropReason::VlanDenied);
     }
     if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {

@@ -39,6 +39,17 @@ impl PortView {
     pub fn is_plain(&self) -> bool {
         self.vlan == VlanPolicy::All && self.mtu >= MAX_FRAME
     }
+
+    /// Whether a frame that leaves without the tag of its VLAN, and begins with one of its sender's own, would be in another
+    /// VLAN beyond the port: its own others, or those of a wire that others use, too.
+    #[inline]
+    pub fn may_have_other_vlans(&self) -> bool {
+        match self.vlan {
+            VlanPolicy::All => false,
+            VlanPolicy::Access(_) => self.link.is_wire,
+            VlanPolicy::Trunk { .. } => true,
+        }
+    }
 }
 
 /// A queue that a worker serves.

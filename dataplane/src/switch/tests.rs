@@ -576,6 +576,27 @@ fn no_tag_of_ones_own_leads_from_one_vlan_to_another() {
     }
 }
 
+/// An uplink that is in one VLAN may be on a wire that has others.
+#[test]
+fn no_tag_of_ones_own_leads_to_another_vlan_of_the_wire() {
+    let port = |vlan| Port { vlan, ..Port::default() };
+    let access = || port(VlanMode::Access(5));
+    let trunk = VlanMode::Trunk { native: None, allowed: vec![5] };
+    let mut bench = Bench::new(&[access(), access(), access(), port(trunk)]);
+    let wire = bench.snapshot.ports[1].clone().unwrap();
+    let link = Link { rx: Vec::new(), tx: wire.link.tx.clone(), is_wire: true, ..Link::down(PortState::Up, None) };
+    bench.snapshot.ports[1] = Some(Arc::new(PortView { link: Arc::new(link), ..PortView::clone(&wire) }));
+    (1..3).for_each(|at| bench.post(at, 8, 2048));
+    for (from, outer) in [(0, 0), (3, 5)] {
+        let mut stacked = frame(BROADCAST, mac(from), 60);
+        stacked.splice(24..24, [0x81, 0, 0, outer, 0x81, 0, 0, 100]);
+        bench.send(from, &[stacked]);
+    }
+    bench.send(0, &[frame(BROADCAST, mac(0), 60)]);
+    assert_eq!([1, 2].map(|at| bench.received(at).len()), [1, 3]);
+    assert_eq!(bench.drops(1, DropReason::VlanDenied), 2);
+}
+
 /// What is kept for a guest keeps the tag that came with it, and the form that it had by then.
 #[test]
 fn what_is_held_keeps_its_tags() {

@@ -190,7 +190,7 @@ impl Queues {
             rx: rx.collect(),
             tx: self.queues.iter().take(self.senders).map(|(_, tx)| tx.clone() as Arc<dyn TxQueue>).collect(),
             features,
-            coalesce: true,
+            is_wire: true,
             ..Link::down(PortState::Up, None)
         }
     }

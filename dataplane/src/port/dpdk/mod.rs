@@ -87,7 +87,7 @@ fn link(device: &Arc<Device>, stats: &Arc<PortStats>) -> Link {
         rx: queues.clone().map(|queue| RxEntry { pair: queue.into(), queue: receiver(queue) }).collect(),
         tx: queues.map(|queue| transmitter(queue) as Arc<dyn TxQueue>).collect(),
         features: vec!["dpdk"],
-        coalesce: true,
+        is_wire: true,
         ..Link::down(PortState::Up, None)
     }
 }
