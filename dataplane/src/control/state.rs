@@ -284,7 +284,10 @@ fn lock(dir: &Path) -> Result<File, StateError> {
         }
         Err(TryLockError::Error(source)) => return Err(unusable(source)),
     }
-    sign(&mut file).map_err(unusable)?;
+    // For others to read; what keeps them out is the lock.
+    if let Err(error) = sign(&mut file) {
+        tracing::warn!("cannot write the pid to {}: {error}", dir.join(LOCK).display());
+    }
     Ok(file)
 }
 
@@ -387,6 +390,16 @@ mod tests {
         assert!(StateStore::open(dir.path()).unwrap().pins().is_empty());
         let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(names.iter().any(|name| name.to_string_lossy().starts_with("pins.json.corrupt-")), "{names:?}");
+    }
+
+    /// A restarted switch serves its guests, whatever becomes of its pid.
+    #[test]
+    fn needs_no_room_for_the_pid() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/full", dir.path().join(LOCK)).unwrap();
+        assert!(sign(&mut OpenOptions::new().write(true).open("/dev/full").unwrap()).is_err());
+        StateStore::open(dir.path()).unwrap();
+        StateStore::open(dir.path()).unwrap();
     }
 
     #[test]

@@ -30,6 +30,12 @@ impl QueueCounters {
         self.bytes.store(self.bytes.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
     }
 
+    /// Adds a burst where there may be several writers.
+    pub fn add_shared(&self, frames: u64, bytes: u64) {
+        self.frames.fetch_add(frames, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Adds one notification sent to the other side.
     #[inline]
     pub fn notified(&self) {
@@ -244,5 +250,21 @@ impl OnLoss for PortStats {
         let code = u64::from(Fault::MemoryLost.code());
         self.fault.store(code, Ordering::Release);
         self.remember_fault(code);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_counters_lose_nothing() {
+        let counters = QueueCounters::default();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..100_000).for_each(|_| counters.add_shared(1, 60)));
+            }
+        });
+        assert_eq!((counters.read().0, counters.read().1), (200_000, 12_000_000));
     }
 }

@@ -38,6 +38,8 @@ reasons! {
     VlanDenied = "vlan_denied";
     /// From the port: a source address that is not the port's own, with spoofcheck on, or is multicast.
     Spoofed = "spoofed";
+    /// From the port: to a group that ends at the next bridge (spanning tree, pause, LACP, EAPOL, LLDP, CDP).
+    Reserved = "reserved";
     /// From the port: larger than the port's MTU.
     MtuIngress = "mtu_ingress";
     /// From the port: the destination is behind the same port.

@@ -354,6 +354,9 @@ impl Forwarder {
         if source & MULTICAST != 0 || ingress.only_source.is_some_and(|only| only != source) {
             return Err(DropReason::Spoofed);
         }
+        if is_reserved(destination) {
+            return Err(DropReason::Reserved);
+        }
         let (learned, to) = self.find(snapshot, ingress, source, destination, vid);
         let Some(egress) = to else { return Ok(None) };
         if egress == ingress.id {
@@ -542,6 +545,14 @@ impl Forwarder {
     }
 }
 
+/// Whether a group is for bridges alone, which do not pass it on (IEEE 802.1Q, table 8-1, and Cisco's of that kind): from a guest,
+/// such a frame could have the next switch shut the host's port, or stop sending; of a wire, it is none of the guests' business.
+fn is_reserved(destination: u64) -> bool {
+    const STANDARD: u64 = 0x0180_c200_0000;
+    const CISCO: u64 = 0x0100_0ccc_ccc0;
+    matches!(destination & !0xf, STANDARD | CISCO)
+}
+
 /// Brings frames into the form that a port takes; returns those that may pass.
 fn adapt(egress: &PortView, burst: &mut Burst<'_>, list: &Places) -> Places {
     let mut ready = Places::EMPTY;
@@ -568,7 +579,10 @@ fn refuse(egress: &PortView, burst: &Burst<'_>, places: &[u8], reason: DropReaso
 #[inline]
 fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
     let tagged = egress.vlan.egress(frame.vid).ok_or(DropReason::VlanDenied)?;
-    frame.set_tagged(tagged);
+    // What is in no VLAN passes as it is, with a tag of priority or none.
+    if frame.vid != 0 || egress.vlan != VlanPolicy::All {
+        frame.set_tagged(tagged);
+    }
     if !tagged && egress.may_have_other_vlans() && frame.bears_own_tag() {
         return Err(DropReason::VlanDenied);
     }

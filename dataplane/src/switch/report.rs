@@ -27,20 +27,20 @@ const ROUND: Duration = Duration::from_secs(1);
 /// The housekeeper's sleep.
 #[derive(Debug, Default)]
 pub(super) struct Housekeeper {
-    asleep: Mutex<bool>,
+    woken: Mutex<bool>,
     alarm: Condvar,
 }
 
 impl Housekeeper {
     pub(super) fn wake(&self) {
-        *lock(&self.asleep) = false;
+        *lock(&self.woken) = true;
         self.alarm.notify_all();
     }
 
     fn sleep(&self) {
-        let mut asleep = lock(&self.asleep);
-        *asleep = true;
-        let _ = self.alarm.wait_timeout_while(asleep, ROUND, |asleep| *asleep);
+        if let Ok((mut woken, _)) = self.alarm.wait_timeout_while(lock(&self.woken), ROUND, |woken| !*woken) {
+            *woken = false;
+        }
     }
 }
 

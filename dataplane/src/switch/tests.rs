@@ -659,6 +659,35 @@ fn a_frame_that_ends_within_its_tag_is_not_cut_shorter() {
     }
 }
 
+/// What the next switch would take to be the host's own word, and what the hosts' switches tell each other.
+#[test]
+fn what_is_meant_for_the_next_bridge_goes_no_further() {
+    let mut bench = Bench::new(&[Port::default(), Port::default()]);
+    bench.post(1, 16, 2048);
+    let reserved = [0x0180_c200_0000, 0x0180_c200_0001, 0x0180_c200_000e, 0x0100_0ccc_cccc, 0x0100_0ccc_cccd];
+    let others = [0x0180_c200_0010, 0x0180_c201_0000, 0x0100_0ccc_cc00, 0x3333_0000_0001, 0x0100_5e00_0001];
+    bench.send(0, &reserved.map(|to| frame(to, mac(0), 60)));
+    assert_eq!((bench.received(1).len(), bench.drops(0, DropReason::Reserved)), (0, 5));
+    assert_eq!(bench.fdb.lookup(Station { mac: mac(0), vid: 0, network: 0 }), None);
+    bench.send(0, &others.map(|to| frame(to, mac(0), 60)));
+    assert_eq!((bench.received(1).len(), bench.drops(0, DropReason::Reserved)), (5, 5));
+}
+
+/// Whether a port has a limit on its frames' size says nothing of their tags.
+#[test]
+fn without_vlans_a_tag_of_priority_stays() {
+    for mtu in [1500, usize::MAX / 2] {
+        let mut bench = Bench::new(&[Port::default(), Port { mtu, ..Port::default() }]);
+        bench.post(1, 8, 2048);
+        for tags in [&[0x81, 0, 0xa0, 0][..], &[0x81, 0, 0xa0, 0, 0x81, 0, 0, 20]] {
+            let mut tagged = frame(BROADCAST, mac(0), 60);
+            tagged.splice(24..24, tags.iter().copied());
+            bench.send(0, std::slice::from_ref(&tagged));
+            assert_eq!(bench.received(1), [&tagged[12..]]);
+        }
+    }
+}
+
 #[test]
 fn others_addresses_and_multicast_sources_are_refused() {
     let mut bench = Bench::new(&[Port { only_source: Some(mac(0)), ..Port::default() }, Port::default()]);

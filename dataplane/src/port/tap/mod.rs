@@ -279,8 +279,8 @@ impl TxQueue for TapTx {
             }
             stats.make_frames(outcomes.saturating_sub(1));
         }
-        // Several workers may send to the host at once; the kernel orders them, the counters are approximate then.
-        stats.tx(0).add(count, bytes);
+        // Several workers may send to the host at once.
+        stats.tx(0).add_shared(count, bytes);
         copies.delivered += count;
         Ok(())
     }
