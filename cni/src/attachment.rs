@@ -72,6 +72,15 @@ impl Attachment {
     pub(crate) fn new(config: &Config, settings: &Settings, environment: &Environment) -> Result<Self, CniError> {
         let device = settings.device_id.as_str();
         check_device(device)?;
+        // What the kubelet has given, Multus writes into the plugin's own configuration. In "runtimeConfig" alone is what the
+        // pod's annotation says, and that may be another pod's device.
+        if !settings.device_is_configured && environment.is_of_pod() {
+            return Err(CniError::config(format!(
+                "the kubelet has given this pod no device for this network: \"deviceID\" {device:?} comes from the pod's \
+                 annotation, which does not count. Leave it out there, and have the pod ask for the resource that the \
+                 NetworkAttachmentDefinition names (sluice.io/sockets)"
+            )));
+        }
         let interface = &environment.interface;
         let device_folder = format!("{}/{device}/", settings.socket_root);
         let socket = format!("{device_folder}{interface}");
@@ -261,6 +270,18 @@ mod tests {
         assert!(!made.owner.starts_with(&Owner::prefix(&environment("net", ""))));
         assert_eq!(Owner::parse("me"), None);
         assert_eq!(Owner::parse("cni/a/b/c/d/e"), None);
+    }
+
+    /// Multus passes on a `deviceID` of the pod's annotation if the kubelet has given no device.
+    #[test]
+    fn a_pod_does_not_choose_its_device() {
+        let chosen = json!({ "deviceID": null, "runtimeConfig": { "deviceID": "sock-8" } });
+        let error = make(chosen.clone(), &environment("net1", "K8S_POD_UID=u1")).unwrap_err();
+        assert!(error.contains("no device for this network") && error.contains("sock-8"), "{error}");
+        let both = json!({ "runtimeConfig": { "deviceID": "sock-7" } });
+        assert_eq!(make(both, &environment("net1", "K8S_POD_UID=u1")).unwrap().port.name, "sock-7.net1");
+        // An operator at a shell is nobody's pod.
+        assert_eq!(make(chosen, &environment("net1", "")).unwrap().port.name, "sock-8.net1");
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub(crate) struct Settings {
     /// The same as the pod sees it.
     pub(crate) container_root: String,
     pub(crate) device_id: String,
+    /// It stands in the plugin's own configuration.
+    pub(crate) device_is_configured: bool,
     pub(crate) device_info_file: Option<PathBuf>,
     pub(crate) mac: Option<String>,
     pub(crate) ips: Vec<String>,
@@ -164,6 +166,7 @@ impl Config {
             let path = path.trim_end_matches('/');
             if path.starts_with('/') { Ok(path.to_owned()) } else { Err(wrong(key, "it must start with '/'")) }
         };
+        let (device_id, device_is_configured) = self.device_id(&runtime)?;
         Ok(Settings {
             network: get(&self.map, "network")?.unwrap_or_else(|| self.name.clone()),
             vlan: get(&self.map, "vlan")?,
@@ -175,21 +178,22 @@ impl Config {
             rate_tx,
             socket_root: folder("socketRoot", "/var/run/sluice/sockets")?,
             container_root: folder("containerRoot", "/var/run/vhostuser")?,
-            device_id: self.device_id(&runtime)?,
+            device_id,
+            device_is_configured,
             device_info_file: get(&runtime, "CNIDeviceInfoFile")?,
             mac: get(&runtime, "mac")?,
             ips: get(&runtime, "ips")?.unwrap_or_default(),
         })
     }
 
-    /// Multus gives it twice if the capability is declared, else once.
-    fn device_id(&self, runtime: &Map<String, Value>) -> Result<String, CniError> {
+    /// Multus gives it twice if the capability is declared, else once. Also whether it is in the plugin's own part.
+    fn device_id(&self, runtime: &Map<String, Value>) -> Result<(String, bool), CniError> {
         let given = |map| Ok::<_, CniError>(get::<String>(map, "deviceID")?.filter(|id| !id.is_empty()));
         match (given(&self.map)?, given(runtime)?) {
             (Some(one), Some(other)) if one != other => {
                 Err(CniError::config(format!("\"deviceID\" is {one:?} at the top and {other:?} in \"runtimeConfig\"")))
             }
-            (one, other) => Ok(one.or(other).unwrap_or_default()),
+            (one, other) => Ok((one.clone().or(other).unwrap_or_default(), one.is_some())),
         }
     }
 }
@@ -317,6 +321,7 @@ mod tests {
             socket_root: "/s".into(),
             container_root: "/c".into(),
             device_id: "d1".into(),
+            device_is_configured: true,
             device_info_file: Some("/f".into()),
             mac: Some("m".into()),
             ips: vec!["10.0.0.1/24".into()],

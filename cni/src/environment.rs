@@ -64,6 +64,11 @@ impl Environment {
         pairs.filter(|(name, _)| *name == key).map(|(_, value)| value).next_back().unwrap_or_default()
     }
 
+    /// Whether it is about a pod of Kubernetes.
+    pub(crate) fn is_of_pod(&self) -> bool {
+        !self.pod_uid().is_empty() || !self.arg("K8S_POD_NAME").is_empty()
+    }
+
     /// The pod's UID, if the runtime tells.
     pub(crate) fn pod_uid(&self) -> &str {
         self.arg("K8S_POD_UID")

@@ -24,6 +24,15 @@ pub enum Layout {
     Fixed,
 }
 
+/// Whether there is the switch's resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dataplane {
+    /// For clusters in which only the switch may ask for it
+    On,
+    /// The switch gets the folder in another way
+    Off,
+}
+
 /// Gives VM pods their socket folders, and the switch's pod all of them.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sluice-device-plugin", version, after_long_help = AFTER_HELP)]
@@ -40,6 +49,10 @@ pub struct Config {
     /// How VM folders are mounted in VM pods
     #[arg(long, env = "SLUICE_LAYOUT", value_enum, default_value_t = Layout::ById)]
     pub layout: Layout,
+    /// Offer the folder of all VM folders as resource PREFIX/dataplane, for the switch's pod. Kubernetes gives a device to
+    /// whoever asks first, and this one is every VM's memory: set it to off where the switch has the folder as a hostPath
+    #[arg(long, env = "SLUICE_DATAPLANE", value_enum, default_value_t = Dataplane::On)]
+    pub dataplane: Dataplane,
     /// Where the folder of all VM folders is in the switch's pod [default: as on the node]
     #[arg(long, env = "SLUICE_DATAPLANE_ROOT", value_name = "DIR")]
     pub dataplane_root: Option<PathBuf>,

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::cdi;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::dataplane::Dataplane;
 use crate::folder::Root;
 use crate::kubelet::{Link, Registrar, remove_stale_sockets};
@@ -50,9 +50,11 @@ pub async fn run(config: Config) -> Result<()> {
     let metrics = Arc::new(Metrics::default());
     let root = Arc::new(Root::new(config.root.clone(), config.owner, config.label()));
     let sockets = Arc::new(Sockets::new(&config, root.clone(), metrics.clone()));
-    let dataplane = Arc::new(Dataplane::new(&config, root, metrics.clone()));
-    write_cdi(&config, &sockets, &dataplane)?;
-    let resources: [Arc<dyn Resource>; 2] = [sockets.clone(), dataplane];
+    let is_wanted = config.dataplane == config::Dataplane::On;
+    let dataplane = is_wanted.then(|| Arc::new(Dataplane::new(&config, root, metrics.clone())));
+    write_cdi(&config, &sockets, dataplane.as_deref())?;
+    let mut resources: Vec<Arc<dyn Resource>> = vec![sockets.clone()];
+    resources.extend(dataplane.map(|dataplane| dataplane as Arc<dyn Resource>));
     // Folders are there before the kubelet hears of them: pods that it knows already mount them without asking us.
     resources.iter().for_each(|resource| resource.check());
     remove_stale_sockets(&config.kubelet_dir).await;
@@ -101,7 +103,7 @@ pub async fn run(config: Config) -> Result<()> {
 }
 
 /// Looks after the folders for ever.
-async fn check_always(resources: [Arc<dyn Resource>; 2], interval: Duration) {
+async fn check_always(resources: Vec<Arc<dyn Resource>>, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         let resources = resources.clone();
@@ -112,9 +114,10 @@ async fn check_always(resources: [Arc<dyn Resource>; 2], interval: Duration) {
     }
 }
 
-fn write_cdi(config: &Config, sockets: &Sockets, dataplane: &Dataplane) -> Result<()> {
+fn write_cdi(config: &Config, sockets: &Sockets, dataplane: Option<&Dataplane>) -> Result<()> {
     let Some(dir) = &config.cdi_dir else { return Ok(()) };
     let failed = || format!("cannot write CDI files to {}", dir.display());
     cdi::write(dir, sockets.name(), &sockets.cdi_mounts(&sockets.ids())).with_context(failed)?;
+    let Some(dataplane) = dataplane else { return Ok(()) };
     cdi::write(dir, dataplane.name(), &dataplane.cdi_mounts()).with_context(failed)
 }

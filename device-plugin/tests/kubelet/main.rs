@@ -432,6 +432,19 @@ async fn a_vm_stays_on_one_numa_node() {
     assert!(answer.container_responses.is_empty());
 }
 
+/// Whoever is given it has the sockets of all VMs.
+#[tokio::test]
+async fn the_folder_of_all_folders_need_not_be_offered() {
+    let node = Node::new();
+    let kubelet = node.kubelet();
+    let plugin = node.plugin(&["--sockets", "2", "--dataplane", "off"]).await;
+    kubelet.wait_for_capacity(SOCKETS, 2).await;
+    until("the plugin to be ready", async || (plugin.page("/readyz").await.0 == 200).then_some(())).await;
+    assert_eq!((kubelet.endpoint(DATAPLANE), sockets_of(&node).len()), (None, 1));
+    assert!(kubelet.admit("curious", DATAPLANE, 1).await.is_err());
+    kubelet.admit("vm", SOCKETS, 1).await.unwrap();
+}
+
 #[tokio::test]
 async fn health_follows_the_file_system() {
     let node = Node::new();
