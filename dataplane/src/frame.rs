@@ -7,6 +7,7 @@
 use crate::limits::{BURST, MAX_BURST_SEGMENTS, MAX_CHAIN, MAX_FRAME, SNAPSHOT};
 use crate::mem::{Segment, SegmentArena, Segments, SourceSegment};
 use crate::switch::DropReason;
+use crate::wire::EthernetHeader;
 use crate::wire::offload::{Offload, VirtioNetHdr};
 use crate::wire::vlan::{self, TAG_LEN};
 
@@ -245,15 +246,23 @@ impl Frame {
         }
     }
 
-    /// Length of the layer-3 packet, of each segment for a super-packet, in bytes.
+    /// Whether the layer-3 packet, or each segment of a super-packet, has at most `mtu` bytes.
     #[inline]
-    pub fn packet_len(&self) -> usize {
-        // Also one of the sender's own: links take a tag beside their MTU.
-        let tag = if self.first_tag().is_some() { TAG_LEN } else { 0 };
+    pub fn fits(&self, mtu: usize) -> bool {
+        self.len() <= mtu.saturating_add(ETHERNET_HEADER) || self.longest() - self.l3_offset() <= mtu
+    }
+
+    /// Length of the frame, or of the longest of a super-packet's segments, in bytes.
+    pub fn longest(&self) -> usize {
         match self.offload.gso {
-            None => self.len() - ETHERNET_HEADER - tag,
-            Some(gso) => self.segment_header() + usize::from(gso.size) - ETHERNET_HEADER - tag,
+            None => self.len(),
+            Some(gso) => (self.segment_header() + usize::from(gso.size)).max(self.l3_offset()),
         }
+    }
+
+    /// Bytes before the layer-3 packet: links take two tags beside their MTU, the sender's own among them.
+    fn l3_offset(&self) -> usize {
+        EthernetHeader::parse(self.head()).map_or(ETHERNET_HEADER, |header| header.l3_offset.into())
     }
 
     /// Bytes of all headers of a super-packet, as far as its snapshot tells.

@@ -347,7 +347,7 @@ impl Forwarder {
     ) -> Result<Option<Path>, DropReason> {
         let vid = ingress.vlan.ingress(frame.tag()).ok_or(DropReason::VlanDenied)?;
         frame.vid = vid;
-        if frame.len() > ingress.mtu + ETHERNET_HEADER && frame.packet_len() > ingress.mtu {
+        if !frame.fits(ingress.mtu) {
             return Err(DropReason::MtuIngress);
         }
         let (source, destination) = (frame.source(), frame.destination());
@@ -586,7 +586,7 @@ fn prepare(egress: &PortView, frame: &mut Frame) -> Result<(), DropReason> {
     if !tagged && egress.may_have_other_vlans() && frame.bears_own_tag() {
         return Err(DropReason::VlanDenied);
     }
-    if frame.len() > egress.mtu + ETHERNET_HEADER && frame.packet_len() > egress.mtu {
+    if !frame.fits(egress.mtu) {
         return Err(DropReason::MtuEgress);
     }
     Ok(())

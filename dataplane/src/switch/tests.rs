@@ -706,6 +706,16 @@ fn mtus_are_kept_both_ways() {
     bench.send(0, &[frame(mac(1), mac(0), 1515), frame(mac(1), mac(0), 1415), frame(mac(1), mac(0), 1414)]);
     assert_eq!(bench.received(1).len(), 1);
     assert_eq!((bench.drops(0, DropReason::MtuIngress), bench.drops(1, DropReason::MtuEgress)), (1, 1));
+
+    // Two tags go beside it, as on a wire that takes them.
+    let stacks = [&[0x81, 0, 0, 5][..], &[0x88, 0xa8, 0, 5], &[0x88, 0xa8, 0, 5, 0x81, 0, 0, 6]];
+    for (stack, longer) in stacks.into_iter().flat_map(|stack| [(stack, 0), (stack, 1)]) {
+        let mut tagged = frame(BROADCAST, mac(0), 1414 + longer);
+        tagged.splice(24..24, stack.iter().copied());
+        bench.post(1, 1, 4096);
+        bench.send(0, &[tagged]);
+        assert_eq!(bench.received(1).len(), 1 - longer, "{stack:?} {longer}");
+    }
 }
 
 /// A kilobyte a second, so that next to nothing flows back while the test runs.

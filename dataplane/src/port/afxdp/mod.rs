@@ -43,8 +43,6 @@ use queue::{Queues, Unsent};
 use socket::Socket;
 use umem::Umem;
 
-/// Length of an 802.1Q tag.
-const TAG: usize = 4;
 /// Time until the interface is looked at again, whether or not there is news of it.
 const LOOK: Duration = Duration::from_millis(500);
 

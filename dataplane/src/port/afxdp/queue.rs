@@ -140,7 +140,8 @@ impl Queues {
                     Ok(queues) => return Ok((queues, failures.join("; "))),
                     Err(e) => last = e,
                 }
-                if last.raw_os_error() != Some(libc::EOPNOTSUPP) {
+                // Kernels before 6.6 do not know of such frames: the flag is an error there.
+                if !matches!(last.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) {
                     break;
                 }
             }

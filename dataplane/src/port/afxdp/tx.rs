@@ -7,10 +7,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::Queue;
 use super::ring::{Consumer, Producer};
 use super::umem::{Audit, CHUNK, Ledger, METADATA, OwnedFrame};
-use super::{Queue, TAG};
-use crate::frame::{Burst, ETHERNET_HEADER, Frame};
+use crate::frame::{Burst, Frame};
 use crate::mem::SourceSegment;
 use crate::port::TxQueue;
 use crate::switch::DropReason;
@@ -78,7 +78,7 @@ impl Transmitter {
 
     /// Puts one frame, or the segments it stands for, into the ring.
     fn put(&self, state: &mut State, burst: &Burst<'_>, frame: &Frame) -> Result<(), DropReason> {
-        if frame.packet_len() > self.both.shared.mtu() {
+        if !frame.fits(self.both.shared.mtu()) {
             return Err(DropReason::MtuEgress);
         }
         let mut source = Source::new(frame.head(), burst.tail(frame));
@@ -96,8 +96,7 @@ impl Transmitter {
         let headers = headers.get(..count).unwrap_or_default();
         let segments = Segmenter::of_headers(headers, frame.len(), frame.offload());
         let mut segments = segments.map_err(|_| DropReason::CannotConvert)?;
-        let longest = frame.packet_len() + ETHERNET_HEADER + TAG;
-        self.reserve(state, segments.remaining() * state.pieces_of(longest))?;
+        self.reserve(state, segments.remaining() * state.pieces_of(frame.longest()))?;
         let mut header = [0u8; MAX_SEGMENT_HEADER];
         let mut written = 0;
         while let Some(segment) = segments.next_segment(&mut header) {

@@ -147,7 +147,7 @@ impl TxQueue for Transmitter {
         for &place in frames {
             let frame = burst.frame(place);
             let (mut outcome, mut segments) = (Ok(()), 0);
-            if frame.packet_len() > self.device.mtu() {
+            if !frame.fits(self.device.mtu()) {
                 outcome = Err(DropReason::MtuEgress);
             } else if wire.takes(frame.offload()) {
                 outcome = self.put(&mut out, outcomes, place, frame.head(), burst.tail(frame));

@@ -3,6 +3,8 @@
  * other languages to know. Numbers below 0 are negative errno.
  */
 #include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include <rte_dev.h>
@@ -22,6 +24,10 @@ struct sl_port {
 	uint16_t room; /* bytes of the longest frame that one buffer holds */
 	char driver[32];
 };
+
+/* Ports that are ours: a device has several names, and whoever asks by another one gets the same port. */
+static bool is_open[RTE_MAX_ETHPORTS];
+static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
 
 struct sl_piece {
 	const void *data;
@@ -44,17 +50,40 @@ static int find(const char *device, uint16_t *id)
 	return -ENODEV;
 }
 
+/* Sets queues and MTU; `mtu` 0 leaves the device's own, and one that it does not take is -ERANGE. */
+static int configure(struct sl_port *port, const struct rte_eth_dev_info *info, uint16_t mtu)
+{
+	const uint64_t flows = RTE_ETH_RSS_IP | RTE_ETH_RSS_TCP | RTE_ETH_RSS_UDP;
+	struct rte_eth_conf conf;
+	uint16_t own;
+	int err;
+
+	memset(&conf, 0, sizeof(conf));
+	err = rte_eth_dev_get_mtu(port->id, &own);
+	if (err < 0)
+		return err;
+	conf.rxmode.mtu = mtu != 0 ? mtu : own;
+	/* Without it, drivers put all that comes into the first queue. */
+	conf.rx_adv_conf.rss_conf.rss_hf = port->queues > 1 ? info->flow_type_rss_offloads & flows : 0;
+	if (conf.rx_adv_conf.rss_conf.rss_hf != 0)
+		conf.rxmode.mq_mode = RTE_ETH_MQ_RX_RSS;
+	err = rte_eth_dev_configure(port->id, port->queues, port->queues, &conf);
+	if (err < 0)
+		return mtu != 0 ? -ERANGE : err;
+	/* Drivers without this call have taken it from what they were configured with. */
+	err = mtu != 0 ? rte_eth_dev_set_mtu(port->id, mtu) : 0;
+	if (err < 0 && err != -ENOTSUP)
+		return -ERANGE;
+	return rte_eth_dev_get_mtu(port->id, &port->mtu);
+}
+
 static int start_queues(struct sl_port *port)
 {
-	struct rte_eth_conf conf;
 	uint16_t rxd = DESCRIPTORS, txd = DESCRIPTORS, queue;
 	int socket = rte_eth_dev_socket_id(port->id);
 	int err;
 
-	memset(&conf, 0, sizeof(conf));
-	err = rte_eth_dev_configure(port->id, port->queues, port->queues, &conf);
-	if (err == 0)
-		err = rte_eth_dev_adjust_nb_rx_tx_desc(port->id, &rxd, &txd);
+	err = rte_eth_dev_adjust_nb_rx_tx_desc(port->id, &rxd, &txd);
 	for (queue = 0; err == 0 && queue < port->queues; queue++) {
 		err = rte_eth_rx_queue_setup(port->id, queue, rxd, socket, NULL, port->pool);
 		if (err == 0)
@@ -68,7 +97,7 @@ static int start_queues(struct sl_port *port)
 	return err;
 }
 
-void sl_close(struct sl_port *port)
+static void discard(struct sl_port *port)
 {
 	struct rte_eth_dev_info info;
 	int known = rte_eth_dev_info_get(port->id, &info) == 0;
@@ -78,13 +107,17 @@ void sl_close(struct sl_port *port)
 	if (known && info.device != NULL)
 		rte_dev_remove(info.device);
 	rte_mempool_free(port->pool);
+	is_open[port->id] = false;
 }
 
-/*
- * Makes a device and starts it, with at most `queues` queues; `mtu` 0 leaves the device's own, and one that it does not
- * take is -ERANGE.
- */
-int sl_open(const char *device, uint16_t queues, uint16_t mtu, struct sl_port *port)
+void sl_close(struct sl_port *port)
+{
+	pthread_mutex_lock(&opening);
+	discard(port);
+	pthread_mutex_unlock(&opening);
+}
+
+static int open_device(const char *device, uint16_t queues, uint16_t mtu, struct sl_port *port)
 {
 	struct rte_eth_dev_info info;
 	char name[RTE_MEMPOOL_NAMESIZE];
@@ -97,16 +130,18 @@ int sl_open(const char *device, uint16_t queues, uint16_t mtu, struct sl_port *p
 	err = find(device, &port->id);
 	if (err < 0)
 		return err;
+	if (is_open[port->id])
+		return -EBUSY;
+	is_open[port->id] = true;
 	err = rte_eth_dev_info_get(port->id, &info);
-	if (err == 0 && mtu != 0 && rte_eth_dev_set_mtu(port->id, mtu) < 0)
-		err = -ERANGE;
-	if (err == 0)
-		err = rte_eth_dev_get_mtu(port->id, &port->mtu);
+	if (err == 0) {
+		port->queues = RTE_MIN(queues, RTE_MIN(info.max_rx_queues, info.max_tx_queues));
+		err = configure(port, &info, mtu);
+	}
 	if (err < 0)
 		goto failed;
-	port->queues = RTE_MIN(queues, RTE_MIN(info.max_rx_queues, info.max_tx_queues));
 	/* Header, two tags. */
-	port->room = RTE_MAX(2048, port->mtu + 22);
+	port->room = RTE_MIN(RTE_MAX(2048, port->mtu + 22), UINT16_MAX - RTE_PKTMBUF_HEADROOM);
 	strncpy(port->driver, info.driver_name, sizeof(port->driver) - 1);
 	snprintf(name, sizeof(name), "sluice%u", port->id);
 	port->pool = rte_pktmbuf_pool_create(name, (2 * DESCRIPTORS + SPARE) * port->queues, 0, 0,
@@ -115,7 +150,18 @@ int sl_open(const char *device, uint16_t queues, uint16_t mtu, struct sl_port *p
 	if (err == 0)
 		return 0;
 failed:
-	sl_close(port);
+	discard(port);
+	return err;
+}
+
+/* Makes a device and starts it, with at most `queues` queues. */
+int sl_open(const char *device, uint16_t queues, uint16_t mtu, struct sl_port *port)
+{
+	int err;
+
+	pthread_mutex_lock(&opening);
+	err = open_device(device, queues, mtu, port);
+	pthread_mutex_unlock(&opening);
 	return err;
 }
 

@@ -137,6 +137,43 @@ fn a_device_that_is_not_there_is_an_error() {
 }
 
 #[test]
+fn a_device_takes_its_mtu() {
+    for (name, mtu) in [("net_ring11", 1400), ("net_ring12", 9000)] {
+        let opened = Device::open(name, 1, Some(mtu as u16));
+        let Ok(device) = opened else {
+            // A driver may have a limit, but not on less than what all links take.
+            assert_eq!((mtu, opened.unwrap_err().raw_os_error()), (9000, Some(libc::ERANGE)));
+            continue;
+        };
+        assert_eq!(device.mtu(), mtu);
+        let stats = Arc::new(PortStats::default());
+        let link = link(&Arc::new(device), &stats);
+        let mut device = Loop { link, stats, scratch: Scratch::default(), storage: BurstStorage::default() };
+        assert_eq!(device.send(&[plain(mtu + 15)]), Some(DropReason::MtuEgress));
+        assert_eq!(device.send(&[plain(mtu + 14)]), None);
+        assert_eq!(device.receive().len(), 1);
+    }
+    let device = Device::open("net_tap6,iface=sl-test6", 1, Some(1400)).unwrap();
+    assert_eq!((device.mtu(), interface_mtu("sl-test6").as_str()), (1400, "1400"));
+}
+
+fn interface_mtu(name: &str) -> String {
+    std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).unwrap().trim().into()
+}
+
+/// Devices have several names.
+#[test]
+fn what_runs_is_not_opened_again() {
+    let mut device = Loop::open("net_ring13");
+    for _ in 0..2 {
+        let error = Device::open("vdev:net_ring13", 1, None).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY), "{error}");
+        assert_eq!(device.send(&[plain(100)]), None);
+        assert_eq!(device.receive().len(), 1);
+    }
+}
+
+#[test]
 fn a_device_can_be_had_again() {
     for _ in 0..3 {
         let mut device = Loop::open("net_ring9");
