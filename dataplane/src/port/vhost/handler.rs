@@ -508,10 +508,13 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let stats = self.publisher.stats().clone();
+        let (stats, features) = (self.publisher.stats().clone(), self.features);
         self.rewire(index, fd, |ring, event| {
             ring.call = event.map(Arc::new);
-            ring.remind(&stats);
+            // One that does not run has nothing to tell; it will when it does.
+            if ring.runs(features) {
+                ring.remind(&stats);
+            }
         })?;
         Ok(())
     }
