@@ -285,6 +285,24 @@ fn a_full_disk_does_not_keep_a_switch_from_starting() {
     assert!(start(&[port("c")]).unwrap_err().contains("cannot write"));
 }
 
+/// A runtime that has given up on a pod asks for its end once, and finds no port then.
+#[tokio::test]
+async fn a_port_that_nobody_waits_for_is_not_added() {
+    let bench = Bench::start();
+    let port = |name: &str| -> PortConfig { format!("{name}=vhost-user:/tmp/sluice-x.sock").parse().unwrap() };
+    let add = |name, until: u32| {
+        let asked = std::cell::Cell::new(0);
+        let is_wanted = || asked.replace(asked.get() + 1) < until;
+        bench.controller.add_port_while(port(name), false, is_wanted).map_err(|error| error.to_string())
+    };
+    for until in [0, 1] {
+        assert!(add("a", until).unwrap_err().contains("did not wait"), "{until}");
+        assert!(bench.switch.ports().is_empty());
+    }
+    add("a", 2).unwrap();
+    bench.stop();
+}
+
 /// A pin holds until its port is removed, and one that another takes the place of is.
 #[test]
 fn a_port_that_is_replaced_leaves_no_pin() {

@@ -186,6 +186,7 @@ impl From<ControlError> for tonic::Status {
             ControlError::Port { source: PortError::NotFound(_) | PortError::NotPinned(_) } => tonic::Code::NotFound,
             ControlError::Port { source: PortError::NoWorker { .. } } => tonic::Code::InvalidArgument,
             ControlError::Port { source: PortError::Limit { .. } } => tonic::Code::ResourceExhausted,
+            ControlError::GivenUp => tonic::Code::Cancelled,
             ControlError::Folder(_)
             | ControlError::OtherOwner { .. }
             | ControlError::Port {

@@ -80,6 +80,9 @@ pub enum ControlError {
     /// The change could not be written down.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Who asked for the port has gone.
+    #[error("the caller did not wait for the port; nothing was added")]
+    GivenUp,
 }
 
 /// What to do about a refusal of the switch.
@@ -298,10 +301,27 @@ impl Controller {
     /// # Errors
     /// [`ControlError`].
     pub fn add_port(&self, port: PortConfig, replace_owner: bool) -> Result<Option<PortStatus>, ControlError> {
+        self.add_port_while(port, replace_owner, || true)
+    }
+
+    /// The same for somebody who may have given up by the time that it is done, as with a disk that hangs: then there is no
+    /// such port.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn add_port_while(
+        &self,
+        port: PortConfig,
+        replace_owner: bool,
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Option<PortStatus>, ControlError> {
         port.validate().map_err(|source| ControlError::Invalid { name: port.name.clone(), source })?;
         port.check_folder()?;
         let name = port.name.clone();
         let mut store = self.lock();
+        if !is_wanted() {
+            return Err(ControlError::GivenUp);
+        }
         // What was noted before is about the port of before.
         for note in Note::read(&self.about.control).iter().filter(|note| note.is_about(&port)) {
             note.take();
@@ -321,6 +341,10 @@ impl Controller {
                 let _ = self.switch.add_port(old);
             }
             return Err(error);
+        }
+        if !is_wanted() {
+            self.remove_kept(&mut store, &name, None)?;
+            return Err(ControlError::GivenUp);
         }
         if replaced.is_some() {
             // They were for the port that has gone.

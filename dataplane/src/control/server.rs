@@ -303,7 +303,13 @@ impl Control for Service {
         let replace_owner = request.replace_owner;
         let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
         let config = convert::port_from_proto(config).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let port = self.change(move |controller| Ok(controller.add_port(config, replace_owner)?)).await?;
+        // Dropped with this call if the client does not wait for its end.
+        let (caller, called) = tokio::sync::oneshot::channel::<()>();
+        let add = move |controller: &Controller| {
+            Ok(controller.add_port_while(config, replace_owner, || !caller.is_closed())?)
+        };
+        let port = self.change(add).await?;
+        drop(called);
         Ok(Response::new(proto::AddPortResponse { port: port.map(convert::port_status) }))
     }
 
