@@ -71,7 +71,7 @@ fn in_a_burst(storage: &mut BurstStorage, data: &[u8], len: usize) {
     assert!(admitted == Ok(len) && len <= MAX_FRAME);
     let frame = burst.frame_mut(0);
     check(frame.offload(), len);
-    let _ = (frame.packet_len(), frame.tag(), frame.source(), frame.destination());
+    let _ = ((frame.fits(1500), frame.longest()), frame.tag(), frame.source(), frame.destination());
     let before = (frame.len(), frame.tag(), frame.head().to_vec());
     frame.vid = 7;
     frame.set_tagged(true);
@@ -83,5 +83,5 @@ fn in_a_burst(storage: &mut BurstStorage, data: &[u8], len: usize) {
         assert_eq!((frame.len(), frame.head()), (before.0, before.2.as_slice()));
     }
     check(frame.offload(), frame.len());
-    let _ = frame.packet_len();
+    let _ = (frame.fits(1500), frame.longest());
 }
