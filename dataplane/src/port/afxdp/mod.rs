@@ -299,7 +299,7 @@ impl Watcher {
         let (queues, failures) = Queues::open(state.index, served, state.mtu, &self.options, self.publisher.stats())
             .map_err(|e| explain(&format!("cannot open interface {interface} for AF_XDP"), &e))?;
         let program = self.requests.xdp(state.index)?.map_or(0, |program| program.id);
-        let deferral = if self.options.busy_poll { self.defer(state.index) } else { None };
+        let deferral = self.defer(state.index);
         self.publisher.stats().connects.fetch_add(1, Ordering::Relaxed);
         tracing::info!(
             port = self.name,
@@ -321,8 +321,13 @@ impl Watcher {
         Ok(Uplink { index: state.index, program, channels, _deferral: deferral, queues, _promiscuous: promiscuous })
     }
 
-    /// Has the driver wait for our calls, where the kernel can do that.
+    /// Has the driver wait for our calls, where the kernel can do that; or for nobody's any more.
     fn defer(&self, index: u32) -> Option<Deferral> {
+        if !self.options.busy_poll {
+            // A kernel that cannot be asked has nothing left behind either.
+            let _ = Deferral::end_left(index);
+            return None;
+        }
         let deferral = Deferral::new(index);
         if let Err(error) = &deferral {
             let port = &self.name;

@@ -32,6 +32,14 @@ pub(super) struct Setting {
     pub(super) timeout: u64,
 }
 
+impl Setting {
+    /// What it was before us. A process that was killed, or has handed over, leaves ours behind, whose before is not known: the
+    /// kernel's own is not to hold back.
+    fn before(self) -> Self {
+        if (self.rounds, self.timeout) == (ROUNDS, TIMEOUT) { Self { rounds: 0, timeout: 0, ..self } } else { self }
+    }
+}
+
 /// An interface whose driver waits for calls. Dropping it puts things back.
 #[derive(Debug)]
 pub(super) struct Deferral {
@@ -43,12 +51,23 @@ impl Deferral {
     /// Has the kernel hold back.
     pub(super) fn new(ifindex: u32) -> Result<Self> {
         let family = Family::open()?;
-        let before = settings_of(&family, ifindex)?;
+        let before = settings_of(&family, ifindex)?.into_iter().map(Setting::before).collect();
         let deferral = Self { family, before };
         for &setting in &deferral.before {
             set(&deferral.family, Setting { rounds: ROUNDS, timeout: TIMEOUT, ..setting })?;
         }
         Ok(deferral)
+    }
+
+    /// Takes back what another process has left behind.
+    pub(super) fn end_left(ifindex: u32) -> Result<()> {
+        let family = Family::open()?;
+        for setting in settings_of(&family, ifindex)? {
+            if setting != setting.before() {
+                set(&family, setting.before())?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -455,6 +455,14 @@ fn a_driver_waits_to_be_polled_while_it_is_ours() {
         drop(deferral);
         assert_eq!(napi::settings(index).unwrap(), before);
         deliver(a, b, &frames);
+        // Processes that end without putting it back: the next one does.
+        let left = || std::mem::forget(Deferral::new(index).unwrap());
+        left();
+        drop(Deferral::new(index).unwrap());
+        assert_eq!(napi::settings(index).unwrap(), before);
+        left();
+        Deferral::end_left(index).unwrap();
+        assert_eq!(napi::settings(index).unwrap(), before);
     });
 }
 
