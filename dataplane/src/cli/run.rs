@@ -117,7 +117,7 @@ fn take_over(setup: &Setup, runtime: &Runtime, mut takeover: Takeover) -> Result
     controller.adopt(&mut takeover, file, arguments).map_err(Failure::failed)?;
     let still = takeover.commit(&switch).map_err(Failure::failed)?;
     takeover.wait_gone();
-    controller.complete(&takeover, file, arguments);
+    controller.complete(&mut takeover, file, arguments);
     match &keeper {
         Some(keeper) => keeper.settled(switch.port_configs().into_iter().map(|port| port.name).collect()),
         None if !setup.keeper => Keeper::dismiss(&setup.about.state_dir),

@@ -439,7 +439,7 @@ impl Controller {
 
     /// Adds the ports that could not be adopted, and writes all of them down. The old process is gone, so nothing here can
     /// fail but for a single port.
-    pub fn complete(&self, takeover: &Takeover, file: &[PortConfig], arguments: &[PortConfig]) {
+    pub fn complete(&self, takeover: &mut Takeover, file: &[PortConfig], arguments: &[PortConfig]) {
         let mut store = self.lock();
         for port in wanted(&store, file, arguments).filter(|port| self.switch.port_config(&port.name).is_none()) {
             if let Err(error) = takeover.add_rest(&self.switch, port) {

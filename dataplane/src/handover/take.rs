@@ -52,13 +52,19 @@ pub enum TakeError {
 struct Old {
     config: PortConfig,
     taken: Option<Taken>,
-    adopted: bool,
+    /// The port that goes on with it.
+    heir: Option<String>,
 }
 
 impl Old {
-    /// Whether it is that port, whatever its other settings are.
+    /// Whether it is that port, whatever its other settings are. An interface can have one port only, so it is known by that,
+    /// not by its name.
     fn is(&self, config: &PortConfig) -> bool {
-        self.config.name == config.name && self.config.target == config.target
+        let (old, new) = (&self.config.target, &config.target);
+        match new {
+            PortTarget::VhostUser { .. } => self.config.name == config.name && old == new,
+            _ => old.kind() == new.kind() && old.collides(new),
+        }
     }
 }
 
@@ -125,8 +131,8 @@ impl Takeover {
         self.fds.take(self.offer.state_lock)
     }
 
-    /// Puts a port together from what the old process has of it, if it has one of that name and target that can be. Its
-    /// other settings are those given.
+    /// Puts a port together from what the old process has of it, if it has one that can be. Its other settings are those
+    /// given.
     ///
     /// # Errors
     /// [`TakeError::Port`].
@@ -134,7 +140,7 @@ impl Takeover {
         let Some(old) = self.ports.iter_mut().find(|old| old.is(config)) else { return Ok(()) };
         let Some(taken) = old.taken.take() else { return Ok(()) };
         match switch.adopt_port(config.clone(), taken) {
-            Ok(()) => old.adopted = true,
+            Ok(()) => old.heir = Some(config.name.clone()),
             // No frontend may keep a new process from taking over, so its port begins anew.
             Err(PortError::Withdrawn(problem)) => {
                 tracing::warn!(port = config.name, "cannot be taken over, and begins anew: {problem}");
@@ -159,17 +165,18 @@ impl Takeover {
         switch.restore_stations(&self.offer.networks, &self.names(), &self.offer.fdb, true);
         self.say("prepared")?;
         self.standing = self.hear()?;
-        let names = self.names();
-        if self.standing.ports.len() != names.len() {
+        if self.standing.ports.len() != self.ports.len() {
             return Err(WireError::Invalid("the number of ports has changed".into()).into());
         }
-        for ((old, standing), name) in self.ports.iter_mut().zip(&self.standing.ports).zip(&names) {
-            if old.adopted && !switch.adopted_go_on(name, &standing.bases, &standing.stats)? {
+        for (old, standing) in self.ports.iter_mut().zip(&self.standing.ports) {
+            if let Some(name) = &old.heir
+                && !switch.adopted_go_on(name, &standing.bases, &standing.stats)?
+            {
                 let _ = switch.remove_port(name);
-                old.adopted = false;
+                old.heir = None;
             }
         }
-        switch.restore_stations(&self.offer.networks, &names, &self.standing.fdb, true);
+        switch.restore_stations(&self.offer.networks, &self.names(), &self.standing.fdb, true);
         switch.forget_absent_stations();
         switch.restore_totals(&self.standing.removed);
         self.say("ready")?;
@@ -180,6 +187,8 @@ impl Takeover {
         switch.thaw();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         switch.start_adopted();
+        // What nobody goes on with is not to be in the way of who makes it anew.
+        self.ports.iter_mut().for_each(|old| old.taken = None);
         Ok(now.saturating_sub(Duration::from_nanos(self.standing.since_ns)))
     }
 
@@ -188,20 +197,25 @@ impl Takeover {
     ///
     /// # Errors
     /// [`PortError`].
-    pub fn add_rest(&self, switch: &Switch, config: &PortConfig) -> Result<(), PortError> {
-        let Some(place) = self.ports.iter().position(|old| old.is(config)) else {
-            return switch.add_port(config.clone());
-        };
-        let counts = self.standing.ports.get(place).map(|standing| standing.stats.clone()).unwrap_or_default();
+    pub fn add_rest(&mut self, switch: &Switch, config: &PortConfig) -> Result<(), PortError> {
+        let place = self.ports.iter().position(|old| old.is(config));
+        let standing = place.and_then(|place| self.standing.ports.get(place));
+        let counts = standing.map(|standing| standing.stats.clone()).unwrap_or_default();
         let end = Instant::now() + RELEASE_LIMIT;
-        let is_interface = !matches!(config.target, PortTarget::VhostUser { .. });
+        // As whatever kind of port the old process had it.
+        let was_there = || self.ports.iter().any(|old| old.config.target.collides(&config.target));
+        let was_held = !matches!(config.target, PortTarget::VhostUser { .. }) && was_there();
         loop {
             match switch.add_port_again(config.clone(), &counts) {
                 // The kernel lets go of an interface a moment after the process that had it.
-                Err(PortError::Setup(_)) if is_interface && Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
+                Err(PortError::Setup(_)) if was_held && Instant::now() < end => std::thread::sleep(RELEASE_PAUSE),
                 Ok(()) => break,
                 Err(error) => return Err(error),
             }
+        }
+        let Some(place) = place else { return Ok(()) };
+        if let Some(old) = self.ports.get_mut(place) {
+            old.heir = Some(config.name.clone());
         }
         // The port's own, and those of networks that could not be carried before. Others know better by now.
         let shared = self.offer.networks.iter().position(|name| *name == switch::shared_domain(config));
@@ -222,8 +236,9 @@ impl Takeover {
         }
     }
 
+    /// What the old process's ports are called here. No port is called nothing.
     fn names(&self) -> Vec<String> {
-        self.ports.iter().map(|old| old.config.name.clone()).collect()
+        self.ports.iter().map(|old| old.heir.clone().unwrap_or_default()).collect()
     }
 
     fn say(&self, word: &str) -> Result<(), WireError> {
@@ -254,7 +269,7 @@ fn sort(mut offer: Offer, fds: &mut Fds) -> Result<(Offer, Vec<Old>), WireError>
             KindRecord::Anew => None,
             kind => Some(Taken { kind, fds }),
         };
-        ports.push(Old { config, taken, adopted: false });
+        ports.push(Old { config, taken, heir: None });
     }
     Ok((offer, ports))
 }

@@ -135,9 +135,7 @@ fn a_port_that_was_not_there_does_not_stop_a_takeover() {
     std::fs::write(&table, text.replace("\"ports\": [", &format!("\"ports\": [{inside}"))).unwrap();
     bench.take_over();
     bench.check_whole();
-    let ports = bench.json(&["port", "list"]);
-    let names: Vec<_> = ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["up", "vm1", "vm2"]);
+    assert_eq!(bench.names(), ["up", "vm1", "vm2"]);
     assert!(bench.log().contains("port up carries network blue as one VLAN"), "{}", bench.log());
 }
 

@@ -9,6 +9,7 @@ mod failures;
 mod station;
 mod stops;
 mod taps;
+mod uplinks;
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -141,6 +142,25 @@ impl Bench {
         let output = command.stdout(Stdio::piped()).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {output:?}");
         serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Names of the ports.
+    fn names(&self) -> Vec<String> {
+        let ports = self.json(&["port", "list"]);
+        ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Waits until a port is as it should be.
+    fn wait_for(&self, port: &str, is_so: impl Fn(&Value) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let shown = self.json(&["port", "show", port]);
+            if is_so(&shown) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{shown}\n{}", self.log());
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Lets frames flow in both directions while a condition holds.
@@ -431,11 +451,7 @@ fn ports_stations_and_locks_are_taken_over() {
     let (own, all) = (&cycles["ports"][1], bench.json(&["port", "show", "vm1"]));
     assert_eq!(own["name"], "vm1");
     assert!(own["frames"].as_u64() < all["rx_frames"].as_u64(), "{own} of {all}");
-    let names = |bench: &Bench| -> Vec<String> {
-        let ports = bench.json(&["port", "list"]);
-        ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap().to_owned()).collect()
-    };
-    assert_eq!(names(&bench), ["later", "vm1", "vm2"]);
+    assert_eq!(bench.names(), ["later", "vm1", "vm2"]);
     assert_eq!(bench.json(&["port", "show", "later"])["mac"], "02:00:00:00:00:09");
     let fdb = bench.json(&["fdb", "show"]);
     let found = |mac: &str| fdb.as_array().unwrap().iter().find(|entry| entry["mac"] == mac);
@@ -449,7 +465,7 @@ fn ports_stations_and_locks_are_taken_over() {
     assert!(bench.log().contains(&format!("is in use by pid {pid}")), "{}", bench.log());
     bench.json(&["port", "del", "later"]);
     bench.take_over();
-    assert_eq!(names(&bench), ["vm1", "vm2"]);
+    assert_eq!(bench.names(), ["vm1", "vm2"]);
     // A port in server mode takes a new connection, and its socket goes when the switch does.
     bench.connect();
     // SAFETY: the child has not been waited for, so the pid is its own.
@@ -466,9 +482,7 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     let target = format!("vhost-user:{}", bench.path("x.sock").display());
     bench.json(&["port", "add", &format!("old={target}")]);
     bench.take_over_with(&["--port", &format!("new={target}")]);
-    let ports = bench.json(&["port", "list"]);
-    let names: Vec<_> = ports.as_array().unwrap().iter().map(|port| port["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["new", "vm1", "vm2"], "{}", bench.log());
+    assert_eq!(bench.names(), ["new", "vm1", "vm2"], "{}", bench.log());
     let table = std::fs::read_to_string(bench.path("state/ports.json")).unwrap();
     assert!(table.contains("\"new=") && !table.contains("\"old="), "{table}");
     bench.check_whole();

@@ -1,0 +1,64 @@
+//! AF_XDP uplinks whose settings change with the process, in a network of their own. As root.
+
+use std::process::Stdio;
+
+use serde_json::json;
+
+use crate::taps::{in_a_namespace, ip, shout};
+use crate::{Bench, Process, SPLIT, alone};
+
+/// A wire between two ends in this network.
+fn lay() {
+    ip("link add up0 type veth peer name far0");
+    for end in ["up0", "far0"] {
+        ip(&format!("link set {end} addrgenmode none up"));
+    }
+}
+
+#[test]
+fn an_uplink_gets_what_is_given_anew() {
+    let _alone = alone();
+    in_a_namespace(|| {
+        lay();
+        ip("addr add 10.9.0.2/24 brd + dev far0");
+        let mut bench = Bench::with(SPLIT, false, false, &["--port", "up=afxdp:up0,network=wire"]);
+        bench.wait_for("up", |port| port["state"] == "up");
+        shout("10.9.0.2", "10.9.0.255");
+        bench.wait_for("up", |port| port["rx_frames"] != 0);
+        let others =
+            ["up=afxdp:up0,busy-poll=on", "up=afxdp:up0,mode=skb", "uplink=afxdp:up0", "up=afxdp:up0,replace=on"];
+        for (round, spec) in others.into_iter().enumerate() {
+            bench.take_over_with(&["--port", &format!("{spec},network=wire")]);
+            let name = spec.split('=').next().unwrap();
+            assert_eq!(bench.names(), [name, "vm1", "vm2"], "{}", bench.log());
+            bench.wait_for(name, |port| port["state"] == "up");
+            // It is the same interface, so what was counted goes on, and so does what was heard.
+            let port = bench.json(&["port", "show", name]);
+            assert_eq!(port["connects"], round + 2, "{port}");
+            assert_ne!(port["rx_frames"], 0, "{port}");
+            assert_eq!(port["features"].as_array().unwrap().contains(&json!("busy-poll")), round == 0, "{port}");
+            let stations = bench.json(&["fdb", "show"]);
+            assert!(stations.as_array().unwrap().iter().any(|station| station["port"] == name), "{stations}");
+        }
+    });
+}
+
+/// The kernel lets go of the old process's interface when it likes; here another switch has it for a while.
+#[test]
+fn an_interface_that_is_let_go_of_late_is_waited_for() {
+    let _alone = alone();
+    in_a_namespace(|| {
+        lay();
+        let mut bench = Bench::with(SPLIT, false, false, &["--port", "up=afxdp:up0,network=wire"]);
+        bench.wait_for("up", |port| port["state"] == "up");
+        let mut other = bench.command();
+        other.arg("run").arg("--control").arg(bench.path("other.sock")).arg("--state").arg(bench.path("other"));
+        // To detach the first one's program takes rights that the sandbox takes away.
+        other.args(["--keeper", "off", "--sandbox", "off", "--port", "up=afxdp:up0,replace=on"]);
+        let other = Process(other.stderr(Stdio::null()).spawn().unwrap());
+        bench.wait_for("up", |port| port["state"] != "up");
+        bench.take_over_with(&["--port", "up=afxdp:up0,network=wire,mode=copy"]);
+        drop(other);
+        bench.wait_for("up", |port| port["state"] == "up");
+    });
+}
