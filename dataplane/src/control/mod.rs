@@ -41,9 +41,12 @@ fn left<'p>(
     file: &'p [PortConfig],
     arguments: &'p [PortConfig],
 ) -> impl Iterator<Item = &'p PortConfig> {
-    let gives_way =
-        |port: &PortConfig, given: &PortConfig| given.name == port.name || given.target.collides(&port.target);
     store.ports().iter().filter(move |port| !file.iter().chain(arguments).any(|given| gives_way(port, given)))
+}
+
+/// Whether a given port takes the place of another: it has its name, or its target.
+fn gives_way(port: &PortConfig, given: &PortConfig) -> bool {
+    given.name == port.name || given.target.collides(&port.target)
 }
 
 /// Why a change was refused. Nothing is left behind then.
@@ -437,14 +440,21 @@ impl Controller {
         ports.into_iter().try_for_each(|port| takeover.adopt(&self.switch, port))
     }
 
-    /// Adds the ports that could not be adopted, and writes all of them down. The old process is gone, so nothing here can
-    /// fail but for a single port.
+    /// Adds the ports that could not be adopted, tells of those that nobody goes on with, and writes all down. The old process
+    /// is gone, so nothing here can fail but for a single port.
     pub fn complete(&self, takeover: &mut Takeover, file: &[PortConfig], arguments: &[PortConfig]) {
         let mut store = self.lock();
         for port in wanted(&store, file, arguments).filter(|port| self.switch.port_config(&port.name).is_none()) {
             if let Err(error) = takeover.add_rest(&self.switch, port) {
                 tracing::error!(port = port.name, "not taken over: {error}");
             }
+        }
+        for old in takeover.ports().filter(|old| !wanted(&store, file, arguments).any(|port| gives_way(old, port))) {
+            tracing::warn!(
+                port = old.name,
+                "gone, since this process was not given it: if --config was forgotten, take over again with it; otherwise \
+                 'sluice port add {old}' brings it back"
+            );
         }
         let keep = left(&store, file, arguments).chain(arguments).cloned().collect();
         let written = store.replace(keep).map_err(|error| error.to_string());

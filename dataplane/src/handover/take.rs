@@ -150,6 +150,11 @@ impl Takeover {
         Ok(())
     }
 
+    /// The ports of the old process, as it had them.
+    pub fn ports(&self) -> impl Iterator<Item = &PortConfig> {
+        self.ports.iter().map(|old| &old.config)
+    }
+
     /// Whether the old process has this port, whatever its other settings are.
     pub fn has(&self, config: &PortConfig) -> bool {
         self.ports.iter().any(|old| old.is(config))
@@ -188,7 +193,11 @@ impl Takeover {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         switch.start_adopted();
         // What nobody goes on with is not to be in the way of who makes it anew.
-        self.ports.iter_mut().for_each(|old| old.taken = None);
+        for old in &mut self.ports {
+            if let Some(taken) = old.taken.take() {
+                switch.discard(&old.config, taken);
+            }
+        }
         Ok(now.saturating_sub(Duration::from_nanos(self.standing.since_ns)))
     }
 

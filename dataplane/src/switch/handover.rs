@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
-use crate::handover::{FdbRecord, Fds, KindRecord, StatsRecord};
+use crate::handover::{FdbRecord, Fds, KindRecord, StatsRecord, VhostRecord};
 use crate::keeper::Kept;
 use crate::port::PortId;
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{Adopted, Paused, Setup, Standing};
+use crate::port::vhost::{Adopted, Paused, Setup, Standing, end_listening};
 use crate::status::PortState;
 use crate::switch::fdb::Station;
 use crate::switch::{Driver, Inner, PortError, Slot, Switch, lock};
@@ -216,6 +216,17 @@ impl Switch {
                 _ => Err(io::Error::other("it was handed over as another kind of port")),
             }
         })
+    }
+
+    /// Lets go of a port that another process hands over and nobody goes on with. The file of its socket goes, too.
+    pub(crate) fn discard(&self, config: &PortConfig, taken: Taken) {
+        let Taken { kind, mut fds } = taken;
+        if let (PortTarget::VhostUser { path, .. }, KindRecord::Vhost(VhostRecord { listener: Some(listener), .. })) =
+            (&config.target, kind)
+            && let (Some(socket), Ok(place)) = (fds.take(listener.0), self.inner.place(path))
+        {
+            end_listening(socket, &place, (listener.1, listener.2));
+        }
     }
 
     /// Adds a port whose connection was kept over a crash. Its frontend is served from [`Switch::start_adopted`] on.

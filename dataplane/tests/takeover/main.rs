@@ -11,6 +11,7 @@ mod stops;
 mod taps;
 mod uplinks;
 
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -486,6 +487,38 @@ fn a_given_port_takes_the_target_of_an_old_one() {
     let table = std::fs::read_to_string(bench.path("state/ports.json")).unwrap();
     assert!(table.contains("\"new=") && !table.contains("\"old="), "{table}");
     bench.check_whole();
+}
+
+/// Ports of a file are in no state directory: a new process that is not given the file does not have them, and says so.
+#[test]
+fn ports_that_the_new_process_is_not_given_are_told_of() {
+    let _alone = alone();
+    let mut bench = Bench::new(SPLIT, false);
+    let port = |name: &str| format!("vhost-user:{},mode=server", bench.path(&format!("{name}.sock")).display());
+    let [gone, kept, other] = ["gone", "kept", "other"].map(port);
+    let table = |name: &str| {
+        let target = bench.path(&format!("{name}.sock"));
+        format!("[[port]]\nname = {name:?}\nkind = \"vhost-user\"\nmode = \"server\"\ntarget = {target:?}\n")
+    };
+    std::fs::write(bench.path("s.toml"), ["gone", "kept", "other"].map(table).concat()).unwrap();
+    let config = bench.path("s.toml").to_str().unwrap().to_owned();
+    bench.take_over_with(&["--config", &config]);
+    assert_eq!(bench.names(), ["gone", "kept", "other", "vm1", "vm2"]);
+    let before = bench.log().len();
+    bench.take_over_with(&["--port", &format!("kept={kept}"), "--port", &format!("renamed={other}")]);
+    assert_eq!(bench.names(), ["kept", "renamed", "vm1", "vm2"]);
+    let log = bench.log().split_off(before);
+    let told: Vec<_> = log.lines().filter(|line| line.contains("was not given it")).collect();
+    assert!(told.len() == 1 && told[0].contains(&format!("'sluice port add gone={gone}'")), "{log}");
+    // Its socket has gone; others are listened on.
+    assert!(!bench.path("gone.sock").exists());
+    let deadline = Instant::now() + PATIENCE;
+    for name in ["kept.sock", "other.sock"] {
+        while UnixStream::connect(bench.path(name)).is_err() {
+            assert!(Instant::now() < deadline, "nobody listens at {name}:\n{}", bench.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 /// Where nothing runs, there is nothing to take over.

@@ -142,6 +142,12 @@ impl Drop for Listener {
     }
 }
 
+/// Ends what another process has made and handed over, with its file, of this device and inode.
+pub(crate) fn end_listening(socket: OwnedFd, place: &SocketPlace, made: (u64, u64)) {
+    // Without its folder there is no file either.
+    drop(Listener::adopt(socket, place, made));
+}
+
 fn remove_stale(folder: &Opened<'_>, place: &SocketPlace, path: &Path) -> Result<(), SocketError> {
     match connect_in(folder, place) {
         Err(SocketError::Absent(_)) => Ok(()),
