@@ -5,16 +5,15 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::net::Namespace;
 use crate::process::{self, Process};
-use crate::scratch::{self, Scratch};
+use crate::scratch::Scratch;
 use crate::switch::Usage;
 use crate::{machine, wait};
 
 /// The program, as Debian installs it.
 pub const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
-/// Links that OVS makes on the host, beside one per bridge.
-const OVS_LINK: &str = "ovs-netdev";
 const MEMORY_MIB: u32 = 512;
 const HUGEPAGE_MIB: u64 = 2;
 
@@ -44,6 +43,8 @@ pub struct Ovs {
     // Dropped in this order.
     vswitchd: Process,
     _database: Process,
+    // It makes links, one of its own and one for each bridge, which go with the namespace.
+    _namespace: Namespace,
     scratch: Scratch,
     bridges: Vec<String>,
 }
@@ -53,11 +54,11 @@ impl Ovs {
     pub fn start(tso: bool) -> Result<Self> {
         reserve_hugepages(MEMORY_MIB)?;
         let scratch = Scratch::new("ovs")?;
-        scratch::undo_at_end(&format!("ip link del {OVS_LINK}"))?;
+        let namespace = Namespace::new()?;
         let database_file = scratch.join("conf.db").display().to_string();
         process::run("ovsdb-tool", &["create", &database_file, SCHEMA])?;
         let remote = format!("--remote=punix:{}", scratch.join("db.sock").display());
-        let mut command = private("ovsdb-server", &scratch);
+        let mut command = private("ovsdb-server", &namespace, &scratch);
         command.args([&database_file, &remote]);
         let mut database = Process::start("ovsdb-server", command, &scratch.join("ovsdb.log"), &[])?;
         wait::until_true("ovsdb-server to listen", Duration::from_secs(10), || {
@@ -79,16 +80,15 @@ impl Ovs {
         let mut set = vec!["--no-wait", "set", "Open_vSwitch", "."];
         set.extend(settings.iter().map(String::as_str));
         vsctl(&scratch, &set)?;
-        let mut command = private(VSWITCHD, &scratch);
+        let mut command = private(VSWITCHD, &namespace, &scratch);
         command.arg(format!("unix:{}", scratch.join("db.sock").display()));
         let vswitchd = Process::start("ovs-vswitchd", command, &scratch.join("vswitchd.log"), &[])?;
-        Ok(Self { vswitchd, _database: database, scratch, bridges: Vec::new() })
+        Ok(Self { vswitchd, _database: database, _namespace: namespace, scratch, bridges: Vec::new() })
     }
 
     /// Adds a port that connects to `socket`; `extra` are settings such as `tag=10` or `mtu_request=9000`.
     pub fn add_port(&mut self, bridge: &str, name: &str, socket: &Path, extra: &[&str]) -> Result<()> {
         if !self.bridges.iter().any(|known| known == bridge) {
-            scratch::undo_at_end(&format!("ip link del {bridge}"))?;
             self.bridges.push(bridge.to_owned());
             let kind = ["--", "set", "bridge", bridge, "datapath_type=netdev", "fail_mode=standalone"];
             vsctl(&self.scratch, &[&["add-br", bridge], &kind[..]].concat())?;
@@ -121,18 +121,8 @@ impl Ovs {
     }
 }
 
-impl Drop for Ovs {
-    fn drop(&mut self) {
-        let _ = self.vswitchd.terminate(Duration::from_secs(5));
-        for link in self.bridges.iter().map(String::as_str).chain([OVS_LINK]) {
-            // Gone already if OVS could clear up itself.
-            let _ = process::run("ip", &["link", "del", link]);
-        }
-    }
-}
-
-fn private(program: &str, scratch: &Scratch) -> Command {
-    let mut command = Command::new(program);
+fn private(program: &str, namespace: &Namespace, scratch: &Scratch) -> Command {
+    let mut command = namespace.command(program);
     for variable in ["OVS_RUNDIR", "OVS_DBDIR", "OVS_LOGDIR"] {
         command.env(variable, scratch.path());
     }
