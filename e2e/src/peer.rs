@@ -15,24 +15,24 @@ use crate::{machine, wait};
 pub const VSWITCHD: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const MEMORY_MIB: u32 = 512;
+/// DPDK's programs look for any size; these can be had while the machine runs.
+const HUGEPAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const HUGEPAGE_MIB: u64 = 2;
 
-/// Sees to it that so much is free in hugepages, which DPDK's programs (not ours) need.
+/// Sees to it that so much is free in hugepages, which DPDK's programs (not ours) need. They are not mounted: all of these
+/// programs run with `--in-memory`.
 pub fn reserve_hugepages(mib: u32) -> Result<()> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let number = |label: &str| -> Result<u64> {
-        let rest = text.split(label).nth(1).unwrap_or_default();
-        rest.split_whitespace()
-            .next()
-            .unwrap_or_default()
-            .parse()
-            .with_context(|| format!("no {label} in /proc/meminfo"))
+    let number = |name: &str| -> Result<u64> {
+        let path = format!("{HUGEPAGES}/{name}");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        text.trim().parse().with_context(|| format!("no number in {path}"))
     };
-    let (total, free) = (number("HugePages_Total:")?, number("HugePages_Free:")?);
+    // What others have reserved and not touched yet is not free.
+    let free = number("free_hugepages")?.saturating_sub(number("resv_hugepages")?);
     let needed = u64::from(mib) / HUGEPAGE_MIB;
     if free < needed {
-        let more = total + needed - free;
-        std::fs::write("/proc/sys/vm/nr_hugepages", more.to_string()).context("cannot reserve hugepages")?;
+        let more = number("nr_hugepages")? + needed - free;
+        std::fs::write(format!("{HUGEPAGES}/nr_hugepages"), more.to_string()).context("cannot reserve hugepages")?;
     }
     Ok(())
 }

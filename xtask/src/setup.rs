@@ -1,7 +1,7 @@
 //! Installs what demo and tests need; quick when all is there.
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::{image, machine, peer};
+use e2e::{image, machine};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -45,7 +45,6 @@ const PYTHON_PACKAGE: &str = "grpcio";
 const BACKPORTS: &str = "bookworm-backports";
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/sluice-backports.list";
 const BACKPORTS_LINE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main\n";
-const TESTPMD_MIB: u32 = 256;
 
 /// Tells what is missing; an error if anything is.
 pub(crate) fn check() -> Result<()> {
@@ -98,7 +97,6 @@ pub(crate) fn ensure() -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "guests are x86-64 machines; this host is not");
     ensure_root()?;
     install_packages(&missing_packages(PACKAGES.iter()))?;
-    peer::reserve_hugepages(TESTPMD_MIB)?;
     must("building the guest agent", cargo(&["build", "--quiet", "-p", "e2e", "--bin", "guest-agent"]))?;
     if !image::kernel_is_cached()? {
         println!("==> fetching Debian's cloud kernel for the guests");

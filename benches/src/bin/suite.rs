@@ -16,6 +16,8 @@ use std::time::Instant;
 const SETS: [&str; 7] = ["throughput", "driver", "latency", "scaling", "stalled", "workers", "iperf"];
 /// Those of a quick run.
 const QUICK: [&str; 4] = ["throughput", "latency", "scaling", "stalled"];
+/// Hugepages for the load's memory, which does without where there are none.
+const LOAD_MIB: u32 = 256;
 
 /// Measures Sluice beside its peers.
 ///
@@ -57,6 +59,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let names = names(arguments)?;
     let cpus = e2e::machine::cpus()?;
     ensure!(cpus.switch != cpus.load, "measuring needs two CPUs: one for the switch, one for the load");
+    if let Err(error) = e2e::peer::reserve_hugepages(LOAD_MIB) {
+        println!("the load may have to do without hugepages: {error:#}");
+    }
     let settings = settings(arguments, cpus.switch[0], cpus.load[0]);
     let began = Instant::now();
     let mut results = Results { machine: host::describe(), ..Results::default() };
