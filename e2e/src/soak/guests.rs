@@ -169,12 +169,13 @@ impl Work {
                 70..92 => self.migrate().context("a guest migrates"),
                 _ => self.reboot().context("a guest leaves and comes back"),
             };
-            drop(turn);
             if let Err(error) = done {
                 let diagnosis: Vec<String> = self.guests.iter().map(Guest::diagnosis).collect();
+                // While it is our turn: the audit that waits for its own may be the last one to ask.
                 *lock(&shared.problem) = Some(error.context(diagnosis.join("\n")));
                 return;
             }
+            drop(turn);
             thread::sleep(PAUSE);
         }
     }
