@@ -13,6 +13,8 @@ use crate::wait;
 
 /// How much of a log is worth showing.
 const TAIL: usize = 4000;
+/// What programs print is read by us, in no other language than this.
+const LANGUAGE: (&str, &str) = ("LC_ALL", "C");
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
 
@@ -87,7 +89,7 @@ impl Process {
         errors: Option<PathBuf>,
         cpus: &[usize],
     ) -> Result<Self> {
-        command.stdout(append(log)?).stderr(append(errors.as_deref().unwrap_or(log))?);
+        command.stdout(append(log)?).stderr(append(errors.as_deref().unwrap_or(log))?).env(LANGUAGE.0, LANGUAGE.1);
         // SAFETY: getpid has no conditions.
         let parent = unsafe { libc::getpid() };
         let cpus = cpus.to_vec();
@@ -226,6 +228,7 @@ pub fn tail(path: &Path) -> String {
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(args)
+        .env(LANGUAGE.0, LANGUAGE.1)
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("cannot start {program}"))?;
@@ -234,4 +237,12 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
         bail!("{program} {}: {} {errors}", args.join(" "), output.status);
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn programs_speak_the_language_that_we_read() {
+        assert_eq!(super::run("sh", &["-c", "echo $LC_ALL"]).unwrap(), "C\n");
+    }
 }

@@ -123,7 +123,7 @@ fn stages(options: &Options) -> Vec<Stage> {
     unit.env("SLUICE_BIN", e2e::machine::repository().join("target/debug/sluice"));
     stages.push(Stage { name: "unit", command: unit });
     // The library of the systems tests has tests of its own. Of the whole workspace, with whose features all else is built.
-    let harness = cargo(&["test", "--workspace", "--lib", "--quiet", "soak::"]);
+    let harness = cargo(&["test", "--workspace", "--lib", "--quiet", "--", "soak::", "machine::", "process::"]);
     stages.push(Stage { name: HARNESS, command: harness });
     if !options.fast {
         stages.push(Stage { name: "build", command: release_build() });
