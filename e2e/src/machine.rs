@@ -25,16 +25,21 @@ pub fn cache() -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// The target folder that this program was built into, wherever cargo was told to have it.
+pub fn target() -> Result<PathBuf> {
+    let me = std::env::current_exe().context("cannot tell my own path")?;
+    // We are in target/PROFILE, or as a test in target/PROFILE/deps.
+    let target = me.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
+    Ok(target.context("I am not in a target folder")?.to_owned())
+}
+
 /// A program of this workspace: what the variable names, else the newest build of any profile.
 pub fn built_program(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         // Relative means relative to the repository: tests run in their package's folder.
         return Ok(repository().join(path));
     }
-    let me = std::env::current_exe().context("cannot tell my own path")?;
-    // We are in target/PROFILE, or as a test in target/PROFILE/deps.
-    let target =
-        me.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file()).context("I am not in a target folder")?;
+    let target = target()?;
     let builds = ["release", "debug"].map(|profile| target.join(profile).join(name));
     let age = |path: &PathBuf| path.metadata().and_then(|metadata| metadata.modified()).ok();
     match builds.into_iter().filter(|path| path.is_file()).max_by_key(age) {

@@ -21,7 +21,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         setup::ensure()?;
     }
     build_release(&["sluice", "benches"])?;
-    let mut suite = Command::new(e2e::machine::repository().join("target/release/suite"));
+    let mut suite = Command::new(e2e::machine::target()?.join("release/suite"));
     suite.args(&options.arguments).current_dir(e2e::machine::repository());
     must("the measurement", suite)
 }

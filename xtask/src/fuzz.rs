@@ -81,6 +81,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn build() -> Command {
     let mut command = cargo(&["build", "--release", "--target", TRIPLE]);
     command.current_dir(folder()).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS);
+    // Where we look for them, whatever the workspace's own is.
+    command.env("CARGO_TARGET_DIR", folder().join("target"));
     command
 }
 
@@ -120,7 +122,7 @@ fn frontend(seconds: u64) -> Result<Command> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     println!("seeds from {seed} on");
     let mut command = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "random", "--nocapture"]);
-    command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
+    command.env("SLUICE_BIN", machine::target()?.join("release/sluice")).env("RUST_LIB_BACKTRACE", "0");
     command.env("SLUICE_FUZZ_SECONDS", seconds.to_string()).env("SLUICE_FUZZ_SEED", seed.to_string());
     Ok(command)
 }

@@ -1,6 +1,7 @@
 //! Tests against builds that notice what compilers do not: accesses to memory that is not ours, and data races.
 
 use anyhow::{Context, Result, ensure};
+use e2e::machine;
 use std::path::Path;
 use std::process::Command;
 
@@ -17,7 +18,7 @@ const DATAPLANE: [&str; 9] =
     ["test", "-p", "sluice", "--lib", "--test", "vhost_session", "--test", "control", "--quiet"];
 
 /// Cargo, for a build with a sanitizer in a target folder of its own.
-fn sanitized(arguments: &[&str], folder: &str, flags: &str) -> Command {
+fn sanitized(arguments: &[&str], folder: &Path, flags: &str) -> Command {
     let mut command = cargo(arguments);
     command.env("CARGO_BUILD_TARGET", TRIPLE).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
     // Code that is not optimised at all is too slow for the time limits of the tests.
@@ -35,8 +36,8 @@ const NOT_SANITIZED: [&str; 3] =
     ["split_rings_survive_crashes", "packed_rings_survive_crashes", "memory::captures_leave_no_memory_behind"];
 
 /// The tests of memory and of hostile guests under the address sanitizer.
-pub(crate) fn addresses() -> Vec<Stage> {
-    let (folder, flags) = ("target/asan", "-Zsanitizer=address");
+pub(crate) fn addresses() -> Result<Vec<Stage>> {
+    let (folder, flags) = (&machine::target()?.join("asan"), "-Zsanitizer=address");
     let mut programs = sanitized(
         &["test", "-p", "sluice", "--test", "takeover", "--test", "process", "--quiet", "--", "--exact"],
         folder,
@@ -44,14 +45,14 @@ pub(crate) fn addresses() -> Vec<Stage> {
     );
     programs.args(NOT_SANITIZED.iter().flat_map(|name| ["--skip", name])).env("ASAN_OPTIONS", BEHIND_A_FILTER);
     let mut hostile = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "--test-threads=1"]);
-    hostile.env("SLUICE_BIN", format!("{folder}/{TRIPLE}/debug/sluice")).env("RUST_LIB_BACKTRACE", "0");
+    hostile.env("SLUICE_BIN", folder.join(TRIPLE).join("debug/sluice")).env("RUST_LIB_BACKTRACE", "0");
     hostile.env("ASAN_OPTIONS", BEHIND_A_FILTER);
-    vec![
+    Ok(vec![
         Stage { name: "dataplane", command: sanitized(&DATAPLANE, folder, flags) },
         Stage { name: "programs", command: programs },
         Stage { name: "build", command: sanitized(&["build", "-p", "sluice", "--bins"], folder, flags) },
         Stage { name: "hostile", command: hostile },
-    ]
+    ])
 }
 
 /// The test that maps half of what a guest may have at most, for which there is no room beside this sanitizer's notes.
@@ -59,21 +60,20 @@ const TERABYTES: &str = "mem::tests::refuses_bad_regions";
 
 /// The tests of what threads share under the thread sanitizer.
 pub(crate) fn threads() -> Result<Vec<Stage>> {
-    let folder = "target/tsan";
+    let folder = &machine::target()?.join("tsan");
     let flags = format!("-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer {}", wrap(folder)?);
     let mut dataplane = sanitized(&DATAPLANE, folder, &flags);
     dataplane.args(["--", "--exact", "--skip", TERABYTES]);
-    let suppressions = e2e::machine::repository().join(SUPPRESSIONS);
+    let suppressions = machine::repository().join(SUPPRESSIONS);
     dataplane.env("TSAN_OPTIONS", format!("suppressions={}", suppressions.display()));
     Ok(vec![Stage { name: "dataplane", command: dataplane }])
 }
 
 /// Compiles the wrappers of the standard library's functions; gives the flags that link them in.
-fn wrap(folder: &str) -> Result<String> {
-    let repository = e2e::machine::repository();
-    let object = repository.join(folder).join("threads.o");
-    std::fs::create_dir_all(repository.join(folder)).with_context(|| format!("cannot make {folder}"))?;
-    run(Command::new("cc").args(["-O2", "-Wall", "-Werror", "-c", "-o"]).arg(&object).arg(repository.join(THREADS)))?;
+fn wrap(folder: &Path) -> Result<String> {
+    let (object, source) = (folder.join("threads.o"), machine::repository().join(THREADS));
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    run(Command::new("cc").args(["-O2", "-Wall", "-Werror", "-c", "-o"]).arg(&object).arg(source))?;
     let symbols = run(Command::new("nm").arg("-j").arg(&object))?;
     Ok(wrapped(&symbols).fold(link(&object), |flags, symbol| format!("{flags} -Clink-arg=-Wl,--wrap={symbol}")))
 }

@@ -40,7 +40,7 @@ const FROM_BACKPORTS: [&str; 4] =
 const PREFERENCES_FILE: &str = "/etc/apt/preferences.d/sluice-backports";
 const PREFERENCES: &str = "Package: qemu-* seabios libvirt*\nPin: release n=bookworm-backports\nPin-Priority: 600\n";
 /// A virtual environment in the target folder, and what is in it.
-const PYTHON: &str = "target/grpcio";
+const PYTHON: &str = "grpcio";
 const PYTHON_PACKAGE: &str = "grpcio";
 const BACKPORTS: &str = "bookworm-backports";
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/sluice-backports.list";
@@ -65,31 +65,32 @@ pub(crate) fn check() -> Result<()> {
 pub(crate) fn ensure_all() -> Result<()> {
     ensure_root()?;
     install_packages(&missing_packages(PACKAGES.iter().chain(&TEST_PACKAGES)))?;
-    install_python();
+    install_python()?;
     ensure()
 }
 
 /// Whether there are clients in other languages for the tests to use.
 pub(crate) fn has_foreign_clients() -> bool {
-    let python = machine::repository().join(PYTHON).join("bin/python");
-    is_installed("golang-google-grpc-dev") && python.exists()
+    is_installed("golang-google-grpc-dev")
+        && machine::target().is_ok_and(|target| target.join(PYTHON).join("bin/python").exists())
 }
 
 /// Where the package cannot be had, tests do without.
-fn install_python() {
-    let (environment, python) =
-        (machine::repository().join(PYTHON), machine::repository().join(PYTHON).join("bin/python"));
+fn install_python() -> Result<()> {
+    let environment = machine::target()?.join(PYTHON);
+    let python = environment.join("bin/python");
     let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
     if run(Command::new(&python).args(["-c", "import grpc"])) {
-        return;
+        return Ok(());
     }
-    println!("==> installing Python's {PYTHON_PACKAGE} into {PYTHON}");
+    println!("==> installing Python's {PYTHON_PACKAGE} into {}", environment.display());
     let made = run(Command::new("python3").args(["-m", "venv"]).arg(&environment))
         && run(Command::new(&python).args(["-m", "pip", "install", "-q", PYTHON_PACKAGE]));
     if !made {
         println!("    it cannot be had; tests go without clients in other languages");
         let _ = fs::remove_dir_all(environment);
     }
+    Ok(())
 }
 
 /// Installs and makes whatever is missing to run guests.

@@ -131,7 +131,7 @@ pub(crate) fn build_release(packages: &[&str]) -> Result<()> {
     let mut command = cargo(&["build", "--release", "--bins"]);
     command.args(packages.iter().flat_map(|package| ["-p", package]));
     must("the build", command)?;
-    let switch = e2e::machine::repository().join("target/release/sluice");
+    let switch = e2e::machine::target()?.join("release/sluice");
     let newest = File::open(&switch).and_then(|file| file.set_modified(SystemTime::now()));
     newest.with_context(|| format!("cannot set the time of {}", switch.display()))
 }

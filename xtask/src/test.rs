@@ -2,6 +2,8 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
+use e2e::machine;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -92,7 +94,8 @@ pub(crate) struct Stage {
     pub(crate) command: Command,
 }
 
-fn stages(options: &Options) -> Vec<Stage> {
+fn stages(options: &Options) -> Result<Vec<Stage>> {
+    let target = machine::target()?;
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     let mut stages = vec![
@@ -117,10 +120,12 @@ fn stages(options: &Options) -> Vec<Stage> {
         stages.push(Stage { name: "setup", command: setup });
     }
     // `setup` installs its Python.
-    stages.push(Stage { name: DEPLOY, command: Command::new(e2e::machine::repository().join("deploy/check")) });
+    let mut deploy = Command::new(machine::repository().join("deploy/check"));
+    deploy.env("CARGO_TARGET_DIR", &target);
+    stages.push(Stage { name: DEPLOY, command: deploy });
     let mut unit = cargo(&["test", "--workspace", "--exclude", "e2e", "--no-fail-fast", "--quiet"]);
     // It is built before the first of them runs.
-    unit.env("SLUICE_BIN", e2e::machine::repository().join("target/debug/sluice"));
+    unit.env("SLUICE_BIN", target.join("debug/sluice"));
     stages.push(Stage { name: "unit", command: unit });
     // The library of the systems tests has tests of its own. Of the whole workspace, with whose features all else is built.
     let harness = cargo(&["test", "--workspace", "--lib", "--quiet", "--", "soak::", "machine::", "process::"]);
@@ -137,12 +142,12 @@ fn stages(options: &Options) -> Vec<Stage> {
             // Of the whole workspace, with whose features all dependencies are built by now.
             let mut command = cargo(&["test", "--workspace", "--test", name, "--quiet", "--", "--test-threads=1"]);
             // The release build is what people run; backtraces of a failed test are those of the harness.
-            command.env("SLUICE_BIN", "target/release/sluice").env("RUST_LIB_BACKTRACE", "0");
+            command.env("SLUICE_BIN", target.join("release/sluice")).env("RUST_LIB_BACKTRACE", "0");
             stages.push(Stage { name, command });
         }
-        stages.extend(dpdk_stages());
+        stages.extend(dpdk_stages(&target));
     }
-    stages
+    Ok(stages)
 }
 
 /// What people run. Much of it is done on one CPU.
@@ -173,7 +178,7 @@ fn has_dpdk() -> bool {
 }
 
 /// The feature `dpdk`, last, since it leaves a switch of its own in the target folder.
-fn dpdk_stages() -> [Stage; 3] {
+fn dpdk_stages(target: &Path) -> [Stage; 3] {
     let mut lint = cargo(&["clippy", "--workspace", "--features", "sluice/dpdk", "--all-targets", "--quiet"]);
     lint.args(["--", "-D", "warnings"]);
     // The test of the repository has nothing to do with it: with a test beside it, the program is built as well.
@@ -181,7 +186,7 @@ fn dpdk_stages() -> [Stage; 3] {
     unit.args(["--lib", "--test", "repo", "dpdk"]);
     let mut systems = cargo(&["test", "--workspace", "--test", "uplink", "--quiet", "--", "--test-threads=1"]);
     systems.args(["over_a_wire", "a_network_is_a_vlan"]);
-    systems.env("SLUICE_BIN", "target/debug/sluice").env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
+    systems.env("SLUICE_BIN", target.join("debug/sluice")).env("SLUICE_UPLINK", "dpdk").env("RUST_LIB_BACKTRACE", "0");
     [
         Stage { name: "dpdk-clippy", command: lint },
         Stage { name: "dpdk", command: unit },
@@ -193,9 +198,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     let mut tally = Tally::default();
     let mut stages = match options {
-        Options { asan: true, .. } => sanitizer::addresses(),
+        Options { asan: true, .. } => sanitizer::addresses()?,
         Options { tsan: true, .. } => sanitizer::threads()?,
-        _ => stages(options),
+        _ => stages(options)?,
     };
     if let Some(only) = &options.only {
         let names: Vec<&str> = stages.iter().map(|stage| stage.name).collect();

@@ -34,9 +34,9 @@ struct Arguments {
     /// Only these switches
     #[arg(long, value_name = "PEER", value_delimiter = ',')]
     peers: Vec<Peer>,
-    /// Where results go
-    #[arg(long, value_name = "DIR", default_value = "target/bench")]
-    out: PathBuf,
+    /// Where results go [default: bench in the target folder]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// Rounds of everything [default: 5, or 1 if quick]
     #[arg(long)]
     rounds: Option<u32>,
@@ -68,17 +68,21 @@ fn run(arguments: &Arguments) -> Result<()> {
     let near = cpu::line_ns(settings.switch_cpu, settings.load_cpu)?;
     results.machine.push(("cache line between the CPUs".to_owned(), format!("{near:.0} ns at the beginning")));
     let peers = present(arguments, &mut results.notes);
-    fs::create_dir_all(&arguments.out).with_context(|| format!("cannot create {}", arguments.out.display()))?;
+    let out = match &arguments.out {
+        Some(folder) => folder.clone(),
+        None => e2e::machine::target()?.join("bench"),
+    };
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     for name in names {
         println!("==> {name}");
         for set in measure(name, &peers, &settings, arguments)? {
             results.sets.push(set);
             // What was measured is worth keeping, whatever happens to the rest.
-            write(&results, &arguments.out)?;
+            write(&results, &out)?;
         }
     }
     let took = began.elapsed().as_secs();
-    println!("==> {}, {took} s", arguments.out.join("results.md").display());
+    println!("==> {}, {took} s", out.join("results.md").display());
     let failures: usize = results.sets.iter().flat_map(|set| &set.cells).map(|cell| cell.failures.len()).sum();
     ensure!(failures == 0, "{failures} runs failed; results.md tells which");
     Ok(())
