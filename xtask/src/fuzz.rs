@@ -17,6 +17,8 @@ use crate::stage::{self, build_release, cargo, must};
 pub(crate) const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// The hostile frontend, among the names of targets.
 const FRONTEND: &str = "frontend";
+/// The variable with its first seed.
+const SEED: &str = "SLUICE_FUZZ_SEED";
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Zsanitizer=address";
@@ -57,25 +59,37 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         must("building the fuzzers", build())?;
     }
     // Never 0, which libFuzzer takes for no end.
-    let seconds = (options.minutes * 60.0).ceil() as u64;
+    let (seconds, seed) = ((options.minutes * 60.0).ceil() as u64, seed(std::env::var(SEED).ok())?);
     let mut failed = Vec::new();
     for name in &names {
         println!("==> {name}, {} min", options.minutes);
-        let command = if name == FRONTEND { frontend(seconds)? } else { fuzzer(name, seconds)? };
+        let command = if name == FRONTEND { frontend(seconds, seed)? } else { fuzzer(name, seconds)? };
         if !stage::run(command, None, |_| ())?.status.success() {
             failed.push(name.as_str());
         } else if options.keep && name != FRONTEND {
             must("merging the corpus", merge(name)?)?;
         }
     }
-    if !failed.is_empty() {
-        bail!(
-            "found something: {}. Inputs are in fuzz/artifacts; with the mistake mended, move them to \
-             fuzz/regressions/TARGET, where ordinary tests replay them",
-            failed.join(", ")
-        );
+    if failed.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let mut advice = String::new();
+    if failed.contains(&FRONTEND) {
+        advice += &format!(". {SEED}={seed} repeats what `{FRONTEND}` did");
+    }
+    if failed.iter().any(|name| *name != FRONTEND) {
+        advice += ". Inputs are in fuzz/artifacts; with the mistake mended, move them to fuzz/regressions/TARGET, where \
+                   ordinary tests replay them";
+    }
+    bail!("found something: {}{advice}", failed.join(", "))
+}
+
+/// The hostile frontend's first seed: the one that is wanted, or another one each time.
+fn seed(wanted: Option<String>) -> Result<u64> {
+    match wanted {
+        Some(text) => text.parse().with_context(|| format!("{SEED}={text}")),
+        None => Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs()),
+    }
 }
 
 fn build() -> Command {
@@ -117,12 +131,20 @@ fn merge(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn frontend(seconds: u64) -> Result<Command> {
+fn frontend(seconds: u64, seed: u64) -> Result<Command> {
     build_release(&["sluice"])?;
-    let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     println!("seeds from {seed} on");
     let mut command = cargo(&["test", "-p", "e2e", "--test", "hostile", "--quiet", "--", "random", "--nocapture"]);
     command.env("SLUICE_BIN", machine::target()?.join("release/sluice")).env("RUST_LIB_BACKTRACE", "0");
-    command.env("SLUICE_FUZZ_SECONDS", seconds.to_string()).env("SLUICE_FUZZ_SEED", seed.to_string());
+    command.env("SLUICE_FUZZ_SECONDS", seconds.to_string()).env(SEED, seed.to_string());
     Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_wanted_seed_is_taken() {
+        assert_eq!(super::seed(Some("42".into())).unwrap(), 42);
+        assert!(super::seed(Some("x".into())).is_err() && super::seed(None).unwrap() > 42);
+    }
 }
