@@ -52,6 +52,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     } else {
         print!("{report}");
     }
-    println!("==> clean: no frame on a wrong network, none changed or doubled; counters add up; nothing leaks");
+    let leaks = if report.is_memory_judged() { "nothing leaks" } else { "no descriptor leaks, memory was not judged" };
+    println!("==> clean: no frame on a wrong network, none changed or doubled; counters add up; {leaks}");
     Ok(())
 }

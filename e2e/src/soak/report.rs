@@ -99,6 +99,11 @@ impl Report {
         )
     }
 
+    /// Whether a process was there for long enough to tell whether its memory grows.
+    pub fn is_memory_judged(&self) -> bool {
+        self.lives.iter().any(Life::is_judged)
+    }
+
     /// For programs.
     pub fn json(&self) -> Value {
         let lives = self.lives.iter().map(|life| {
@@ -114,7 +119,8 @@ impl Report {
                 "recovered": self.recovered, "drops": self.drops},
             "events": self.events, "guests": guests, "processes": lives.collect::<Vec<_>>(),
             "takeover_us": self.still.iter().map(|still| still.as_micros() as u64).collect::<Vec<_>>(),
-            "slowest_answer_ms": self.slowest.as_millis() as u64, "warnings": self.warnings, "verdict": "clean",
+            "slowest_answer_ms": self.slowest.as_millis() as u64, "warnings": self.warnings,
+            "memory_judged": self.is_memory_judged(), "verdict": "clean",
         })
     }
 
@@ -149,6 +155,9 @@ impl fmt::Display for Report {
                 }
             }
         }
+        if !self.is_memory_judged() {
+            writeln!(f, "  memory: not judged (that takes a quarter of an hour, or five minutes of --no-restarts)")?;
+        }
         if let Some((median, longest)) = self.still.get(self.still.len() / 2).zip(self.still.last()) {
             writeln!(f, "  takeovers    stood still for {median:?}, {longest:?} at most")?;
         }
@@ -157,5 +166,17 @@ impl fmt::Display for Report {
             writeln!(f, "  warned {count:>4}  {warning}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_was_not_judged_is_not_praised() {
+        let report = Report::new(&Options { time: Duration::ZERO, seed: 1, guests: false, restarts: true });
+        assert!(report.to_string().contains("not judged"), "{report}");
+        assert_eq!(report.json()["memory_judged"], false);
     }
 }

@@ -61,6 +61,11 @@ impl Life {
         Ok(())
     }
 
+    /// Whether there were enough audits to tell a leak.
+    pub fn is_judged(&self) -> bool {
+        self.growth(&self.allocated).is_some()
+    }
+
     /// What the `audits` have seen after the warm-up and at the end, if there were enough of them to tell.
     pub fn growth(&self, audits: &[u64]) -> Option<(u64, u64)> {
         let warm = audits.get(self.early..).filter(|warm| warm.len() >= 4)?;
@@ -155,7 +160,9 @@ mod tests {
         assert!(life(&[5000, 9000, 9100, 9500, 10_200, 10_300]).check().is_err());
         assert!(life(&[50_000, 90_000, 91_000, 93_000, 94_000, 95_000]).check().is_ok());
         assert!(life(&[50_000, 90_000, 91_000, 93_000, 96_000, 97_000]).check().is_err());
-        assert!(life(&[5000, 9000, 12_000]).check().is_ok());
+        assert!(life(&[5000, 9000, 9100, 9000, 9200]).is_judged());
+        let short = life(&[5000, 9000, 12_000, 15_000]);
+        assert!(short.check().is_ok() && !short.is_judged());
         let private = |memory: &[u64]| Life { allocated: vec![], memory: memory.to_vec(), ..life(&[]) };
         assert!(private(&[50_000, 90_000, 91_000, 93_000, 96_000, 97_000]).check().is_ok());
         assert!(private(&[50_000, 90_000, 91_000, 93_000, 100_000, 101_000]).check().is_err());
