@@ -1,8 +1,11 @@
 //! Runs a soak: the switch, guests and stations that come and go, and audits.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use e2e::soak;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::stage::build_release;
@@ -16,7 +19,7 @@ pub(crate) struct Options {
     /// Number that all that is random comes from [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Print the result as JSON.
+    /// Print the result as JSON, and all else to standard error.
     #[arg(long)]
     json: bool,
     /// Leave out the real guests.
@@ -27,8 +30,19 @@ pub(crate) struct Options {
     no_restarts: bool,
 }
 
+/// Has everything that is printed from now on, by whatever we start too, go to standard error; gives the former output.
+fn divert_output() -> Result<File> {
+    let output = std::io::stdout().as_fd().try_clone_to_owned()?;
+    // SAFETY: no pointers; both descriptors are ours for ever.
+    ensure!(unsafe { libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO) } >= 0, "cannot divert the output");
+    Ok(output.into())
+}
+
 pub(crate) fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    let output = options.json.then(divert_output).transpose()?;
+    if !options.no_guests {
+        setup::ensure()?;
+    }
     if std::env::var_os("SLUICE_BIN").is_none() {
         build_release(&["sluice"])?;
     }
@@ -47,10 +61,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         restarts: !options.no_restarts,
     };
     let report = soak::run(&wanted).with_context(|| format!("THE SOAK HAS FAILED (again: {again})"))?;
-    if options.json {
-        println!("{:#}", report.json());
-    } else {
-        print!("{report}");
+    match output {
+        Some(mut output) => writeln!(output, "{:#}", report.json())?,
+        None => print!("{report}"),
     }
     let leaks = if report.is_memory_judged() { "nothing leaks" } else { "no descriptor leaks, memory was not judged" };
     println!("==> clean: no frame on a wrong network, none changed or doubled; counters add up; {leaks}");
