@@ -32,7 +32,12 @@ fn watch_signals() {
         let handler = end_with_command as extern "C" fn(libc::c_int) as libc::sighandler_t;
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
             // SAFETY: the handler is async-signal-safe and lives for ever.
-            unsafe { libc::signal(signal, handler) };
+            let before = unsafe { libc::signal(signal, handler) };
+            if before == libc::SIG_IGN {
+                // Whoever started us wants that, as nohup does.
+                // SAFETY: no pointers.
+                unsafe { libc::signal(signal, libc::SIG_IGN) };
+            }
         }
     });
 }
