@@ -79,28 +79,29 @@ pub fn cpus() -> Result<Cpus> {
 /// `kvm` where it truly runs a guest's kernel, else `tcg`. A `/dev/kvm` that opens proves little
 /// (nested virtualisation is often half there), so a real boot decides, once per boot of the machine.
 pub fn accelerator() -> Result<String> {
-    if let Ok(forced) = std::env::var("SLUICE_ACCEL") {
-        return Ok(forced);
-    }
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the boot id")?;
-    let answer = cache()?.join(format!("accelerator-{}", boot.trim()));
-    if let Ok(known) = fs::read_to_string(&answer) {
+    if let Some(known) = known_accelerator()? {
         return Ok(known);
     }
-    let found = if kvm_works() { "kvm" } else { "tcg" };
+    // What could not be started, for want of an image or of QEMU, proves nothing.
+    let mut guest = GuestSpec::new("kvm-probe").accelerator("kvm").start()?;
+    let found = if guest.wait_ready(KVM_PROBE_LIMIT).is_ok() { "kvm" } else { "tcg" };
+    let answer = answer_file()?;
     fs::write(&answer, found).with_context(|| format!("cannot write {}", answer.display()))?;
     Ok(found.to_owned())
 }
 
-fn kvm_works() -> bool {
-    if !Path::new("/dev/kvm").exists() {
-        return false;
+/// What [`accelerator`] gives, if that is known without a boot.
+pub fn known_accelerator() -> Result<Option<String>> {
+    match std::env::var("SLUICE_ACCEL") {
+        Ok(forced) => Ok(Some(forced)),
+        Err(_) if !Path::new("/dev/kvm").exists() => Ok(Some("tcg".to_owned())),
+        Err(_) => Ok(fs::read_to_string(answer_file()?).ok()),
     }
-    let probe = || -> Result<()> {
-        let mut guest = GuestSpec::new("kvm-probe").accelerator("kvm").start()?;
-        guest.wait_ready(KVM_PROBE_LIMIT)
-    };
-    probe().is_ok()
+}
+
+fn answer_file() -> Result<PathBuf> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the boot id")?;
+    Ok(cache()?.join(format!("accelerator-{}", boot.trim())))
 }
 
 /// Held by whoever starts guests or switches: one at a time on this machine.

@@ -57,7 +57,10 @@ pub(crate) fn check() -> Result<()> {
         println!("missing: the guests' kernel (in .cache/kernel)");
     }
     ensure!(missing.is_empty() && has_kernel, "this machine is not ready; run `cargo xtask setup`");
-    println!("everything is here; guests run with {}", machine::accelerator()?);
+    println!("everything is here");
+    if let Some(accelerator) = machine::known_accelerator()? {
+        println!("guests run with {accelerator}");
+    }
     Ok(())
 }
 
