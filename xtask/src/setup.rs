@@ -35,6 +35,8 @@ const TEST_PACKAGES: [(&str, &str); 8] = [
 /// Only these, and what they share a source with, have to come from elsewhere on Debian 12.
 const FROM_BACKPORTS: [&str; 4] =
     ["qemu-system-x86", "libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients"];
+/// QEMU that was there before may be too old: `reconnect-ms` came with 9.2.
+const OLDEST: (&str, &str) = ("qemu-system-x86", "1:9.2");
 /// Asking for `qemu-system-x86/bookworm-backports` is not enough: whether apt then takes its dependencies from there too
 /// changes with what else is in Debian that day. For all packages (`-t`) it would replace systemd.
 const PREFERENCES_FILE: &str = "/etc/apt/preferences.d/sluice-backports";
@@ -50,7 +52,7 @@ const BACKPORTS_LINE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-
 pub(crate) fn check() -> Result<()> {
     let missing = missing_packages(PACKAGES.iter().chain(&TEST_PACKAGES));
     for (package, purpose) in &missing {
-        println!("missing: package {package} ({purpose})");
+        println!("missing, or too old: package {package} ({purpose})");
     }
     let has_kernel = image::kernel_is_cached()?;
     if !has_kernel {
@@ -128,8 +130,17 @@ fn missing_packages<'a>(wanted: impl Iterator<Item = &'a Package>) -> Vec<Packag
 }
 
 fn is_installed(package: &str) -> bool {
-    let query = Command::new("dpkg-query").args(["-W", "-f", "${Status}", package]).output();
-    query.is_ok_and(|output| output.stdout == b"install ok installed")
+    let query = Command::new("dpkg-query").args(["-W", "-f", "${Status} ${Version}", package]).output();
+    let text = query.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let version = text.strip_prefix("install ok installed ");
+    version.is_some_and(|version| package != OLDEST.0 || is_as_new(version, OLDEST.1))
+}
+
+fn is_as_new(version: &str, oldest: &str) -> bool {
+    Command::new("dpkg")
+        .args(["--compare-versions", version, "ge", oldest])
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 fn install_packages(missing: &[Package]) -> Result<()> {
@@ -168,10 +179,21 @@ fn has_backports() -> bool {
 
 fn apt_get(arguments: &[&str]) -> Result<()> {
     let mut command = Command::new("apt-get");
-    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    // Others may be at it, as unattended upgrades are after a boot.
+    command.args(["-o", "DPkg::Lock::Timeout=300"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
     let what = format!("apt-get {}", arguments[0]);
     if let Err(error) = must(&what, command) {
         bail!("{error}: its messages above tell why; is the network there?");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{OLDEST, is_as_new};
+
+    #[test]
+    fn old_versions_of_qemu_do_not_do() {
+        assert!(!is_as_new("1:7.2+dfsg-7+deb12u18", OLDEST.1) && is_as_new("1:10.0.2+ds-2+deb13u1~bpo12+1", OLDEST.1));
+    }
 }
