@@ -38,11 +38,18 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Rounds of everything [default: 5, or 1 if quick]
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// Seconds of each measurement [default: 1, or 0.4 if quick]
-    #[arg(long)]
+    /// Seconds of each measurement [default: 1, or 0.4 if quick; iperf: whole ones, 5, or 2 if quick]
+    #[arg(long, value_parser = parse_seconds)]
     seconds: Option<f64>,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give seconds from 0.01 to 3600".into()),
+    }
 }
 
 fn main() -> ExitCode {
@@ -75,7 +82,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     for name in names {
         println!("==> {name}");
-        for set in measure(name, &peers, &settings, arguments)? {
+        for set in measure(name, &peers, &settings, arguments)?.into_iter().filter(|set| !set.cells.is_empty()) {
             results.sets.push(set);
             // What was measured is worth keeping, whatever happens to the rest.
             write(&results, &out)?;
@@ -83,8 +90,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let took = began.elapsed().as_secs();
     println!("==> {}, {took} s", out.join("results.md").display());
-    let failures: usize = results.sets.iter().flat_map(|set| &set.cells).map(|cell| cell.failures.len()).sum();
+    judge(&results)
+}
+
+/// Whether there is something to look at, and nothing has failed.
+fn judge(results: &Results) -> Result<()> {
+    let cells = || results.sets.iter().flat_map(|set| &set.cells);
+    let failures: usize = cells().map(|cell| cell.failures.len()).sum();
     ensure!(failures == 0, "{failures} runs failed; results.md tells which");
+    ensure!(cells().any(|cell| cell.samples.iter().any(|samples| !samples.is_empty())), "nothing was measured");
     Ok(())
 }
 
@@ -144,10 +158,10 @@ fn measure(name: &str, peers: &[Peer], settings: &Settings, arguments: &Argument
         "latency" => cases::latency(peers, quick),
         "scaling" => cases::scaling(peers, quick),
         "stalled" => cases::stalled(peers, quick),
-        "workers" => cases::workers(),
+        "workers" => cases::workers(peers),
         "iperf" => {
-            let seconds = if quick { 2 } else { 5 };
-            return Ok(vec![iperf::measure(settings.rounds, seconds, quick, told)?]);
+            let seconds = arguments.seconds.map_or(if quick { 2 } else { 5 }, |seconds| seconds.ceil() as u32);
+            return Ok(vec![iperf::measure(peers, settings.rounds, seconds, quick, told)?]);
         }
         _ => bail!("no set is called {name}"),
     };
@@ -169,4 +183,23 @@ fn write(results: &Results, folder: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use benches::suite::results::Cell;
+
+    #[test]
+    fn what_measures_nothing_is_refused() {
+        for wrong in [["--rounds", "0"], ["--seconds", "-1"], ["--seconds", "0"], ["--seconds", "nan"]] {
+            assert!(Arguments::try_parse_from([&["suite"], &wrong[..]].concat()).is_err(), "{wrong:?}");
+        }
+        assert!(Arguments::try_parse_from(["suite", "--rounds", "1", "--seconds", "0.4"]).is_ok());
+        let with = |samples: Vec<f64>| {
+            let cells = vec![Cell { samples: vec![samples], ..Cell::default() }];
+            judge(&Results { sets: vec![Set { cells, ..Set::default() }], ..Results::default() })
+        };
+        assert!(judge(&Results::default()).is_err() && with(vec![]).is_err() && with(vec![1.0]).is_ok());
+    }
 }

@@ -184,7 +184,10 @@ pub fn stalled(peers: &[Peer], quick: bool) -> Vec<Work> {
 }
 
 /// One worker and two, with four ports.
-pub fn workers() -> Vec<Work> {
+pub fn workers(peers: &[Peer]) -> Vec<Work> {
+    if !peers.contains(&Peer::Ours) {
+        return Vec::new();
+    }
     // As many frames in flight as the workers move between two moments of the generator, or they would wait for it.
     let how = "64 B, four ports, 2048 frames in flight each way, rings of 4096. With two CPUs the generator shares one \
                with the second worker: it wakes up for a moment each 30 µs, in real time, and the share of a CPU that \

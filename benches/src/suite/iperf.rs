@@ -8,10 +8,11 @@ use e2e::switch::Switch;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
+use super::peers::Peer;
 use super::results::{Cell, Metric, Plot, Set};
 
 /// A switch between guests, and its name.
-const FABRICS: [&str; 3] = ["Sluice", "OVS-DPDK", "OVS with TSO"];
+const FABRICS: [(Peer, &str); 3] = [(Peer::Ours, "Sluice"), (Peer::Ovs, "OVS-DPDK"), (Peer::Ovs, "OVS with TSO")];
 /// Jumbo frames, which all three have to be told of.
 const JUMBO: u32 = 9000;
 
@@ -45,11 +46,11 @@ fn flows(quick: bool) -> Vec<Flow> {
     flows
 }
 
-/// Measures all of it; `told` hears of each flow. Guests are booted for each switch and MTU, in turn.
+/// Measures all of it with those of the peers that are for guests; `told` hears of each flow. Guests are booted for each switch and MTU, in turn.
 ///
 /// # Errors
 /// If guests cannot be started at all; what fails with one switch is in its cells.
-pub fn measure(rounds: u32, seconds: u32, quick: bool, mut told: impl FnMut(&str)) -> Result<Set> {
+pub fn measure(peers: &[Peer], rounds: u32, seconds: u32, quick: bool, mut told: impl FnMut(&str)) -> Result<Set> {
     let _turn = e2e::machine::exclusive()?;
     let metrics = [("throughput", "Mbit/s", Plot::Bars), ("switch", "% of a CPU", Plot::None)];
     let metrics = metrics.map(|(name, unit, plot)| Metric { name: name.to_owned(), unit: unit.to_owned(), plot });
@@ -67,10 +68,9 @@ pub fn measure(rounds: u32, seconds: u32, quick: bool, mut told: impl FnMut(&str
         cells: Vec::new(),
     };
     let mtus: &[u32] = if quick { &[1500] } else { &[1500, JUMBO] };
-    let has_ovs = std::path::Path::new(e2e::peer::VSWITCHD).exists();
     for round in 1..=rounds {
         for &mtu in mtus {
-            for fabric in FABRICS.into_iter().filter(|fabric| *fabric == FABRICS[0] || has_ovs) {
+            for (_, fabric) in FABRICS.into_iter().filter(|(peer, _)| peers.contains(peer)) {
                 let got = with_guests(fabric, mtu, seconds, quick, |row, values| {
                     told(&format!(
                         "iperf {round}/{rounds}  {row:>38}  {fabric:<12} {:9.0} {:9.1}",
