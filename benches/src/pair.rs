@@ -104,7 +104,8 @@ impl Pair {
         let sides = [side(0, len, how)?, side(1, len, how)?];
         let ports = sides.iter().map(|side| Some(side.view.clone())).collect();
         let networks = vec![vec![PortId(0), PortId(1)]];
-        let snapshot = Snapshot { epoch: 0, ports, networks, plans: Vec::new(), announcement: None };
+        let snapshot =
+            Snapshot { epoch: 0, ports, networks, holding: Vec::new(), plans: Vec::new(), announcement: None };
         let forwarder = Forwarder::new(Arc::new(Fdb::new(FdbConfig::default())));
         let frames = (how.ring / 2).min(256);
         Ok(Self { sides, snapshot, forwarder, storage: BurstStorage::default(), frames, learned: false })

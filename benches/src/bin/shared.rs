@@ -134,7 +134,7 @@ fn run(plans: &[&[u8]], disturb: bool, len: usize) -> Vec<(f64, u64, u64)> {
     let views = receivers.iter().map(|receiver| &receiver.view);
     let ports: Vec<_> = views.chain(workers.iter().flatten().map(|sender| &sender.view)).cloned().map(Some).collect();
     let networks = vec![(0..RECEIVERS).map(|port| PortId(u16::from(port))).collect()];
-    let snapshot = Snapshot { epoch: 0, ports, networks, plans: Vec::new(), announcement: None };
+    let snapshot = Snapshot { epoch: 0, ports, networks, holding: Vec::new(), plans: Vec::new(), announcement: None };
     let stop = AtomicBool::new(false);
     let began = Instant::now();
     std::thread::scope(|scope| {

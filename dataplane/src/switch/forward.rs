@@ -199,9 +199,9 @@ impl Forwarder {
 
     /// Delivers what was held for guests whose rings run again, or that were heard elsewhere before they could receive there.
     pub fn release_returned(&mut self, snapshot: &Snapshot) {
-        for port in snapshot.ports.iter().flatten() {
+        for port in snapshot.holding.iter().filter_map(|id| snapshot.port(*id)) {
             if port.link.receives() {
-                self.release(snapshot, port, |_| Some(port.as_ref()));
+                self.release(snapshot, port, |_| Some(port));
             } else {
                 self.release_moved(snapshot, port);
             }

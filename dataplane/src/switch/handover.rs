@@ -1,6 +1,6 @@
 //! A switch that hands over to another process, and one that takes over. See [`crate::handover`].
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -136,16 +136,16 @@ impl Switch {
     pub(crate) fn stations(&self, ports: &[Packed]) -> Stations {
         let changes = self.station_changes();
         let tables = lock(&self.inner.tables);
-        let place = |id: PortId| {
-            let name = tables.ports.values().find(|entry| entry.id == id).map(|entry| &entry.config.name)?;
-            ports.iter().position(|packed| packed.config.name == *name)
-        };
+        let by_name: HashMap<_, _> =
+            ports.iter().zip(0u16..).map(|(packed, place)| (&packed.config.name, place)).collect();
         let mut places = vec![None; tables.slots.len()];
-        for (id, slot) in places.iter_mut().enumerate() {
-            *slot = place(PortId(id as u16));
+        for entry in tables.ports.values() {
+            if let Some(slot) = places.get_mut(usize::from(entry.id.0)) {
+                *slot = by_name.get(&entry.config.name).copied();
+            }
         }
         let entries = self.inner.fdb.entries().into_iter().filter_map(|entry| {
-            let port = (*places.get(usize::from(entry.port.0))?)? as u16;
+            let port = (*places.get(usize::from(entry.port.0))?)?;
             let Station { mac, vid, network } = entry.station;
             Some(FdbRecord(mac, vid, network, port, entry.age, entry.is_static))
         });

@@ -194,6 +194,42 @@ fn no_worker_frees_what_was_published() {
     switch.stop();
 }
 
+/// Workers go on with what wakes them, and with what they know of their queues, for as long as they have the same.
+#[test]
+fn what_stays_the_same_is_not_made_anew() {
+    let config = SwitchConfig { workers: vec![None, None], rebalance: false, ..SwitchConfig::default() };
+    let switch = Switch::start(&config).unwrap();
+    let source = |number| -> Arc<dyn RxQueue> { Source::new(number, Duration::from_micros(100)) };
+    let [first, second, third] = [1, 2, 3].map(source);
+    let link = |queues: &[&Arc<dyn RxQueue>]| {
+        let rx = queues.iter().enumerate().map(|(pair, queue)| RxEntry { pair, queue: Arc::clone(queue) }).collect();
+        Link { rx, ..Link::down(PortState::Up, None) }
+    };
+    let publisher = publish(&switch, "a=tap:unused-a", link(&[&first, &second]));
+    let plans = || {
+        let shown = lock(&switch.inner.tables).shown.clone().unwrap();
+        let plan = |plan: &snapshot::Plan| (Arc::as_ptr(plan.alarm.as_ref().unwrap()), plan.since);
+        (shown.plans.iter().map(plan).collect::<Vec<_>>(), shown)
+    };
+    let of = |shown: &snapshot::Snapshot, queue: &Arc<dyn RxQueue>| {
+        let mut served = shown.plans.iter().flat_map(|plan| &plan.queues);
+        served.find(|served| Arc::ptr_eq(&served.queue, queue)).unwrap().armed.clone()
+    };
+    let (before, shown) = plans();
+    // Something else of the port changes.
+    publisher.publish(Link { memory_bytes: 1, tx: vec![Arc::<Sink>::default()], ..link(&[&first, &second]) });
+    let (now, again) = plans();
+    assert_eq!(now, before);
+    assert!(Arc::ptr_eq(&of(&again, &first), &of(&shown, &first)) && again.epoch > shown.epoch);
+    // One worker has another queue.
+    publisher.publish(link(&[&first, &third]));
+    let (now, again) = plans();
+    assert_eq!(now.iter().zip(&before).filter(|(now, before)| now == before).count(), 1);
+    assert!(Arc::ptr_eq(&of(&again, &first), &of(&shown, &first)));
+    assert!(!Arc::ptr_eq(&of(&again, &third), &of(&shown, &second)));
+    switch.stop();
+}
+
 #[test]
 fn frames_stay_in_order_while_their_queue_moves() {
     for mode in [WorkerMode::Interrupt, WorkerMode::Poll] {

@@ -152,7 +152,7 @@ mod tests {
     use crate::switch::fdb::{Learned, Station};
 
     fn snapshot(epoch: u64) -> Snapshot {
-        Snapshot { epoch, ports: vec![], networks: vec![], plans: vec![], announcement: None }
+        Snapshot { epoch, ports: vec![], networks: vec![], holding: vec![], plans: vec![], announcement: None }
     }
 
     /// Of stations 02:00:00:xx:xx:xx and 02:00:01:xx:xx:xx.

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -19,6 +20,10 @@ use crate::worker::{self, WorkerShared};
 impl Inner {
     /// Shows the tables to the workers and waits until all use them, or end.
     pub(super) fn publish(&self, tables: &mut Tables) {
+        if tables.frozen && !is_blind(tables) && tables.shown.as_ref().is_some_and(|shown| shown.ports.is_empty()) {
+            // They have nothing, and are to have nothing.
+            return;
+        }
         tables.epoch += 1;
         let announcement = if tables.frozen { None } else { tables.announcement.take() };
         let snapshot = Arc::new(Snapshot { announcement, ..self.snapshot(tables) });
@@ -59,7 +64,8 @@ impl Inner {
                 members.push(port.id);
             }
         }
-        Snapshot { epoch: tables.epoch, ports, networks, plans: self.plans(tables), announcement: None }
+        let holding = ports.iter().flatten().filter(|port| port.link.hold.is_some()).map(|port| port.id).collect();
+        Snapshot { epoch: tables.epoch, ports, networks, holding, plans: self.plans(tables), announcement: None }
     }
 
     /// Spreads the receive queues over the workers.
@@ -75,16 +81,33 @@ impl Inner {
                 }
             }
         }
-        let with_epoll = |(shared, queues): (&Arc<WorkerShared>, Vec<Served>)| {
-            let epoll = worker::epoll_for(shared, queues.iter().map(|served| served.queue.event_fd()));
-            if let Err(error) = &epoll
-                && !is_blind(tables)
-            {
-                tracing::error!("workers look for frames every millisecond, as frames cannot wake them: {error}");
+        self.workers.iter().zip(queues).enumerate().map(|(id, it)| self.plan(tables, id, it)).collect()
+    }
+
+    /// What a worker does from now on, with what it has already for the queues that it goes on with.
+    fn plan(&self, tables: &Tables, id: usize, (shared, mut queues): (&Arc<WorkerShared>, Vec<Served>)) -> Plan {
+        let before = tables.shown.as_ref().and_then(|shown| shown.plans.get(id));
+        if let Some(before) = before.filter(|before| before.alarm.is_some() && before.has(&queues)) {
+            for (served, before) in queues.iter_mut().zip(&before.queues) {
+                served.armed = before.armed.clone();
             }
-            Plan { queues, epoll: epoll.ok() }
-        };
-        self.workers.iter().zip(queues).map(with_epoll).collect()
+            return Plan { queues, since: before.since, alarm: before.alarm.clone() };
+        }
+        let address = |served: &Served| Arc::as_ptr(&served.queue).addr();
+        let known: HashMap<_, _> =
+            before.iter().flat_map(|before| &before.queues).map(|served| (address(served), &served.armed)).collect();
+        for served in &mut queues {
+            if let Some(armed) = known.get(&address(served)) {
+                served.armed = (*armed).clone();
+            }
+        }
+        let alarm = worker::alarm_for(shared, &queues);
+        if let Err(error) = &alarm
+            && !is_blind(tables)
+        {
+            tracing::error!("workers look for frames every millisecond, as frames cannot wake them: {error}");
+        }
+        Plan { queues, since: tables.epoch, alarm: alarm.ok().map(Arc::new) }
     }
 
     /// The way to the workers of a port's driver, which is connecting.
@@ -97,7 +120,7 @@ impl Inner {
 
 /// Whether there is a worker that was last shown a plan in which nothing wakes it.
 fn is_blind(tables: &Tables) -> bool {
-    tables.shown.as_ref().is_some_and(|shown| shown.plans.iter().any(|plan| plan.epoll.is_none()))
+    tables.shown.as_ref().is_some_and(|shown| shown.plans.iter().any(|plan| plan.alarm.is_none()))
 }
 
 /// A port's way to the workers.

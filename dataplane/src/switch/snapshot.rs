@@ -63,15 +63,16 @@ pub struct Served {
     pub queue: Arc<dyn RxQueue>,
     /// What [`RxQueue::copies`] says.
     pub copies_in: u64,
-    /// The other side was asked to notify us. Only its worker uses this.
-    pub armed: AtomicBool,
+    /// The other side was asked to notify us. Only its worker uses this. Plans of one worker that have the queue share it: who
+    /// was asked stays asked.
+    pub armed: Arc<AtomicBool>,
 }
 
 impl Served {
     /// A queue that has not been served yet by the worker.
     pub fn new(port: &Arc<PortView>, rx: &RxEntry) -> Self {
         let (queue, copies_in) = (rx.queue.clone(), rx.queue.copies());
-        Self { port: port.clone(), pair: rx.pair, queue, copies_in, armed: AtomicBool::new(false) }
+        Self { port: port.clone(), pair: rx.pair, queue, copies_in, armed: Arc::default() }
     }
 }
 
@@ -80,10 +81,30 @@ impl Served {
 pub struct Plan {
     /// Queues to serve.
     pub queues: Vec<Served>,
+    /// Epoch since which these queues are in these places.
+    pub since: u64,
+    /// What wakes the worker from its sleep. `None` if the process has no descriptor left: the plan holds all the same, and the
+    /// worker wakes by itself.
+    pub alarm: Option<Arc<Alarm>>,
+}
+
+impl Plan {
+    /// Whether this has the same queues in the same places.
+    pub fn has(&self, queues: &[Served]) -> bool {
+        let pairs = self.queues.iter().zip(queues);
+        self.queues.len() == queues.len() && { pairs }.all(|(own, other)| Arc::ptr_eq(&own.queue, &other.queue))
+    }
+}
+
+/// What wakes a worker that serves some queues. Made by the control side, so that a worker makes no system calls to take a plan
+/// up, and only anew for other queues, since the kernel takes a microsecond for each of them.
+#[derive(Debug)]
+pub struct Alarm {
     /// An epoll instance over their notifications (the event's data is the queue's place) and the worker's own wake-up
-    /// (`u64::MAX`). Made by the control side, so that a worker makes no system calls to take a plan up. `None` if the
-    /// process has no descriptor left: the plan holds all the same, and the worker wakes by itself.
-    pub epoll: Option<OwnedFd>,
+    /// (`u64::MAX`).
+    pub epoll: OwnedFd,
+    /// Places of those without: they can only be polled.
+    pub silent: Vec<usize>,
 }
 
 /// A station that is behind a port from now on.
@@ -104,6 +125,8 @@ pub struct Snapshot {
     pub ports: Vec<Option<Arc<PortView>>>,
     /// Members of each network whose link is up, for flooding.
     pub networks: Vec<Vec<PortId>>,
+    /// Ports where frames are held.
+    pub holding: Vec<PortId>,
     /// One for each worker.
     pub plans: Vec<Plan>,
     /// What the first worker has to say for a port when it takes this up.

@@ -113,7 +113,8 @@ impl Bench {
             views.iter().flatten().filter(of).map(|view| view.id).collect()
         };
         let networks = (0..=ports.iter().map(|port| port.network).max().unwrap_or(0)).map(members).collect();
-        let snapshot = Snapshot { epoch: 0, ports: views, networks, plans: Vec::new(), announcement: None };
+        let snapshot =
+            Snapshot { epoch: 0, ports: views, networks, holding: Vec::new(), plans: Vec::new(), announcement: None };
         Self { stations, snapshot, forwarder: Forwarder::new(fdb.clone()), fdb, storage: BurstStorage::default() }
     }
 
@@ -174,6 +175,8 @@ impl Bench {
         let view = self.snapshot.ports[at].clone().unwrap();
         let before = view.link.clone();
         self.snapshot.ports[at] = Some(Arc::new(PortView { link: Arc::new(link), ..PortView::clone(&view) }));
+        let holds = |view: &&Arc<PortView>| view.link.hold.is_some();
+        self.snapshot.holding = self.snapshot.ports.iter().flatten().filter(holds).map(|view| view.id).collect();
         before
     }
 }

@@ -61,6 +61,16 @@ impl EventFd {
         Ok(Self(unsafe { File::from_raw_fd(fd) }))
     }
 
+    /// Goes on as another one. Who notifies through it at that moment has notified one of the two.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn go_on_as(&self, other: Self) -> std::io::Result<()> {
+        // SAFETY: no pointers; both descriptors are ours, and the number of this one stays so.
+        let done = unsafe { libc::dup3(other.0.as_raw_fd(), self.0.as_raw_fd(), libc::O_CLOEXEC) };
+        if done >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    }
+
     /// Wakes whoever waits for it, which must be ourselves: see [`EventFd::notify`]. A full counter means that it is
     /// awake already.
     #[inline]

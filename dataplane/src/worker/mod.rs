@@ -10,7 +10,7 @@ mod turns;
 pub mod watchdog;
 
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -24,7 +24,7 @@ use crate::config::{SwitchConfig, WorkerMode};
 use crate::frame::BurstStorage;
 use crate::switch::fdb::Fdb;
 use crate::switch::forward::Forwarder;
-use crate::switch::snapshot::{Plan, Served, Snapshot};
+use crate::switch::snapshot::{Alarm, Plan, Served, Snapshot};
 use crate::sync::{Epoch, Mailbox};
 use crate::virtq::notify::{EventFd, Pulse};
 use meter::Stage;
@@ -76,15 +76,19 @@ impl WorkerShared {
     }
 }
 
-/// Makes the epoll instance of a [`Plan`] over the descriptors given, by place, and the worker's wake-up.
+/// Makes what wakes a worker that serves these queues.
 ///
 /// # Errors
 /// If the process has no descriptors left.
-pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<RawFd>>) -> std::io::Result<OwnedFd> {
+pub fn alarm_for(shared: &WorkerShared, queues: &[Served]) -> std::io::Result<Alarm> {
     let epoll = epoll::create(CreateFlags::CLOEXEC)?;
     epoll::add(&epoll, &shared.wake, EventData::new_u64(WAKE), EventFlags::IN)?;
-    for (place, fd) in fds.enumerate() {
-        let Some(fd) = fd else { continue };
+    let mut silent = Vec::new();
+    for (place, served) in queues.iter().enumerate() {
+        let Some(fd) = served.queue.event_fd() else {
+            silent.push(place);
+            continue;
+        };
         // SAFETY: it is its queue's, which is there for longer than this call.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
@@ -95,7 +99,7 @@ pub fn epoll_for(shared: &WorkerShared, fds: impl Iterator<Item = Option<RawFd>>
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(epoll)
+    Ok(Alarm { epoll, silent })
 }
 
 /// Starts a worker. It ends after `stop` was set and it was woken.
@@ -126,6 +130,7 @@ pub fn start(
             forwarder: Forwarder::new(fdb),
             storage: BurstStorage::default(),
             turns: Turns::default(),
+            since: None,
             patience: Patience::default(),
         };
         // A panic is a bug of ours. Frames would stop silently; a supervisor can restart the process.
@@ -153,6 +158,8 @@ struct Worker<'s> {
     forwarder: Forwarder,
     storage: BurstStorage,
     turns: Turns,
+    /// [`Plan::since`] of the plan that the turns are about.
+    since: Option<u64>,
     patience: Patience,
 }
 
@@ -198,9 +205,13 @@ impl Worker<'_> {
         }
     }
 
-    /// A new snapshot brings a new plan.
+    /// A new snapshot may bring a new plan.
     fn begin_plan(&mut self, snapshot: &Snapshot) {
-        self.turns.begin(snapshot.plans.get(self.id).map_or(0, |plan| plan.queues.len()));
+        let Some(plan) = snapshot.plans.get(self.id) else { return };
+        if self.since != Some(plan.since) {
+            self.since = Some(plan.since);
+            self.turns.begin(plan.queues.len());
+        }
     }
 
     /// A pass over frames is done.
@@ -300,16 +311,15 @@ fn arm(plan: &Plan) -> bool {
 
 /// Sleeps until something of the plan, or the control side, wants attention.
 fn sleep(plan: &Plan, wake: &EventFd, turns: &mut Turns) {
-    // A queue without a notification descriptor can only be polled.
-    let blind =
-        plan.queues.iter().any(|served| served.queue.event_fd().is_none() && served.port.stats.fault().is_none());
-    let Some(epoll) = &plan.epoll else {
+    let Some(alarm) = &plan.alarm else {
         std::thread::sleep(BLIND_SLEEP);
         return wake.drain();
     };
+    let can_send = |place: &usize| plan.queues.get(*place).is_some_and(|served| served.port.stats.fault().is_none());
+    let blind = alarm.silent.iter().any(can_send);
     let timeout = Timespec { tv_sec: 0, tv_nsec: BLIND_SLEEP.subsec_nanos().into() };
     let mut events = [const { MaybeUninit::uninit() }; EVENTS];
-    let Ok((events, _)) = epoll::wait(epoll, &mut events, blind.then_some(&timeout)) else { return };
+    let Ok((events, _)) = epoll::wait(&alarm.epoll, &mut events, blind.then_some(&timeout)) else { return };
     for event in events {
         let data = event.data.u64();
         if data == WAKE {

@@ -20,7 +20,7 @@ use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
 use crate::mem::{GuestMemory, Log, MemError, OnLoss, Region};
 use crate::port::vhost::features;
 use crate::port::vhost::hold::Hold;
-use crate::port::vhost::ring::{Place, Queue, Ring, Surroundings};
+use crate::port::vhost::ring::{Place, Queue, Ring, Standing, Surroundings};
 use crate::port::{Link, Publisher, RxEntry};
 use crate::status::PortState;
 use crate::virtq::notify::{EventFd, NotifyError};
@@ -233,19 +233,18 @@ impl Device {
         self.settle();
     }
 
-    /// Changes a ring's descriptors.
-    fn rewire(
-        &mut self,
-        index: u8,
-        file: Option<File>,
-        change: impl FnOnce(&mut Ring, Option<EventFd>),
-    ) -> std::result::Result<(), DeviceError> {
+    /// A ring, and a descriptor for it.
+    fn wire(&mut self, index: u8, file: Option<File>) -> std::result::Result<(usize, Option<EventFd>), DeviceError> {
         let index = self.full_index(index)?;
         let event = file.map(EventFd::from_file).transpose().map_err(|error| DeviceError::Notify(index, error))?;
+        Ok((index, event))
+    }
+
+    /// Changes a ring's descriptors.
+    fn rewire(&mut self, index: usize, change: impl FnOnce(&mut Ring)) {
         self.suspend(index..index + 1);
-        change(&mut self.rings[index], event);
+        change(&mut self.rings[index]);
         self.settle();
-        Ok(())
     }
 
     /// Takes rings from the workers for a change, after which [`Device::settle`] brings them back. What comes for the guest
@@ -500,28 +499,33 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     /// Starts the ring. Without a descriptor it is polled.
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.rewire(index, fd, |ring, event| {
+        let (index, event) = self.wire(index, fd)?;
+        self.rewire(index, |ring| {
             ring.kick = event.map(Arc::new);
             ring.started = true;
-        })?;
+        });
         Ok(())
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let (stats, features) = (self.publisher.stats().clone(), self.features);
-        self.rewire(index, fd, |ring, event| {
-            ring.call = event.map(Arc::new);
-            // One that does not run has nothing to tell; it will when it does.
-            if ring.runs(features) {
-                ring.remind(&stats);
+        let (index, event) = self.wire(index, fd)?;
+        // QEMU exchanges it whenever the guest masks an interrupt: no reason to disturb the workers.
+        match (self.rings[index].call.clone(), event) {
+            (Some(call), Some(event)) => {
+                call.go_on_as(event).map_err(|error| DeviceError::Notify(index, error.into()))?;
             }
-        })?;
+            (_, event) => self.rewire(index, |ring| ring.call = event.map(Arc::new)),
+        }
+        // One that was not started has nothing to tell; it will when it is.
+        let ring = &self.rings[index];
+        if matches!(ring.standing(), Standing::Running(_)) {
+            ring.remind(self.publisher.stats());
+        }
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let index = self.full_index(index)?;
-        let event = fd.map(EventFd::from_file).transpose().map_err(|error| DeviceError::Notify(index, error))?;
+        let (index, event) = self.wire(index, fd)?;
         self.rings[index].err = event;
         Ok(())
     }
