@@ -662,7 +662,7 @@ fn permissions() {
 #[test]
 fn metrics_over_http() {
     let bench = Bench::new();
-    let daemon = bench.start(&["--metrics", "127.0.0.1:0", "--port", &bench.spec("vm1")]);
+    let daemon = bench.start(&["--metrics", "127.0.0.1:0", "--cpu", "0", "--port", &bench.spec("vm1")]);
     let log = daemon.log();
     let address = log.split("metrics=").nth(1).unwrap().split_whitespace().next().unwrap();
     let get = |path: &str| {
@@ -686,12 +686,12 @@ fn metrics_over_http() {
         "sluice_held_frames{} 0",
         "sluice_made_frames_total{} 0",
         "# TYPE sluice_worker_busy_seconds counter",
-        "sluice_worker_burst_frames_bucket{le=\"32.0\",worker=\"0\"} 0",
-        "sluice_worker_burst_frames_bucket{le=\"+Inf\",worker=\"0\"} 0",
-        "sluice_worker_stage_cycles_total{worker=\"0\",stage=\"deliver\"} 0",
-        "sluice_worker_sampled_frames_total{worker=\"0\"} 0",
-        "sluice_worker_busy_cycles_total{worker=\"0\"} 0",
-        "sluice_worker_copies_total{worker=\"0\",cpu=\"\"} 0",
+        "sluice_worker_burst_frames_bucket{le=\"32.0\",worker=\"0\",cpu=\"0\"} 0",
+        "sluice_worker_burst_frames_bucket{le=\"+Inf\",worker=\"0\",cpu=\"0\"} 0",
+        "sluice_worker_stage_cycles_total{worker=\"0\",cpu=\"0\",stage=\"deliver\"} 0",
+        "sluice_worker_sampled_frames_total{worker=\"0\",cpu=\"0\"} 0",
+        "sluice_worker_busy_cycles_total{worker=\"0\",cpu=\"0\"} 0",
+        "sluice_worker_copies_total{worker=\"0\",cpu=\"0\"} 0",
         "# EOF",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");

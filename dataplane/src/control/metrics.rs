@@ -156,10 +156,7 @@ impl Snapshot {
     }
 
     fn encode_workers(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let labels = |worker: &WorkerStatus| {
-            let cpu = worker.cpu.map_or(String::new(), |cpu| cpu.to_string());
-            [("worker", worker.id.to_string()), ("cpu", cpu)]
-        };
+        let labels = |worker: &WorkerStatus| self.worker_labels(worker.id);
         for (name, help, value) in WORKER_COUNTERS {
             counters(out, name, help, self.workers.iter().map(|worker| (labels(worker), value(worker))))?;
         }
@@ -170,12 +167,18 @@ impl Snapshot {
         gauges(out, "sluice_worker_queues", "Queues the worker serves", queues)
     }
 
+    /// The same for all metrics of workers, so that queries can divide one by another.
+    fn worker_labels(&self, id: usize) -> [(&'static str, String); 2] {
+        let cpu = self.workers.iter().find(|worker| worker.id == id).and_then(|worker| worker.cpu);
+        [("worker", id.to_string()), ("cpu", cpu.map_or(String::new(), |cpu| cpu.to_string()))]
+    }
+
     fn encode_cycles(&self, out: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let worker = |worker: &WorkerCycles| [("worker", worker.id.to_string())];
+        let worker = |worker: &WorkerCycles| self.worker_labels(worker.id);
         let stages = self.cycles.workers.iter().flat_map(|counts| {
             counts.stages.iter().map(move |(stage, cycles)| {
-                let [id] = worker(counts);
-                ([id, ("stage", (*stage).to_owned())], *cycles)
+                let [id, cpu] = worker(counts);
+                ([id, cpu, ("stage", (*stage).to_owned())], *cycles)
             })
         });
         let help = "Time stamp counter cycles of the passes that were timed, by stage";
