@@ -391,6 +391,19 @@ fn a_restored_port_waits_for_its_folder() {
 }
 
 #[test]
+fn a_port_that_cannot_be_restored_is_an_error_of_the_log() {
+    let bench = Bench::new();
+    bench.start(&["--port", &bench.spec("vm1")]).stop("TERM");
+    let root = bench.path("other").display().to_string();
+    let daemon = bench.start(&["--socket-root", &root]);
+    let log = daemon.log();
+    assert!(log.contains("ERROR") && log.contains("tried again at the next start only"), "{log}");
+    daemon.stop("TERM");
+    let _daemon = bench.start(&[]);
+    assert_eq!(bench.names(), ["vm1"]);
+}
+
+#[test]
 fn a_corrupt_table_does_not_keep_the_switch_down() {
     let bench = Bench::new();
     fs::create_dir(bench.path("state")).unwrap();

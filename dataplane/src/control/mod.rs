@@ -219,7 +219,7 @@ impl Controller {
                 }
                 // The host may be ready for it next time.
                 Err(error) => {
-                    tracing::warn!(port = port.name, "not restored, but kept for the next start: {error}");
+                    tracing::error!(port = port.name, "not restored, and tried again at the next start only: {error}");
                     keep.push(port.clone());
                 }
             }
