@@ -138,7 +138,10 @@ impl Snapshot {
         let memory = self.ports.iter().map(|port| (labels(port), port.memory_bytes));
         gauges(out, "sluice_port_memory_bytes", "Guest memory mapped", memory)?;
         let states = self.ports.iter().flat_map(|port| {
-            STATES.iter().map(move |(state, word)| (with(port, "state", word), u64::from(port.state == *state)))
+            STATES.iter().map(move |(state, word)| {
+                let [name, network, state_label] = with(port, "state", word);
+                ([name, network, ("kind", port.kind.to_owned()), state_label], u64::from(port.state == *state))
+            })
         });
         gauges(out, "sluice_port_state", "1 for the state the port is in, 0 for the others", states)
     }
