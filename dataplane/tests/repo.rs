@@ -69,3 +69,15 @@ fn every_dependency_says_why_it_is_here() {
         .collect();
     assert!(silent.is_empty(), "{silent:#?}");
 }
+
+#[test]
+fn what_the_switch_says_in_the_documents_is_what_it_says() {
+    let table = std::fs::read_to_string(root().join("docs/kubevirt.md")).unwrap();
+    let code = std::fs::read_to_string(root().join("dataplane/src/port/vhost/socket.rs")).unwrap();
+    let quotes: Vec<_> =
+        table.split('`').skip(1).step_by(2).filter(|quote| quote.starts_with("waiting for ")).collect();
+    assert!(!quotes.is_empty());
+    for quote in quotes {
+        assert!(code.contains(&quote.replace('…', "{0}")), "{quote}");
+    }
+}
