@@ -216,6 +216,7 @@ fn confine(setup: &Setup, store: &StateStore) -> Result<(SwitchConfig, Sandbox),
 }
 
 /// Everything that was asked for, checked.
+#[derive(Debug)]
 struct Setup {
     switch: SwitchConfig,
     sandbox: SandboxMode,
@@ -345,5 +346,84 @@ struct CloseOnDrop(Handle);
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+    use sluice::config::PortText;
+    use sluice::limits::{MAX_JOURNAL, MAX_NETWORKS, MAX_PORTS, MAX_QUEUE_PAIRS, MAX_WORKERS};
+
+    use super::super::args::{Cli, Command};
+    use super::*;
+
+    /// docs/configuration.md, and the file in it.
+    fn page() -> (String, String) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let file = page.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap().to_owned();
+        (page, file)
+    }
+
+    /// Keys that can be beside this line, or sections.
+    fn known_after(text: &str) -> Vec<String> {
+        let error = FileConfig::parse(Path::new(""), text).unwrap_err().to_string();
+        let keys = error.split("expected ").nth(1).and_then(|rest| rest.split(" (in").next()).unwrap_or_default();
+        keys.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_documented_file_holds_the_defaults() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), page().1).unwrap();
+        let setup = |arguments: &[&str]| {
+            let Command::Run(args) = Cli::parse_from([&["sluice", "run"], arguments].concat()).command else {
+                panic!()
+            };
+            Setup::new(args).unwrap()
+        };
+        let mut bare = setup(&[]);
+        bare.switch.kinds = Some(DEFAULT_KINDS.map(str::to_owned).to_vec());
+        assert_eq!(format!("{:?}", setup(&["--config", file.path().to_str().unwrap()])), format!("{bare:?}"));
+    }
+
+    #[test]
+    fn the_documented_file_has_every_key_and_its_examples_are_right() {
+        let (_, file) = page();
+        let all: String = file
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line).to_owned() + "\n")
+            .collect();
+        let config = FileConfig::parse(Path::new("configuration.md"), &all).unwrap();
+        assert_eq!((config.workers.len(), config.ports.len()), (1, 3));
+        let sections = known_after("x = 1");
+        assert!(sections.len() > 5, "{sections:?}");
+        for section in sections {
+            let title =
+                [format!("[[{section}]]"), format!("[{section}]")].into_iter().find(|title| all.contains(title));
+            let keys = known_after(&format!("{}\nx = 1", title.unwrap_or_default()));
+            assert!(!keys.is_empty(), "{section}");
+            for key in keys {
+                assert!(all.contains(&format!("\n{key} = ")), "{section}: {key}");
+            }
+        }
+        assert!(PortText::KEYS.iter().all(|key| all.contains(&format!("\n{key} = "))));
+    }
+
+    #[test]
+    fn the_documented_limits_are_those() {
+        let (page, _) = page();
+        for (what, limit) in [
+            ("ports", MAX_PORTS),
+            ("networks", MAX_NETWORKS),
+            ("workers", MAX_WORKERS),
+            ("queue pairs of a port", MAX_QUEUE_PAIRS),
+            ("rings whose positions outlive a crash", MAX_JOURNAL),
+        ] {
+            assert!(page.contains(&format!("| {what} | {limit} |")), "{what} {limit}");
+        }
     }
 }
