@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::config::{Pin, PortConfig};
 
@@ -38,6 +39,17 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
+    /// A later version has written a file of it. Without its ports all guests would be cut off, and nobody told.
+    #[error(
+        "{path} was written by a newer Sluice (version {version}, and this one knows {VERSION}); \
+         go back to that, or move the file away"
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Of its layout.
+        version: u64,
+    },
     /// The table cannot be written.
     #[error("cannot write {path}: {source}; nothing was changed")]
     Write {
@@ -48,33 +60,46 @@ pub enum StateError {
     },
 }
 
+/// What all files have in common, whatever has written them.
+#[derive(Deserialize)]
+struct Stamp {
+    version: u64,
+}
+
 /// The table as it is on disk. Ports are written as SPEC, which people can read and which is checked like any other.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Table {
     version: u32,
     ports: Vec<String>,
+    /// What another build has added.
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
 /// Pins as they are on disk, written as they can be typed.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct PinTable {
     version: u32,
     pins: Vec<String>,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
+
+/// The entries of a file, and what else is in it.
+type Contents = (Vec<String>, Map<String, Value>);
 
 /// What a file holds: what this build understands, and what it does not, as another one has written it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entries<T> {
     known: Vec<T>,
     unknown: Vec<String>,
+    more: Map<String, Value>,
 }
 
 impl<T: FromStr<Err: fmt::Display> + ToString> Entries<T> {
     /// An entry that is not understood is no reason to lose it, or the others.
-    fn parse(texts: Vec<String>) -> Self {
-        let mut entries = Self { known: Vec::new(), unknown: Vec::new() };
+    fn parse((texts, more): Contents) -> Self {
+        let mut entries = Self { known: Vec::new(), unknown: Vec::new(), more };
         for text in texts {
             match text.parse() {
                 Ok(entry) => entries.known.push(entry),
@@ -85,6 +110,11 @@ impl<T: FromStr<Err: fmt::Display> + ToString> Entries<T> {
             }
         }
         entries
+    }
+
+    /// With other entries.
+    fn with(&self, known: Vec<T>, unknown: Vec<String>) -> Self {
+        Self { known, unknown, more: self.more.clone() }
     }
 
     fn texts(&self) -> Vec<String> {
@@ -117,7 +147,7 @@ pub struct StateStore {
 
 impl StateStore {
     /// Makes the directory if it is missing, locks it, and reads the ports of the last run. A file that is no table is put
-    /// aside with a warning, so that it does not keep the switch from starting.
+    /// aside with a warning, so that it does not keep the switch from starting; one of a later version does.
     ///
     /// # Errors
     /// [`StateError`].
@@ -138,8 +168,7 @@ impl StateStore {
     }
 
     fn read(dir: &Path, lock: File, no_table: impl Fn(&Path, &str) -> io::Result<()>) -> Result<Self, StateError> {
-        let unusable = |source| StateError::Unusable { dir: dir.into(), source };
-        let read = |name: &str, parse| read(&dir.join(name), parse, &no_table).map_err(unusable);
+        let read = |name: &str, parse| read(dir, name, parse, &no_table);
         let ports = Entries::parse(read(TABLE, parse_ports)?);
         let pins = Entries::parse(read(PINS, parse_pins)?);
         Ok(Self { dir: dir.into(), ports, pins, lock })
@@ -173,9 +202,9 @@ impl StateStore {
     /// # Errors
     /// [`StateError::Write`]; the old ones stay then.
     pub fn replace_pins(&mut self, pins: Vec<Pin>) -> Result<(), StateError> {
-        let pins = Entries { known: pins, unknown: self.pins.unknown.clone() };
+        let pins = self.pins.with(pins, self.pins.unknown.clone());
         if pins != self.pins {
-            self.write(PINS, &PinTable { version: VERSION, pins: pins.texts() })?;
+            self.write(PINS, &PinTable { version: VERSION, pins: pins.texts(), more: pins.more.clone() })?;
             self.pins = pins;
         }
         Ok(())
@@ -205,7 +234,7 @@ impl StateStore {
     pub fn replace(&mut self, ports: Vec<PortConfig>) -> Result<(), StateError> {
         let is_left = |spec: &&String| ports.iter().all(|port| port.name != name_of(spec));
         let unknown = self.ports.unknown.iter().filter(is_left).cloned().collect();
-        self.write_ports(Entries { known: ports, unknown })
+        self.write_ports(self.ports.with(ports, unknown))
     }
 
     /// Removes a port from what is written down, be it understood or not; one that is not only if it is that of `owner`, where
@@ -217,7 +246,7 @@ impl StateStore {
         let is_left =
             |spec: &&String| name_of(spec) != name || owner.is_some_and(|owner| owner_of(spec) != Some(owner));
         let unknown = self.ports.unknown.iter().filter(is_left).cloned().collect();
-        let left = Entries { known: self.without(name), unknown };
+        let left = self.ports.with(self.without(name), unknown);
         let found = left != self.ports;
         self.write_ports(left).map(|()| found)
     }
@@ -246,7 +275,7 @@ impl StateStore {
     fn write_ports(&mut self, ports: Entries<PortConfig>) -> Result<(), StateError> {
         // A full disk is no trouble to whoever changes nothing.
         if ports != self.ports {
-            self.write(TABLE, &Table { version: VERSION, ports: ports.texts() })?;
+            self.write(TABLE, &Table { version: VERSION, ports: ports.texts(), more: ports.more.clone() })?;
             self.ports = ports;
         }
         Ok(())
@@ -297,22 +326,26 @@ fn sign(lock: &mut File) -> io::Result<()> {
     writeln!(lock, "{}", std::process::id())
 }
 
-/// The entries of a file; none if it is not there. `no_table` says what becomes of one that is no table of ours.
+/// What a file of the directory holds; nothing if it is not there. `no_table` says what becomes of one that is no table of ours.
 fn read(
-    path: &Path,
-    parse: fn(&str) -> Result<Vec<String>, String>,
+    dir: &Path,
+    name: &str,
+    parse: fn(&str) -> Result<Contents, String>,
     no_table: impl Fn(&Path, &str) -> io::Result<()>,
-) -> io::Result<Vec<String>> {
-    let problem = match fs::read_to_string(path) {
-        Ok(text) => match parse(&text) {
-            Ok(entries) => return Ok(entries),
-            Err(problem) => problem,
+) -> Result<Contents, StateError> {
+    let (path, unusable) = (dir.join(name), |source| StateError::Unusable { dir: dir.into(), source });
+    let problem = match fs::read_to_string(&path) {
+        Ok(text) => match (serde_json::from_str(&text), parse(&text)) {
+            (Ok(Stamp { version }), _) if version > VERSION.into() => return Err(StateError::Newer { path, version }),
+            (_, Ok(contents)) => return Ok(contents),
+            (_, Err(problem)) => problem,
         },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Contents::default()),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => "it is not text".into(),
-        Err(error) => return Err(error),
+        Err(error) => return Err(unusable(error)),
     };
-    no_table(path, &format!("cannot be used, since {problem}")).map(|()| Vec::new())
+    no_table(&path, &format!("cannot be used, since {problem}")).map_err(unusable)?;
+    Ok(Contents::default())
 }
 
 fn check_version(version: u32) -> Result<(), String> {
@@ -320,14 +353,14 @@ fn check_version(version: u32) -> Result<(), String> {
     (version == VERSION).then_some(()).ok_or_else(problem)
 }
 
-fn parse_pins(text: &str) -> Result<Vec<String>, String> {
+fn parse_pins(text: &str) -> Result<Contents, String> {
     let table: PinTable = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    check_version(table.version).map(|()| table.pins)
+    check_version(table.version).map(|()| (table.pins, table.more))
 }
 
-fn parse_ports(text: &str) -> Result<Vec<String>, String> {
+fn parse_ports(text: &str) -> Result<Contents, String> {
     let table: Table = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    check_version(table.version).map(|()| table.ports)
+    check_version(table.version).map(|()| (table.ports, table.more))
 }
 
 /// Renames a file that is no table of ours, to start with an empty one.
@@ -414,9 +447,7 @@ mod tests {
 
     #[test]
     fn a_corrupt_table_is_put_aside() {
-        for text in
-            [&b"{"[..], b"", b"\xff\xfe", br#"{"version":2,"ports":[]}"#, br#"{"version":1,"ports":[],"more":1}"#]
-        {
+        for text in [&b"{"[..], b"", b"\xff\xfe", br#"{"version":0,"ports":[]}"#, br#"{"version":1,"ports":1}"#] {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join(TABLE), text).unwrap();
             assert!(StateStore::open(dir.path()).unwrap().ports().is_empty());
@@ -424,6 +455,50 @@ mod tests {
             let aside = names.iter().find(|name| name.to_string_lossy().starts_with("ports.json.corrupt-")).unwrap();
             assert_eq!(fs::read(dir.path().join(aside)).unwrap(), text);
             assert!(!dir.path().join(TABLE).exists());
+        }
+    }
+
+    /// As after a rollback. Its ports are for the one that knows them.
+    #[test]
+    fn a_table_of_a_later_version_is_left_where_it_is() {
+        for (name, text) in
+            [(TABLE, r#"{"version":2,"ports":{"a":{}}}"#), (PINS, r#"{"pins":[],"version":99999999999}"#)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            let lock = OwnedFd::from(File::open(dir.path()).unwrap());
+            for result in [StateStore::open(dir.path()), StateStore::adopt(dir.path(), lock)] {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains(&format!("{} was written by a newer Sluice", path.display())), "{error}");
+                assert!(!error.contains('\n') && error.ends_with("move the file away"), "{error}");
+                assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            }
+            // As it says.
+            fs::remove_file(&path).unwrap();
+            StateStore::open(dir.path()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_another_build_has_added_to_a_table_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let value =
+            |name: &str| -> Value { serde_json::from_slice(&fs::read(dir.path().join(name)).unwrap()).unwrap() };
+        let more = serde_json::json!({ "colour": ["blue"] });
+        for (name, key) in [(TABLE, "ports"), (PINS, "pins")] {
+            let table = serde_json::json!({ "more": more, "version": 1, key: ["a=tap:a0", "a=0"] });
+            fs::write(dir.path().join(name), table.to_string()).unwrap();
+        }
+        let mut store = StateStore::open(dir.path()).unwrap();
+        assert_eq!((store.ports().len(), store.pins().len()), (1, 1));
+        store.replace(vec![port("b")]).unwrap();
+        store.replace_pins(Vec::new()).unwrap();
+        store.remove("b", None).unwrap();
+        for (name, key) in [(TABLE, "ports"), (PINS, "pins")] {
+            let table = value(name);
+            assert_eq!(table["more"], more);
+            assert!(!table[key].to_string().contains("b="), "{table}");
         }
     }
 
