@@ -256,6 +256,26 @@ fn frames_stay_in_order_while_their_queue_moves() {
     }
 }
 
+/// It may never wake again.
+#[test]
+fn a_sleep_is_told_of_while_it_lasts() {
+    let config = SwitchConfig { workers: vec![None], mode: WorkerMode::Interrupt, ..SwitchConfig::default() };
+    let switch = Switch::start(&config).unwrap();
+    let worker = || switch.workers().remove(0);
+    let (begun, mut first) = (Instant::now(), worker());
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = worker();
+        assert!(now.asleep_ns >= first.asleep_ns && now.asleep_ns <= now.up_ns, "{now:?}");
+        if now.sleeps != first.sleeps {
+            first = now;
+        } else if now.sleeps > 0 && now.asleep_ns > first.asleep_ns + 50_000_000 {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{first:?}");
+    }
+}
+
 #[test]
 fn two_busy_queues_of_one_worker_part() {
     let bench = Bench::new(WorkerMode::Adaptive, &[1, 3], Duration::from_micros(200));

@@ -193,10 +193,11 @@ impl Worker<'_> {
             now = clock.ticks();
             let since = *idle_since.get_or_insert(began);
             if self.may_sleep(clock.ns(now.wrapping_sub(since))) && arm(plan) {
+                self.shared.stats.falls_asleep(now);
                 sleep(plan, &self.shared.wake, &mut self.turns);
                 idle_since = None;
                 let woken = clock.ticks();
-                self.shared.stats.slept(woken.wrapping_sub(now));
+                self.shared.stats.wakes(woken);
                 self.patience.slept(clock.ns(woken.wrapping_sub(now)));
                 now = woken;
             } else {

@@ -84,9 +84,42 @@ pub struct WorkerStats {
     bursts: [AtomicU64; BURST_BUCKETS],
     stage_ticks: [AtomicU64; Stage::COUNT],
     sampled_frames: AtomicU64,
-    asleep_ticks: AtomicU64,
+    asleep: Asleep,
     sleeps: AtomicU64,
     clock: OnceLock<Clock>,
+}
+
+/// Time asleep, which also grows during a sleep: an idle worker's has no end.
+#[derive(Debug, Default)]
+struct Asleep {
+    /// The total while awake; during a sleep [`Asleep::SLEEPS`] and when it would have begun had it been the only one. In one
+    /// word, so that nobody sees a sleep twice or not at all.
+    word: AtomicU64,
+    /// The most that anybody was told. A reader may look at the clock later than the worker, and see the sleep end after that.
+    told: AtomicU64,
+}
+
+impl Asleep {
+    const SLEEPS: u64 = 1 << 63;
+
+    fn begin(&self, now: u64) {
+        let total = self.word.load(Ordering::Relaxed);
+        self.word.store(Self::SLEEPS | now.saturating_sub(total), Ordering::Relaxed);
+    }
+
+    fn end(&self, now: u64) {
+        self.word.store(Self::total(self.word.load(Ordering::Relaxed), now), Ordering::Relaxed);
+    }
+
+    fn total(word: u64, now: u64) -> u64 {
+        if word & Self::SLEEPS == 0 { word } else { now.saturating_sub(word & !Self::SLEEPS) }
+    }
+
+    fn read(&self, now: impl FnOnce() -> u64) -> u64 {
+        let word = self.word.load(Ordering::Acquire);
+        let total = Self::total(word, now());
+        self.told.fetch_max(total, Ordering::Relaxed).max(total)
+    }
 }
 
 /// The counters of one worker at a moment. Times are in ticks of the [`Clock`].
@@ -156,19 +189,23 @@ impl WorkerStats {
         }
     }
 
-    /// It slept so long.
-    pub fn slept(&self, ticks: u64) {
+    /// It goes to sleep.
+    pub fn falls_asleep(&self, now: u64) {
         add(&self.sleeps, 1);
-        add(&self.asleep_ticks, ticks);
+        self.asleep.begin(now);
+    }
+
+    /// It is awake again.
+    pub fn wakes(&self, now: u64) {
+        self.asleep.end(now);
     }
 
     /// All counters.
     pub fn counts(&self) -> WorkerCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         WorkerCounts {
-            up: self.clock.get().map_or(0, |clock| clock.ticks().wrapping_sub(clock.first)),
             busy: read(&self.busy_ticks),
-            asleep: read(&self.asleep_ticks),
+            asleep: self.asleep.read(now),
             frames: read(&self.frames),
             delivered: read(&self.delivered),
             copies: read(&self.copies),
@@ -176,6 +213,8 @@ impl WorkerStats {
             stages: std::array::from_fn(|stage| read(&self.stage_ticks[stage])),
             bursts: std::array::from_fn(|bucket| read(&self.bursts[bucket])),
             sleeps: read(&self.sleeps),
+            // Last, so that no part is longer than the whole.
+            up: self.clock.get().map_or(0, |clock| clock.ticks().wrapping_sub(clock.first)),
         }
     }
 
@@ -204,6 +243,27 @@ mod tests {
             stats.burst(frames);
         }
         assert_eq!(stats.counts().bursts, [1, 1, 2, 2, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn a_sleep_counts_while_it_lasts_and_only_once() {
+        let asleep = Asleep::default();
+        let at = |now: u64| asleep.read(|| now);
+        assert_eq!(at(1000), 0);
+        asleep.begin(1000);
+        assert_eq!((at(1000), at(1300)), (0, 300));
+        // A clock that is behind, as another processor's may be.
+        assert_eq!(at(900), 300);
+        asleep.end(1500);
+        assert_eq!((at(1500), at(9000)), (500, 500));
+        asleep.begin(9000);
+        assert_eq!((at(9000), at(9001)), (500, 501));
+        // Seen asleep when the worker has looked at the clock already.
+        assert_eq!(at(9200), 700);
+        asleep.end(9100);
+        assert_eq!(at(9200), 700);
+        asleep.begin(9200);
+        assert_eq!((at(9250), at(9400)), (700, 800));
     }
 
     /// Metrics are counters, to which going back is a restart.
