@@ -98,8 +98,8 @@ pub struct QueueStatus {
 }
 
 /// Frames of all ports that there are or were. Once nothing moves,
-/// `rx + made = tx + merged + held + drops`, but for drops of what is not counted as received (`runt`, `oversize`,
-/// `bad_offload`).
+/// `rx + made = tx + merged + held + drops`, but for drops of what is not counted as received (`missed`, `runt`,
+/// `oversize`, `bad_offload`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TotalsStatus {

@@ -26,6 +26,8 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// From the port: lost by the kernel before the switch took it, which was too slow.
+    Missed = "missed";
     /// From the port: shorter than an Ethernet header.
     Runt = "runt";
     /// From the port: longer than the largest super-packet.

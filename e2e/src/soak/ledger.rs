@@ -8,7 +8,7 @@ use std::fmt;
 use crate::switch::{Port, Switch};
 
 /// Reasons of drops that happen before a frame counts as received.
-const AT_THE_DOOR: [&str; 3] = ["runt", "oversize", "bad_offload"];
+const AT_THE_DOOR: [&str; 4] = ["missed", "runt", "oversize", "bad_offload"];
 
 /// Frames of all ports that there are or were.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -111,7 +111,7 @@ mod tests {
     use serde_json::json;
 
     fn totals(sent: u64) -> Totals {
-        let drops = json!({"full": 3, "runt": 100, "no_destination": 2});
+        let drops = json!({"full": 3, "runt": 100, "missed": 50, "no_destination": 2});
         let value = json!({"rx_frames": 20, "made_frames": 4, "tx_frames": sent, "merged_frames": 1, "held_frames": 2,
             "drops": drops});
         Totals::parse(&value).unwrap()

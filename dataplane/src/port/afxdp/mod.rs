@@ -60,6 +60,8 @@ struct Queue {
     unsent: Unsent,
     /// Frames that the driver has refused and that still count as sent.
     refused: AtomicU64,
+    /// Frames that the kernel has lost, as far as they are counted.
+    missed: AtomicU64,
 }
 
 /// What an operator can choose.
@@ -236,6 +238,7 @@ impl Watcher {
             uplink.queues.shared.mtu.store(state.mtu, Ordering::Relaxed);
             // Workers do not go on asking for ever.
             uplink.queues.retry();
+            uplink.queues.count_missed();
         }
         match state {
             State { is_up: false, .. } => self.show(PortState::Down, "the interface is down"),
@@ -395,6 +398,7 @@ impl Watcher {
     fn close(&mut self, state: PortState, reason: &str) {
         self.show(state, reason);
         let Some(uplink) = self.uplink.take() else { return };
+        uplink.queues.count_missed();
         for (queue, [to_receive, to_send]) in uplink.queues.audit().iter().enumerate() {
             if to_receive.is_balanced() && to_send.is_balanced() {
                 tracing::info!(port = self.name, queue, %to_receive, %to_send, "all frames of the pool accounted for");

@@ -17,6 +17,7 @@ use crate::config::AfxdpMode;
 use crate::port::stats::PortStats;
 use crate::port::{Link, RxEntry, TxQueue};
 use crate::status::PortState;
+use crate::switch::DropReason;
 
 /// The queues of an interface, open. Dropping it gives the interface back to the kernel.
 #[derive(Debug)]
@@ -66,6 +67,14 @@ impl Queue {
     #[inline]
     pub(super) fn look_after_unsent(&self) {
         self.unsent.look(|| self.kick());
+    }
+
+    /// Counts what the kernel has lost since the last time. Only the port's thread does.
+    pub(super) fn count_missed(&self) {
+        if let Ok(missed) = self.socket.missed() {
+            let before = self.missed.swap(missed, Ordering::Relaxed);
+            self.stats.drop_frames(DropReason::Missed, missed.saturating_sub(before));
+        }
     }
 
     /// Whether there is something unsent that a worker has to stay awake for.
@@ -163,8 +172,8 @@ impl Queues {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
-            let (unsent, refused) = (Unsent::default(), AtomicU64::new(0));
-            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused });
+            let (unsent, refused, missed) = (Unsent::default(), AtomicU64::new(0), AtomicU64::new(0));
+            let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused, missed });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;
             both.socket.bind(ifindex, queue, access, both.shared.multi_buffer)?;
             program.set_socket(queue, both.socket.as_raw_fd())?;
@@ -200,6 +209,13 @@ impl Queues {
     pub(super) fn retry(&self) {
         for (_, tx) in &self.queues {
             tx.retry();
+        }
+    }
+
+    /// Counts what the kernel has lost of what arrived.
+    pub(super) fn count_missed(&self) {
+        for (rx, _) in &self.queues {
+            rx.count_missed();
         }
     }
 

@@ -66,6 +66,10 @@ impl Receiver {
         Ok(Self { both, bell: Bell::new()?, state: SpinLock::new(state) })
     }
 
+    pub(super) fn count_missed(&self) {
+        self.both.count_missed();
+    }
+
     /// Where the frames are. Not for a queue in use: it would miss a turn.
     pub(super) fn audit(&self) -> Audit {
         let state = self.state.lock();
@@ -223,7 +227,16 @@ mod tests {
         let mtu = AtomicUsize::new(1500);
         let shared = Shared { mtu, multi_buffer: false, busy_poll: false, copies: false, tx_checksum: false };
         let (stats, unsent, refused) = (Arc::new(PortStats::default()), Unsent::default(), AtomicU64::new(0));
-        let both = Queue { pair: 0, socket, umem, shared: Arc::new(shared), stats: stats.clone(), unsent, refused };
+        let both = Queue {
+            pair: 0,
+            socket,
+            umem,
+            shared: Arc::new(shared),
+            stats: stats.clone(),
+            unsent,
+            refused,
+            missed: AtomicU64::new(0),
+        };
         let receiver = Receiver::new(Arc::new(both), fill, rx, frames).unwrap();
         let mut storage = BurstStorage::default();
         let mut calls_in = |looks: u64| {

@@ -142,19 +142,27 @@ impl Socket {
     fn offsets(&self) -> Result<libc::xdp_mmap_offsets> {
         // SAFETY: an all-zero value is valid.
         let mut offsets: libc::xdp_mmap_offsets = unsafe { std::mem::zeroed() };
-        let mut len = size_of_val(&offsets) as libc::socklen_t;
-        // SAFETY: the kernel writes at most `len` bytes into the local.
-        let done = unsafe {
-            libc::getsockopt(
-                self.fd.as_raw_fd(),
-                libc::SOL_XDP,
-                libc::XDP_MMAP_OFFSETS,
-                (&raw mut offsets).cast(),
-                &raw mut len,
-            )
-        };
-        check(done)?;
+        self.get(libc::XDP_MMAP_OFFSETS, &mut offsets)?;
         Ok(offsets)
+    }
+
+    /// Frames that the kernel had for the socket and has thrown away: for want of a free one of the pool, or since it fits none
+    /// (`rx_dropped`), or of room in the rx ring. How often the fill ring was found empty says nothing: where the kernel copies
+    /// these are counted already, and a driver of its own asks as often as it likes.
+    pub(super) fn missed(&self) -> Result<u64> {
+        // SAFETY: an all-zero value is valid, also for what older kernels leave out; they add it to the first.
+        let mut counts: libc::xdp_statistics = unsafe { std::mem::zeroed() };
+        self.get(libc::XDP_STATISTICS, &mut counts)?;
+        Ok(counts.rx_dropped + counts.rx_ring_full)
+    }
+
+    /// For plain data of which any bytes are valid.
+    fn get<T: Copy>(&self, option: libc::c_int, value: &mut T) -> Result<()> {
+        let mut len = size_of::<T>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `len` bytes into `value`.
+        check(unsafe {
+            libc::getsockopt(self.fd.as_raw_fd(), libc::SOL_XDP, option, std::ptr::from_mut(value).cast(), &raw mut len)
+        })
     }
 
     fn set<T>(&self, level: libc::c_int, option: libc::c_int, value: &T) -> Result<()> {

@@ -51,6 +51,34 @@ fn programs_of_others_are_replaced_from_within_the_sandbox() {
 }
 
 #[test]
+fn what_the_kernel_loses_is_counted_over_all_openings() {
+    in_a_namespace(|| {
+        ip("link add name up0 type veth peer name far0");
+        ip("link set up0 addrgenmode none up");
+        ip("link set far0 addrgenmode none up");
+        let (mut watcher, told) = watcher("up0", Options::default());
+        watcher.look().unwrap();
+        let mut far = End::open("far0");
+        let frames: Vec<_> = (0..BURST).map(|_| plain(100)).collect();
+        for opening in 1..3 {
+            // Nobody takes what fits.
+            let lost = opening * (100 * BURST as u64 - 2048);
+            (0..100).for_each(|_| far.send(&frames));
+            let began = Instant::now();
+            while told.stats().drops(DropReason::Missed) < lost {
+                assert!(began.elapsed() < Duration::from_secs(5), "{}", told.stats().drops(DropReason::Missed));
+                far.queues.retry();
+                watcher.look().unwrap();
+            }
+            watcher.close(PortState::Down, "");
+            watcher.look().unwrap();
+            assert_eq!(told.stats().drops(DropReason::Missed), lost);
+        }
+        watcher.close(PortState::Down, "");
+    });
+}
+
+#[test]
 fn nothing_is_sent_where_there_are_queues_to_receive_only() {
     in_a_namespace(|| {
         ip("link add name up0 numrxqueues 2 numtxqueues 1 type veth peer name far0 numrxqueues 1 numtxqueues 2");
