@@ -1,6 +1,6 @@
 //! Counters of a port. Workers write, the control side reads.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
 use crate::frame::Burst;
@@ -90,6 +90,8 @@ pub struct PortStats {
     pub faults: AtomicU64,
     fault: AtomicU64,
     last_fault: AtomicU64,
+    /// The log has a line about rings of the port that have no record in the journal.
+    pub told_of_no_record: AtomicBool,
     /// Where its frames can be looked at.
     pub capture: CapturePoint,
 }
@@ -106,6 +108,7 @@ impl Default for PortStats {
             faults: AtomicU64::new(0),
             fault: AtomicU64::new(0),
             last_fault: AtomicU64::new(0),
+            told_of_no_record: AtomicBool::new(false),
             capture: CapturePoint::default(),
         }
     }

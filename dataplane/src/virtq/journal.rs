@@ -105,6 +105,11 @@ impl Journal {
         unsafe { self.records.add(place % MAX_JOURNAL).as_ref() }
     }
 
+    /// Whether all records are in use.
+    pub fn is_full(&self) -> bool {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).iter().all(|taken| *taken)
+    }
+
     /// The record of a ring, which is that of the ring of the same name before it. `None` if that is still in use, or all
     /// are.
     pub fn entry(self: &Arc<Self>, port: &str, ring: usize, identity: u64) -> Option<Arc<Entry>> {
@@ -249,8 +254,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(&dir.path().join("rings")).unwrap();
         let mut all: Vec<_> = (0..MAX_JOURNAL).map(|ring| journal.entry("vm", ring, 1).unwrap()).collect();
-        assert!(journal.entry("late", 0, 1).is_none());
+        assert!(journal.entry("late", 0, 1).is_none() && journal.is_full());
         all.pop();
+        assert!(!journal.is_full());
         let late = journal.entry("late", 0, 1).unwrap();
         assert_eq!(late.last(), None);
     }

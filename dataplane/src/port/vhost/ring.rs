@@ -1,7 +1,9 @@
 //! One vring as the frontend describes it, from its first message to the queue that workers serve.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use crate::limits::MAX_JOURNAL;
 use crate::mem::GuestMemory;
 use crate::port::stats::PortStats;
 use crate::port::vhost::features;
@@ -174,10 +176,15 @@ impl Ring {
             packed: around.features & features::RING_PACKED != 0,
             log: place.log,
         };
-        let journal = around.journal.as_ref().and_then(|(journal, port)| {
-            let entry = journal.entry(port, index, identity(&config, around.memory)?)?;
-            let direction = if index.is_multiple_of(2) { Direction::ToGuest } else { Direction::FromGuest };
-            Some(Journaled { entry, direction, recover: !self.known, same: self.kept })
+        let direction = if index.is_multiple_of(2) { Direction::ToGuest } else { Direction::FromGuest };
+        // Of a split ring to which we send there is nothing to write down.
+        let writes = config.packed || direction == Direction::FromGuest;
+        let journal = around.journal.as_ref().filter(|_| writes).and_then(|(journal, port)| {
+            let entry = journal.entry(port, index, identity(&config, around.memory)?);
+            if entry.is_none() && journal.is_full() {
+                tell_of_no_record(port, around.stats);
+            }
+            Some(Journaled { entry: entry?, direction, recover: !self.known, same: self.kept })
         });
         if self.kept && config.packed && journal.is_none() {
             return Err(RingError::Lost.to_string());
@@ -208,10 +215,65 @@ impl Ring {
     }
 }
 
+/// Once for each port, however often its driver starts anew.
+fn tell_of_no_record(port: &str, stats: &PortStats) {
+    if !stats.told_of_no_record.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            port,
+            "where some of its rings stand is not written down, for which there is room for {MAX_JOURNAL} rings: after a crash of \
+             the switch their frames may come twice, and packed ones begin anew; VMs with fewer queues leave room"
+        );
+    }
+}
+
 /// Tells a ring from all others, so that no record is taken for that of another machine. `None` if its place is unknown.
 fn identity(config: &RingConfig, memory: &GuestMemory) -> Option<u64> {
     let (device, inode) = memory.file_of_uva(config.desc)?;
     let numbers = [device, inode, config.desc, config.avail, config.used, config.size.into(), config.packed.into()];
     let bytes = numbers.map(u64::to_le_bytes);
     Some(journal::hash(bytes.iter().map(|bytes| &bytes[..])))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::testing::{TestGuest, VERSION_1};
+
+    #[test]
+    fn a_port_whose_rings_have_no_record_says_so_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&dir.path().join("rings")).unwrap();
+        let mut others: Vec<_> = (0..MAX_JOURNAL - 1).map(|ring| journal.entry("others", ring, 1).unwrap()).collect();
+        let guest = TestGuest::new(8, VERSION_1);
+        let config = guest.config();
+        let place = Place { desc: config.desc, avail: config.avail, used: config.used, log: None };
+        let start = |port: &str, stats: &Arc<PortStats>| -> Vec<Ring> {
+            let journal = Some((journal.clone(), port.to_owned()));
+            let around = Surroundings { features: VERSION_1, memory: &guest.memory, journal, stats };
+            let run = |index| {
+                let mut ring = Ring { size: config.size, place: Some(place), started: true, ..Ring::default() };
+                ring.settle(index, &around);
+                assert!(ring.runs(VERSION_1), "{:?}", ring.problem);
+                ring
+            };
+            (0..4).map(run).collect()
+        };
+        let log = Arc::new(tempfile::tempfile_in(dir.path()).unwrap());
+        let read = || fs::read_to_string(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*log))).unwrap();
+        let lines = || read().lines().filter(|line| line.contains("WARN")).count();
+        let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let (a, b) = (Arc::default(), Arc::default());
+            // One record is left for two rings from which we receive.
+            (0..3).for_each(|_| drop(start("a", &a)));
+            assert_eq!(lines(), 1, "{}", read());
+            drop(start("b", &b));
+            assert_eq!(lines(), 2, "{}", read());
+            others.pop();
+            drop(start("c", &Arc::default()));
+            assert_eq!(lines(), 2, "{}", read());
+        });
+    }
 }
