@@ -28,9 +28,14 @@ pub fn cache() -> Result<PathBuf> {
 /// The target folder that this program was built into, wherever cargo was told to have it.
 pub fn target() -> Result<PathBuf> {
     let me = std::env::current_exe().context("cannot tell my own path")?;
-    // We are in target/PROFILE, or as a test in target/PROFILE/deps.
-    let target = me.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
-    Ok(target.context("I am not in a target folder")?.to_owned())
+    target_of(&me).context("I am not in a target folder").map(Path::to_owned)
+}
+
+/// We are in `target/PROFILE`, or as a test in `target/PROFILE/deps`. Cargo marks a folder that it has made, but not one that was
+/// there.
+fn target_of(program: &Path) -> Option<&Path> {
+    let marked = program.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
+    marked.or_else(|| program.ancestors().skip(1).find(|dir| !dir.ends_with("deps"))?.parent())
 }
 
 /// A program of this workspace: what the variable names, else the newest build of any profile.
@@ -130,4 +135,18 @@ pub fn exclusive() -> Result<Exclusive> {
 fn lock(file: &File, how: i32) -> bool {
     // SAFETY: flock takes no pointers.
     unsafe { libc::flock(file.as_raw_fd(), how) == 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_target_folder_is_found_without_a_mark() {
+        for program in ["/nowhere/out/debug/xtask", "/nowhere/out/debug/deps/e2e-0123"] {
+            assert_eq!(target_of(Path::new(program)), Some(Path::new("/nowhere/out")));
+        }
+        let here = target().unwrap();
+        assert!(std::env::current_exe().unwrap().starts_with(here));
+    }
 }

@@ -3,8 +3,10 @@
 use anyhow::{Context, Result, bail, ensure};
 use e2e::{image, machine};
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::stage::{cargo, must};
 
@@ -44,6 +46,9 @@ const PREFERENCES: &str = "Package: qemu-* seabios libvirt*\nPin: release n=book
 /// A virtual environment in the target folder, and what is in it.
 const PYTHON: &str = "grpcio";
 const PYTHON_PACKAGE: &str = "grpcio";
+/// How long another package manager is waited for.
+const APT_LIMIT: Duration = Duration::from_secs(300);
+const LISTS_LOCK: &str = "/var/lib/apt/lists/lock";
 const BACKPORTS: &str = "bookworm-backports";
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/sluice-backports.list";
 const BACKPORTS_LINE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main\n";
@@ -177,7 +182,28 @@ fn has_backports() -> bool {
         .any(|text| text.lines().any(|line| !line.starts_with('#') && line.contains(BACKPORTS)))
 }
 
+/// Waits while another program has apt's lists, for which apt itself does not wait.
+fn wait_for_lists() {
+    let end = Instant::now() + APT_LIMIT;
+    let is_locked = || {
+        let Ok(file) = fs::File::open(LISTS_LOCK) else { return false };
+        // SAFETY: an all-zero value is valid.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        lock.l_type = libc::F_WRLCK as libc::c_short;
+        // SAFETY: the kernel reads and writes the local.
+        let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+        asked == 0 && i32::from(lock.l_type) != libc::F_UNLCK
+    };
+    if is_locked() {
+        println!("==> waiting for another package manager");
+    }
+    while is_locked() && Instant::now() < end {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
 fn apt_get(arguments: &[&str]) -> Result<()> {
+    wait_for_lists();
     let mut command = Command::new("apt-get");
     // Others may be at it, as unattended upgrades are after a boot.
     command.args(["-o", "DPkg::Lock::Timeout=300"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");

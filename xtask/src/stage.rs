@@ -120,6 +120,10 @@ impl Drop for Beside {
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments).current_dir(e2e::machine::repository());
+    // One that was given relative to another folder.
+    if let Ok(target) = e2e::machine::target() {
+        command.env("CARGO_TARGET_DIR", target);
+    }
     command
 }
 

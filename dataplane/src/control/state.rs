@@ -300,6 +300,10 @@ impl StateStore {
 
 /// Takes the directory's lock and leaves our pid in it.
 fn lock(dir: &Path) -> Result<File, StateError> {
+    lock_with(dir, sign)
+}
+
+fn lock_with(dir: &Path, sign: impl FnOnce(&mut File) -> io::Result<()>) -> Result<File, StateError> {
     let unusable = |source| StateError::Unusable { dir: dir.into(), source };
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -429,10 +433,10 @@ mod tests {
     #[test]
     fn needs_no_room_for_the_pid() {
         let dir = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/dev/full", dir.path().join(LOCK)).unwrap();
-        assert!(sign(&mut OpenOptions::new().write(true).open("/dev/full").unwrap()).is_err());
-        StateStore::open(dir.path()).unwrap();
-        StateStore::open(dir.path()).unwrap();
+        let full = |_: &mut File| Err(io::ErrorKind::StorageFull.into());
+        let lock = lock_with(dir.path(), full).unwrap();
+        assert!(matches!(StateStore::open(dir.path()), Err(StateError::InUse { .. })));
+        drop(lock);
     }
 
     #[test]

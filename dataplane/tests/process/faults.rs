@@ -47,13 +47,13 @@ fn changes_hold_where_no_descriptors_are_left() {
         // The lowest number that is free is the next one: connections of ours may only just have been closed.
         let is_open = |fd: &u64| Path::new(&format!("/proc/{}/fd/{fd}", daemon.pid())).exists();
         limit((0..).find(|fd| !is_open(fd)));
-        b.change_transmit_ring();
+        b.change_ring();
         daemon.log().contains("look for frames every millisecond")
     });
     daemon.pass(&mut a, &mut b, "through the new one");
     daemon.pass(&mut b, &mut a, "and back");
     limit(Some(1024));
-    b.change_transmit_ring();
+    b.change_ring();
     daemon.pass(&mut a, &mut b, "as it was");
     daemon.wait_up("a");
 }

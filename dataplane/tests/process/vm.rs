@@ -72,20 +72,11 @@ impl Vm {
         &self.session().call
     }
 
-    /// Has its receive ring taken from the workers and given back.
+    /// Has its transmit ring taken from the workers and given back.
     pub(crate) fn change_ring(&self) {
-        self.change(RX);
-    }
-
-    /// The same with its transmit ring, of which workers hear by another descriptor then.
-    pub(crate) fn change_transmit_ring(&self) {
-        self.change(TX);
-    }
-
-    fn change(&self, ring: usize) {
         let peer = &self.session().peer;
         for enabled in [0, 1] {
-            peer.raw(SET_VRING_ENABLE, 0x1, &words(&[ring as u32, enabled]), &[]);
+            peer.raw(SET_VRING_ENABLE, 0x1, &words(&[TX as u32, enabled]), &[]);
         }
         peer.settle();
     }

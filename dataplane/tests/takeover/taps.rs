@@ -64,17 +64,17 @@ fn a_tap_goes_on_under_another_name() {
     in_a_namespace(|| {
         let mut bench = Bench::with(SPLIT, false, false, &["--port", "host=tap:tap0,network=host"]);
         ip("addr add 10.9.0.1/24 brd + dev tap0");
-        let before = ip("-o addr show tap0");
+        let before = ip("-o -4 addr show tap0");
         shout("10.9.0.1", "10.9.0.255");
         bench.wait_for("host", |port| port["rx_frames"] != 0);
         bench.take_over_with(&["--port", "node=tap:tap0,network=host"]);
-        assert_eq!(ip("-o addr show tap0"), before);
+        assert_eq!(ip("-o -4 addr show tap0"), before);
         let port = bench.json(&["port", "show", "node"]);
         assert!(port["state"] == "up" && port["rx_frames"] != 0, "{port}\n{}", bench.log());
         assert_eq!(bench.names(), ["node", "vm1", "vm2"]);
         // It is another port's that is taken over again.
         bench.take_over();
-        assert_eq!(ip("-o addr show tap0"), before);
+        assert_eq!(ip("-o -4 addr show tap0"), before);
         assert_eq!(bench.names(), ["node", "vm1", "vm2"]);
     });
 }

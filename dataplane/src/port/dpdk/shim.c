@@ -68,8 +68,14 @@ static int configure(struct sl_port *port, const struct rte_eth_dev_info *info, 
 	if (conf.rx_adv_conf.rss_conf.rss_hf != 0)
 		conf.rxmode.mq_mode = RTE_ETH_MQ_RX_RSS;
 	err = rte_eth_dev_configure(port->id, port->queues, port->queues, &conf);
+	if (err < 0 && mtu != 0) {
+		conf.rxmode.mtu = own;
+		/* Then it was that. */
+		if (rte_eth_dev_configure(port->id, port->queues, port->queues, &conf) == 0)
+			return -ERANGE;
+	}
 	if (err < 0)
-		return mtu != 0 ? -ERANGE : err;
+		return err;
 	/* Drivers without this call have taken it from what they were configured with. */
 	err = mtu != 0 ? rte_eth_dev_set_mtu(port->id, mtu) : 0;
 	if (err < 0 && err != -ENOTSUP)
