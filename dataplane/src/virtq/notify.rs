@@ -171,8 +171,10 @@ fn wake_watchdogs() {
     asleep.drain(..).for_each(|thread| thread.unpark());
 }
 
-/// What a thread shows of its writes to descriptors of frontends.
+/// What a thread shows of its writes to descriptors of frontends. Each writes to its own for each notification: apart from
+/// others', by the two lines that caches fetch together.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct Pulse {
     /// Its kernel id; 0 until it runs.
     thread: AtomicI32,
