@@ -113,8 +113,9 @@ pub struct Fdb {
     change: SpinLock<()>,
     per_port: Box<[AtomicU32]>,
     count: AtomicUsize,
-    /// Counts entries that were added, moved or removed.
-    changes: AtomicU64,
+    additions: AtomicU64,
+    /// Counts entries that were moved or removed.
+    moves: AtomicU64,
     now: AtomicU32,
     /// No entry is too old before this second. Looking through a table of megabytes takes milliseconds, in which it displaces
     /// what others have in their caches.
@@ -132,7 +133,8 @@ impl Fdb {
             change: SpinLock::default(),
             per_port: (0..MAX_PORTS).map(|_| AtomicU32::new(0)).collect(),
             count: AtomicUsize::new(0),
-            changes: AtomicU64::new(0),
+            additions: AtomicU64::new(0),
+            moves: AtomicU64::new(0),
             now: AtomicU32::new(0),
             due: AtomicU64::new(0),
             config,
@@ -145,9 +147,14 @@ impl Fdb {
     }
 
     /// Entries added, moved or removed so far.
-    #[inline]
     pub fn changes(&self) -> u64 {
-        self.changes.load(Ordering::Acquire)
+        self.additions.load(Ordering::Acquire) + self.moves()
+    }
+
+    /// Entries moved or removed so far. While there are no more, what was found in the table holds.
+    #[inline]
+    pub fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
     }
 
     /// Whether nothing is known.
@@ -260,7 +267,7 @@ impl Fdb {
         let is_static = fresh.is_static();
         if let Some((bucket, way, place)) = self.find(station) {
             if place.is_static() && !is_static {
-                return Learned::Yes;
+                return if place.port() == port { Learned::Yes } else { Learned::Elsewhere };
             }
             if place.port() != port && !self.admit(port, is_static) {
                 return Learned::No;
@@ -270,7 +277,7 @@ impl Fdb {
                 self.owned(port).fetch_add(1, Ordering::Relaxed);
             }
             bucket.places[way].store(fresh.0, Ordering::Release);
-            self.changed();
+            count_after(&self.moves);
             return if place.port() == port { Learned::Yes } else { Learned::Moved(place.port()) };
         }
         if !self.admit(port, is_static) {
@@ -281,13 +288,8 @@ impl Fdb {
         bucket.keys[way].store(station.key(), Ordering::Release);
         self.owned(port).fetch_add(1, Ordering::Relaxed);
         self.count.fetch_add(1, Ordering::Relaxed);
-        self.changed();
+        count_after(&self.additions);
         Learned::Yes
-    }
-
-    /// Counts a change that has been made: whoever sees the count sees the change.
-    fn changed(&self) {
-        self.changes.fetch_add(1, Ordering::Release);
     }
 
     fn admit(&self, port: PortId, is_static: bool) -> bool {
@@ -317,7 +319,7 @@ impl Fdb {
     fn remove(&self, bucket: &Bucket, way: usize) {
         let port = Place(bucket.places[way].load(Ordering::Relaxed)).port();
         bucket.keys[way].store(0, Ordering::Release);
-        self.changed();
+        count_after(&self.moves);
         self.owned(port).fetch_sub(1, Ordering::Relaxed);
         self.count.fetch_sub(1, Ordering::Relaxed);
     }
@@ -394,6 +396,11 @@ impl Fdb {
             is_static: place.is_static(),
         })
     }
+}
+
+/// Counts a change that has been made: whoever sees the count sees the change.
+fn count_after(changes: &AtomicU64) {
+    changes.fetch_add(1, Ordering::Release);
 }
 
 #[cfg(test)]
@@ -476,6 +483,37 @@ mod tests {
         fdb.set_now(10_000);
         fdb.age();
         assert_eq!(fdb.lookup(station(1)), Some(PortId(1)));
+    }
+
+    /// What was found before need not be looked for again for the sake of who is new.
+    #[test]
+    fn what_is_new_is_no_move() {
+        let fdb = &fdb(4, 4);
+        let grown = |expected: Learned, change: &dyn Fn() -> Learned| {
+            let before = (fdb.changes(), fdb.moves());
+            assert_eq!(change(), expected);
+            (fdb.changes() - before.0, fdb.moves() - before.1)
+        };
+        let learn = |mac: u64, port: u16, learned| grown(learned, &|| fdb.learn(station(mac), PortId(port)));
+        assert_eq!(learn(1, 1, Learned::Yes), (1, 0));
+        let other = Station { network: 2, ..station(1) };
+        assert_eq!(grown(Learned::Yes, &|| fdb.learn(other, PortId(2))), (1, 0));
+        assert_eq!(learn(1, 2, Learned::Moved(PortId(1))), (1, 1));
+        fdb.set(station(2), PortId(1), true, 0);
+        assert_eq!(learn(2, 2, Learned::Elsewhere), (0, 0));
+        let [home, away] = [1, 2].map(PortId);
+        assert_eq!(grown(Learned::Moved(home), &|| fdb.displace(station(2), home, away)), (2, 1));
+        assert_eq!(grown(Learned::Moved(away), &|| fdb.set(station(2), home, true, 0)), (1, 1));
+        // It became a configured one elsewhere while a worker was about to add it.
+        assert_eq!(grown(Learned::Elsewhere, &|| fdb.insert(station(2), away, false)), (0, 0));
+        fdb.forget(station(2));
+        assert_eq!(fdb.changes(), fdb.moves() + 4);
+        // The table is full: another one goes.
+        (3..5).for_each(|mac| assert_eq!(learn(mac, 1, Learned::Yes), (1, 0)));
+        assert_eq!((learn(5, 1, Learned::Yes), fdb.len()), ((2, 1), 4));
+        let moves = fdb.moves();
+        fdb.set_now(301);
+        assert_eq!((fdb.age(), fdb.moves()), (4, moves + 4));
     }
 
     proptest! {

@@ -63,7 +63,8 @@ struct Known {
 pub(super) struct Pairs {
     known: Box<[Known; PAIRS]>,
     generation: u32,
-    /// What the present generation rests on: the ports, the stations, and the second, as sources must stay fresh.
+    /// What the present generation rests on: the ports, the stations, and the second, as sources must stay fresh. Not on who
+    /// is new: both stations of a pair were in the table, which has each of them once, until one is moved or removed.
     basis: (u64, u64, u32),
 }
 
@@ -79,18 +80,18 @@ impl Default for Pairs {
 }
 
 impl Pairs {
-    /// A burst begins: forgets all if anything has changed since the last one.
+    /// A burst begins: forgets all if what it rests on has changed since the last one.
     #[inline]
     pub(super) fn refresh(&mut self, snapshot: &Snapshot, fdb: &Fdb) {
-        let basis = (snapshot.epoch, fdb.changes(), fdb.now());
+        let basis = (snapshot.epoch, fdb.moves(), fdb.now());
         if basis != self.basis {
             self.forget(basis);
         }
     }
 
-    /// Whether a station came, moved or went since the burst began.
+    /// Whether a station moved or went since the burst began: what was known in it may be elsewhere now.
     pub(super) fn is_outdated(&self, fdb: &Fdb) -> bool {
-        fdb.changes() != self.basis.1
+        fdb.moves() != self.basis.1
     }
 
     #[cold]
@@ -176,8 +177,13 @@ mod tests {
         pairs.refresh(&snapshot(1), &fdb);
         assert_eq!(get(&pairs), None);
         let station = Station { mac: 1, vid: 0, network: 0 };
-        let changes: [&dyn Fn(); 4] = [
-            &|| assert_eq!(fdb.learn(station, PortId(1)), Learned::Yes),
+        // Who is new is not in any pair yet.
+        put(&mut pairs);
+        assert_eq!(fdb.learn(station, PortId(1)), Learned::Yes);
+        assert!(!pairs.is_outdated(&fdb));
+        pairs.refresh(&snapshot(1), &fdb);
+        assert_eq!(get(&pairs), Some(path(3)));
+        let changes: [&dyn Fn(); 3] = [
             &|| assert_eq!(fdb.learn(station, PortId(2)), Learned::Moved(PortId(1))),
             &|| fdb.forget(station),
             &|| fdb.set_now(7),
