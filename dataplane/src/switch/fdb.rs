@@ -110,17 +110,24 @@ pub enum Learned {
 #[derive(Debug)]
 pub struct Fdb {
     buckets: Box<[Bucket]>,
-    change: SpinLock<()>,
     per_port: Box<[AtomicU32]>,
-    count: AtomicUsize,
-    additions: AtomicU64,
+    ledger: Ledger,
     /// Counts entries that were moved or removed.
     moves: AtomicU64,
     now: AtomicU32,
+    config: FdbConfig,
+}
+
+/// What is written for each station that is new: apart from what workers read for each burst.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Ledger {
+    change: SpinLock<()>,
+    count: AtomicUsize,
+    additions: AtomicU64,
     /// No entry is too old before this second. Looking through a table of megabytes takes milliseconds, in which it displaces
     /// what others have in their caches.
     due: AtomicU64,
-    config: FdbConfig,
 }
 
 impl Fdb {
@@ -130,25 +137,22 @@ impl Fdb {
         let buckets = (config.entries.max(WAYS) * 2 / WAYS).next_power_of_two();
         Self {
             buckets: (0..buckets).map(|_| Bucket::default()).collect(),
-            change: SpinLock::default(),
             per_port: (0..MAX_PORTS).map(|_| AtomicU32::new(0)).collect(),
-            count: AtomicUsize::new(0),
-            additions: AtomicU64::new(0),
+            ledger: Ledger::default(),
             moves: AtomicU64::new(0),
             now: AtomicU32::new(0),
-            due: AtomicU64::new(0),
             config,
         }
     }
 
     /// Number of entries.
     pub fn len(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
+        self.ledger.count.load(Ordering::Relaxed)
     }
 
     /// Entries added, moved or removed so far.
     pub fn changes(&self) -> u64 {
-        self.additions.load(Ordering::Acquire) + self.moves()
+        self.ledger.additions.load(Ordering::Acquire) + self.moves()
     }
 
     /// Entries moved or removed so far. While there are no more, what was found in the table holds.
@@ -227,7 +231,7 @@ impl Fdb {
     /// Adds or moves an entry, unless somebody else is at the table: the station will be heard again.
     #[cold]
     pub fn insert(&self, station: Station, port: PortId, is_static: bool) -> Learned {
-        let Some(_change) = self.change.try_lock() else { return Learned::No };
+        let Some(_change) = self.ledger.change.try_lock() else { return Learned::No };
         self.put(station, port, is_static, 0)
     }
 
@@ -235,7 +239,7 @@ impl Fdb {
     /// not there any more, or somebody else is at the table.
     #[cold]
     pub fn displace(&self, station: Station, home: PortId, port: PortId) -> Learned {
-        let Some(_change) = self.change.try_lock() else { return Learned::No };
+        let Some(_change) = self.ledger.change.try_lock() else { return Learned::No };
         match self.find(station) {
             Some((bucket, way, place)) if place.port() == home && self.admit(port, false) => self.remove(bucket, way),
             _ => return Learned::No,
@@ -248,7 +252,7 @@ impl Fdb {
 
     /// Adds or moves an entry of a station that was last heard some seconds ago. Not for workers: it waits for its turn.
     pub fn set(&self, station: Station, port: PortId, is_static: bool, age: u64) -> Learned {
-        let _change = self.change.lock();
+        let _change = self.ledger.change.lock();
         self.put(station, port, is_static, age)
     }
 
@@ -258,7 +262,7 @@ impl Fdb {
         let learned = self.place(station, port, Place::new(port, station.network, second as u32, is_static));
         // After the entry itself: `age`, which sets this before it looks, misses one of the two at most.
         if !is_static {
-            self.due.fetch_min(second + self.config.age_seconds, Ordering::AcqRel);
+            self.ledger.due.fetch_min(second + self.config.age_seconds, Ordering::AcqRel);
         }
         learned
     }
@@ -287,8 +291,8 @@ impl Fdb {
         bucket.places[way].store(fresh.0, Ordering::Release);
         bucket.keys[way].store(station.key(), Ordering::Release);
         self.owned(port).fetch_add(1, Ordering::Relaxed);
-        self.count.fetch_add(1, Ordering::Relaxed);
-        count_after(&self.additions);
+        self.ledger.count.fetch_add(1, Ordering::Relaxed);
+        count_after(&self.ledger.additions);
         Learned::Yes
     }
 
@@ -321,12 +325,12 @@ impl Fdb {
         bucket.keys[way].store(0, Ordering::Release);
         count_after(&self.moves);
         self.owned(port).fetch_sub(1, Ordering::Relaxed);
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.ledger.count.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Removes one entry, if it is known. For the control side, as [`Fdb::retain`].
     pub fn forget(&self, station: Station) {
-        let _change = self.change.lock();
+        let _change = self.ledger.change.lock();
         if let Some((bucket, way, _)) = self.find(station) {
             self.remove(bucket, way);
         }
@@ -337,23 +341,32 @@ impl Fdb {
         if self.owned(port).load(Ordering::Acquire) == 0 {
             return 0;
         }
-        self.retain(|entry| entry.port == port && unwanted(entry))
+        let is_gone = || self.owned(port).load(Ordering::Relaxed) == 0;
+        self.retain_until(is_gone, |entry| entry.port == port && unwanted(entry))
     }
 
     /// Removes the entries for which `unwanted` holds; returns how many. Called by the control side only: workers
     /// never wait for it, they put off learning meanwhile.
-    pub fn retain(&self, unwanted: impl Fn(&Entry) -> bool) -> usize {
+    pub fn retain(&self, unwanted: impl FnMut(&Entry) -> bool) -> usize {
+        self.retain_until(|| false, unwanted)
+    }
+
+    /// The same, until nothing can be left to remove. An entry of which nothing is to be seen yet came after the call.
+    fn retain_until(&self, is_done: impl Fn() -> bool, mut unwanted: impl FnMut(&Entry) -> bool) -> usize {
         let mut removed = 0;
         for bucket in &self.buckets {
-            if bucket.keys.iter().all(|key| key.load(Ordering::Relaxed) == 0) {
+            let mut is_unwanted = |way: &usize| self.entry(bucket, *way).is_some_and(|entry| unwanted(&entry));
+            // Most buckets have none, and workers want the lock.
+            if !(0..WAYS).any(|way| is_unwanted(&way)) {
                 continue;
             }
-            let _change = self.change.lock();
-            for way in 0..WAYS {
-                if self.entry(bucket, way).is_some_and(|entry| unwanted(&entry)) {
-                    self.remove(bucket, way);
-                    removed += 1;
-                }
+            let _change = self.ledger.change.lock();
+            for way in (0..WAYS).filter(is_unwanted) {
+                self.remove(bucket, way);
+                removed += 1;
+            }
+            if is_done() {
+                break;
             }
         }
         removed
@@ -362,18 +375,21 @@ impl Fdb {
     /// Removes learned entries that were not heard for the configured time. Returns how many.
     pub fn age(&self) -> usize {
         let now = u64::from(self.now());
-        if now < self.due.load(Ordering::Acquire) {
+        if now < self.ledger.due.load(Ordering::Acquire) {
             return 0;
         }
         // Of what comes while we look, we may see nothing; a worker may still have the time of a second ago.
-        self.due.swap(now.saturating_sub(1) + self.config.age_seconds, Ordering::AcqRel);
-        self.retain(|entry| {
+        self.ledger.due.swap(now.saturating_sub(1) + self.config.age_seconds, Ordering::AcqRel);
+        let mut due = u64::MAX;
+        let removed = self.retain(|entry| {
             let is_old = entry.age >= self.config.age_seconds;
             if !is_old && !entry.is_static {
-                self.due.fetch_min(now + self.config.age_seconds - entry.age, Ordering::AcqRel);
+                due = due.min(now + self.config.age_seconds - entry.age);
             }
             is_old && !entry.is_static
-        })
+        });
+        self.ledger.due.fetch_min(due, Ordering::AcqRel);
+        removed
     }
 
     /// All entries, in no order.
@@ -383,9 +399,10 @@ impl Fdb {
     }
 
     fn entry(&self, bucket: &Bucket, way: usize) -> Option<Entry> {
-        let key = bucket.keys[way].load(Ordering::Acquire);
+        let key = Some(bucket.keys[way].load(Ordering::Acquire)).filter(|key| *key != 0)?;
         let place = Place(bucket.places[way].load(Ordering::Acquire));
-        if key == 0 || bucket.keys[way].load(Ordering::Relaxed) != key {
+        // Another station may have been put here between the two loads.
+        if bucket.keys[way].load(Ordering::Relaxed) != key {
             return None;
         }
         let now = u64::from(self.now.load(Ordering::Relaxed)) & SECONDS;
@@ -463,7 +480,7 @@ mod tests {
     #[test]
     fn what_is_set_waits_for_its_turn() {
         let fdb = fdb(64, 64);
-        let change = fdb.change.lock();
+        let change = fdb.ledger.change.lock();
         assert_eq!(fdb.insert(station(1), PortId(1), false), Learned::No);
         std::thread::scope(|scope| {
             let set = scope.spawn(|| fdb.set(station(1), PortId(1), true, 0));
@@ -473,6 +490,40 @@ mod tests {
             assert_eq!(set.join().unwrap(), Learned::Yes);
         });
         assert!(fdb.is_static(station(1)));
+    }
+
+    #[test]
+    fn a_look_without_a_find_takes_no_lock() {
+        let fdb = fdb(64, 64);
+        (0..10).for_each(|mac| assert_eq!(fdb.learn(station(mac), PortId(1)), Learned::Yes));
+        let _change = fdb.ledger.change.lock();
+        assert_eq!((fdb.retain(|entry| entry.port == PortId(2)), fdb.age()), (0, 0));
+    }
+
+    /// However it meets with workers, aging comes back in time for each entry, and what is counted adds up.
+    #[test]
+    fn ages_while_others_learn() {
+        let fdb = &fdb(16_384, 16_384);
+        let learn = move |port| {
+            for step in 0..20_000 {
+                fdb.insert(station(step * 7 % 10_000), PortId(port), false);
+            }
+        };
+        std::thread::scope(|scope| {
+            let workers = [1, 2].map(|port| scope.spawn(move || learn(port)));
+            while !workers.iter().all(|worker| worker.is_finished()) {
+                fdb.set_now(fdb.now() + 7);
+                fdb.age();
+                fdb.retain_of(PortId(2), |entry| entry.station.mac % 5 == 0);
+            }
+        });
+        for _ in 0..43 {
+            fdb.set_now(fdb.now() + 7);
+            fdb.age();
+            assert!(fdb.entries().iter().all(|entry| entry.age < 300));
+        }
+        let owned: u32 = fdb.per_port.iter().map(|owned| owned.load(Ordering::Relaxed)).sum();
+        assert_eq!((fdb.entries(), fdb.len(), owned), (vec![], 0, 0));
     }
 
     #[test]
