@@ -1,5 +1,6 @@
 //! Counters of a port. Workers write, the control side reads.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::capture::CapturePoint;
@@ -9,6 +10,9 @@ use crate::limits::MAX_QUEUE_PAIRS;
 use crate::mem::OnLoss;
 use crate::switch::DropReason;
 use crate::virtq::Fault;
+
+/// Queue pairs that every port has counters for. Hardly one has more, and whoever reads counters reads all that there are.
+const FEW: usize = 8;
 
 /// Frames and bytes of one direction of one queue, kept by whoever holds the queue.
 #[derive(Debug, Default)]
@@ -76,11 +80,26 @@ impl QueueCounters {
     }
 }
 
+/// Counters of some queue pairs.
+#[derive(Debug)]
+struct Queues {
+    rx: Box<[QueueCounters]>,
+    tx: Box<[QueueCounters]>,
+}
+
+impl Queues {
+    fn new(pairs: usize) -> Self {
+        let counters = || (0..pairs).map(|_| QueueCounters::default()).collect();
+        Self { rx: counters(), tx: counters() }
+    }
+}
+
 /// All counters of a port. They outlive its links.
 #[derive(Debug)]
 pub struct PortStats {
-    rx: Box<[QueueCounters]>,
-    tx: Box<[QueueCounters]>,
+    few: Queues,
+    /// Of all other pairs, once there is such a one.
+    more: OnceLock<Queues>,
     drops: Apart<[AtomicU64; DropReason::COUNT]>,
     /// Frames that the switch has made of others or by itself, and those it has put into others.
     changes: Apart<[AtomicU64; 2]>,
@@ -98,10 +117,9 @@ pub struct PortStats {
 
 impl Default for PortStats {
     fn default() -> Self {
-        let counters = || (0..MAX_QUEUE_PAIRS).map(|_| QueueCounters::default()).collect();
         Self {
-            rx: counters(),
-            tx: counters(),
+            few: Queues::new(FEW),
+            more: OnceLock::new(),
             drops: Apart(std::array::from_fn(|_| AtomicU64::new(0))),
             changes: Apart(Default::default()),
             connects: AtomicU64::new(0),
@@ -117,14 +135,14 @@ impl Default for PortStats {
 impl PortStats {
     /// All counts, to be continued by another process.
     pub fn export(&self) -> StatsRecord {
-        let used = |counters: &[QueueCounters]| {
-            let read = counters.iter().map(QueueCounters::read).enumerate();
+        let used = |of: fn(&Self, usize) -> &QueueCounters| {
+            let read = (0..self.pairs()).map(|pair| (pair, of(self, pair).read()));
             read.filter(|(_, counts)| *counts != (0, 0, 0)).map(|(pair, (a, b, c))| (pair, a, b, c)).collect()
         };
         let drops = DropReason::ALL.iter().map(|&reason| (reason.name().to_owned(), self.drops(reason)));
         StatsRecord {
-            rx: used(&self.rx),
-            tx: used(&self.tx),
+            rx: used(Self::rx),
+            tx: used(Self::tx),
             drops: drops.filter(|(_, count)| *count > 0).collect(),
             made: self.made(),
             merged: self.merged(),
@@ -136,12 +154,12 @@ impl PortStats {
 
     /// Continues the counts of another process. Before workers count.
     pub fn restore(&self, record: &StatsRecord) {
-        for (counters, counts) in [(&self.rx, &record.rx), (&self.tx, &record.tx)] {
-            for &(pair, frames, bytes, notifications) in counts {
-                if let Some(counters) = counters.get(pair) {
-                    counters.restore(frames, bytes, notifications);
-                }
-            }
+        let known = |counts: &&(usize, u64, u64, u64)| counts.0 < MAX_QUEUE_PAIRS;
+        for &(pair, frames, bytes, notifications) in record.rx.iter().filter(known) {
+            self.rx(pair).restore(frames, bytes, notifications);
+        }
+        for &(pair, frames, bytes, notifications) in record.tx.iter().filter(known) {
+            self.tx(pair).restore(frames, bytes, notifications);
         }
         for reason in DropReason::ALL {
             let count = record.drops.get(reason.name()).copied().unwrap_or(0);
@@ -157,13 +175,38 @@ impl PortStats {
     }
 
     /// Receive counters of a queue pair. Pairs beyond the limit share the last place.
+    #[inline]
     pub fn rx(&self, pair: usize) -> &QueueCounters {
-        &self.rx[pair.min(MAX_QUEUE_PAIRS - 1)]
+        let (queues, place) = self.queues(pair);
+        &queues.rx[place]
     }
 
     /// Transmit counters of a queue pair. Pairs beyond the limit share the last place.
+    #[inline]
     pub fn tx(&self, pair: usize) -> &QueueCounters {
-        &self.tx[pair.min(MAX_QUEUE_PAIRS - 1)]
+        let (queues, place) = self.queues(pair);
+        &queues.tx[place]
+    }
+
+    /// Where the counters of a queue pair are.
+    #[inline]
+    fn queues(&self, pair: usize) -> (&Queues, usize) {
+        if pair < FEW { (&self.few, pair) } else { (self.more(), pair.min(MAX_QUEUE_PAIRS - 1) - FEW) }
+    }
+
+    #[inline]
+    fn more(&self) -> &Queues {
+        self.more.get_or_init(|| Queues::new(MAX_QUEUE_PAIRS - FEW))
+    }
+
+    /// Makes room for the counts of a queue pair: for who makes its queues, since workers allocate nothing.
+    pub fn make_room(&self, pair: usize) {
+        self.queues(pair);
+    }
+
+    /// Queue pairs that there is room for: no other has counted anything.
+    pub fn pairs(&self) -> usize {
+        if self.more.get().is_some() { MAX_QUEUE_PAIRS } else { FEW }
     }
 
     /// Counts frames dropped.
@@ -211,8 +254,8 @@ impl PortStats {
 
     /// Frames received and sent, over all queues.
     pub fn frames(&self) -> (u64, u64) {
-        let sum = |counters: &[QueueCounters]| counters.iter().map(|queue| queue.read().0).sum();
-        (sum(&self.rx), sum(&self.tx))
+        let pairs = || 0..self.pairs();
+        (pairs().map(|pair| self.rx(pair).read().0).sum(), pairs().map(|pair| self.tx(pair).read().0).sum())
     }
 
     /// Records a fault, unless there is one: what follows from it is not worth telling. The port serves no frame until
@@ -259,6 +302,31 @@ impl OnLoss for PortStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Another process goes on with all counts, wherever they are, and has no more room than it needs.
+    #[test]
+    fn counts_of_all_pairs_go_on() {
+        for (pairs, room) in [(&[0, FEW - 1][..], FEW), (&[1, FEW, MAX_QUEUE_PAIRS - 1], MAX_QUEUE_PAIRS)] {
+            let stats = PortStats::default();
+            stats.make_room(FEW - 1);
+            assert_eq!(stats.pairs(), FEW);
+            pairs.iter().for_each(|&pair| stats.rx(pair).add(1 + pair as u64, 60));
+            pairs.iter().for_each(|&pair| stats.tx(pair).add(2 + pair as u64, 60));
+            let frames: u64 = pairs.iter().map(|&pair| 1 + pair as u64).sum();
+            assert_eq!(stats.frames(), (frames, frames + pairs.len() as u64));
+            let (heir, mut record) = (PortStats::default(), stats.export());
+            assert_eq!(record.rx.iter().map(|counts| counts.0).collect::<Vec<_>>(), pairs);
+            record.rx.push((MAX_QUEUE_PAIRS, 1, 1, 1));
+            heir.restore(&record);
+            assert_eq!((heir.pairs(), heir.frames()), (room, stats.frames()));
+            assert!(pairs.iter().all(|&pair| heir.rx(pair).read() == stats.rx(pair).read()));
+        }
+        let stats = PortStats::default();
+        stats.make_room(FEW);
+        assert_eq!((stats.pairs(), stats.frames()), (MAX_QUEUE_PAIRS, (0, 0)));
+        stats.rx(usize::MAX).add(1, 60);
+        assert_eq!(stats.rx(MAX_QUEUE_PAIRS - 1).read().0, 1);
+    }
 
     #[test]
     fn shared_counters_lose_nothing() {

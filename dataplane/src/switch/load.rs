@@ -346,7 +346,7 @@ impl Switch {
             }
         };
         let port = |entry: &Entry| {
-            let queues = (0..crate::limits::MAX_QUEUE_PAIRS).map(|pair| entry.stats.rx(pair));
+            let queues = (0..entry.stats.pairs()).map(|pair| entry.stats.rx(pair));
             let (cycles, frames) = queues.fold((0, 0), |sum, rx| (sum.0 + rx.cost().0, sum.1 + rx.cost().1));
             PortCycles { name: entry.config.name.clone(), frames, cycles }
         };

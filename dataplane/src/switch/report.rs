@@ -187,7 +187,7 @@ impl Switch {
                 rx_cycles: entry.stats.rx(index).cost().0,
             })
         };
-        (0..crate::limits::MAX_QUEUE_PAIRS).filter_map(describe).collect()
+        (0..entry.stats.pairs()).filter_map(describe).collect()
     }
 
     /// The forwarding table, sorted by network, VLAN and address.

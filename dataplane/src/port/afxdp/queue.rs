@@ -172,6 +172,7 @@ impl Queues {
             let (umem, [rx_frames, tx_frames]) = Umem::new([RING, RING])?;
             let (socket, rings) = Socket::open(&umem, shared.busy_poll, shared.tx_checksum)?;
             let (pair, shared, stats) = (queue as usize, shared.clone(), stats.clone());
+            stats.make_room(pair);
             let (unsent, refused, missed) = (Unsent::default(), AtomicU64::new(0), AtomicU64::new(0));
             let both = Arc::new(Queue { pair, socket, umem, shared, stats, unsent, refused, missed });
             let receiver = Receiver::new(both.clone(), rings.fill, rings.rx, rx_frames)?;

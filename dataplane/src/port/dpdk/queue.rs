@@ -29,6 +29,7 @@ pub(super) struct Receiver {
 
 impl Receiver {
     pub(super) fn new(queue: u16, device: Arc<Device>, stats: Arc<PortStats>) -> Self {
+        stats.make_room(queue.into());
         Self { queue, held: SpinLock::new(Batch::default()), device, stats }
     }
 }
@@ -93,6 +94,7 @@ struct Outgoing {
 
 impl Transmitter {
     pub(super) fn new(queue: u16, device: Arc<Device>, stats: Arc<PortStats>) -> Self {
+        stats.make_room(queue.into());
         Self { queue, state: SpinLock::new(Outgoing::default()), device, stats }
     }
 

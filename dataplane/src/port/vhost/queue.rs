@@ -93,6 +93,7 @@ type Gathered = (Chain, Result<usize, DropReason>);
 impl<R: Ring> GuestTx<R> {
     fn new(setup: QueueSetup, ring: Arc<R>) -> Self {
         ring.silence();
+        setup.stats.make_room(setup.pair);
         Self { header_len: setup.header_len(), ring, setup }
     }
 
@@ -216,6 +217,7 @@ pub type Filled = Vec<(Chain, u32)>;
 
 impl<R: Ring> GuestRx<R> {
     fn new(setup: QueueSetup, ring: Arc<R>) -> Self {
+        setup.stats.make_room(setup.pair);
         let csum = setup.has(net::VIRTIO_NET_F_GUEST_CSUM);
         // 5.1.3.1: the others depend on it.
         let with_csum = |bit| csum && setup.has(bit);
