@@ -95,7 +95,7 @@ fn networks_are_vlans_of_what_carries_them_in_whatever_order_ports_come() {
 fn a_link_that_changes_stays_where_its_port_belongs() {
     let switch = switch(&[&port("b", "network=blue"), CARRIER]);
     let stats = lock(&switch.inner.tables).ports["b"].stats.clone();
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: id(&switch, "b"), stats };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), id(&switch, "b"), stats);
     publisher.publish(Link::down(PortState::Down, None));
     assert_eq!(place(&switch, "b"), ("=up".into(), VlanPolicy::Access(100)));
     switch.stop();
@@ -182,7 +182,7 @@ fn what_is_kept_for_a_guest_does_not_follow_it_into_another_domain() {
     let switch = switch(&[&port("b", "network=blue")]);
     let stats = lock(&switch.inner.tables).ports["b"].stats.clone();
     let (id, inner) = (id(&switch, "b"), Arc::downgrade(&switch.inner));
-    let publisher = PortPublisher { inner, id, stats: stats.clone() };
+    let publisher = PortPublisher::new(inner, id, stats.clone());
     let hold = Arc::new(Hold::new(stats.clone()));
     publisher.publish(Link { hold: Some(hold.clone()), ..Link::down(PortState::Up, None) });
     let mut guest = TestGuest::new(8, VERSION_1);

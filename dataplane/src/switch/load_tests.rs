@@ -153,7 +153,7 @@ impl Bench {
 fn publish(switch: &Switch, spec: &str, link: Link) -> PortPublisher {
     let config: PortConfig = spec.parse().unwrap();
     let (id, stats) = switch.inner.reserve(&config).unwrap();
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), id, stats);
     publisher.publish(link);
     publisher
 }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use super::snapshot::{Announcement, Plan, PortView, Served, Snapshot};
@@ -112,7 +112,7 @@ impl Inner {
 
     /// The way to the workers of a port's driver, which is connecting.
     pub(super) fn publisher(self: &Arc<Self>, id: PortId, stats: &Arc<PortStats>) -> Arc<PortPublisher> {
-        let publisher = Arc::new(PortPublisher { inner: Arc::downgrade(self), id, stats: stats.clone() });
+        let publisher = Arc::new(PortPublisher::new(Arc::downgrade(self), id, stats.clone()));
         publisher.publish(Link::down(PortState::Connecting, None));
         publisher
     }
@@ -126,14 +126,46 @@ fn is_blind(tables: &Tables) -> bool {
 /// A port's way to the workers.
 #[derive(Debug)]
 pub(super) struct PortPublisher {
-    pub(super) inner: Weak<Inner>,
-    pub(super) id: PortId,
-    pub(super) stats: Arc<PortStats>,
+    inner: Weak<Inner>,
+    id: PortId,
+    stats: Arc<PortStats>,
+    pace: Pace,
+}
+
+impl PortPublisher {
+    pub(super) fn new(inner: Weak<Inner>, id: PortId, stats: Arc<PortStats>) -> Self {
+        Self { inner, id, stats, pace: Pace::default() }
+    }
+}
+
+/// How often a port may disturb the workers. A frontend can have its port change something with each of its messages, and each
+/// change has all workers look up.
+#[derive(Debug, Default)]
+struct Pace(Mutex<Option<Instant>>);
+
+impl Pace {
+    /// Time for each change in the long run.
+    const EACH: Duration = Duration::from_millis(2);
+    /// Changes at once: more than a guest makes that starts with 256 queue pairs.
+    const BURST: u32 = 4000;
+
+    /// Has those who change too much wait, before they have anything locked.
+    fn keep(&self) {
+        std::thread::sleep(self.wait(Instant::now()));
+    }
+
+    fn wait(&self, now: Instant) -> Duration {
+        let mut next = lock(&self.0);
+        let due = next.unwrap_or(now).max(now) + Self::EACH;
+        *next = Some(due);
+        (due - now).saturating_sub(Self::EACH * Self::BURST)
+    }
 }
 
 impl Publisher for PortPublisher {
     fn publish(&self, mut link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
+        self.pace.keep();
         let mut tables = lock(&inner.tables);
         departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
         let of_port = |entry: &&Entry| entry.id == self.id;
@@ -185,6 +217,7 @@ impl Publisher for PortPublisher {
 
     fn announce(&self, mac: [u8; 6]) {
         if let Some(inner) = self.inner.upgrade() {
+            self.pace.keep();
             let mut tables = lock(&inner.tables);
             tables.announcement = Some(Announcement { port: self.id, mac });
             inner.publish(&mut tables);
@@ -205,5 +238,20 @@ impl Publisher for PortPublisher {
         let tables = lock(&inner.tables);
         let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
         Some((journal, entry.config.name.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_changes_too_much_waits() {
+        let (pace, now) = (Pace::default(), Instant::now());
+        assert!((0..Pace::BURST).all(|_| pace.wait(now).is_zero()));
+        assert_eq!([pace.wait(now), pace.wait(now)], [Pace::EACH, 2 * Pace::EACH]);
+        let later = now + Pace::EACH * (Pace::BURST + 2);
+        assert!((0..Pace::BURST).all(|_| pace.wait(later).is_zero()));
+        assert_eq!(pace.wait(later), Pace::EACH);
     }
 }

@@ -332,7 +332,7 @@ fn what_is_held_outlives_the_frontend_for_a_while() {
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
     let inner = &switch.inner;
-    let publisher = PortPublisher { inner: Arc::downgrade(inner), id: PortId(0), stats: Arc::default() };
+    let publisher = PortPublisher::new(Arc::downgrade(inner), PortId(0), Arc::default());
     let held = || lock(&inner.tables).slots[0].view().unwrap().link.hold.clone();
     let station = Station { mac: mac(0), vid: 0, network: 0 };
     inner.fdb.learn(station, PortId(0));
@@ -386,7 +386,7 @@ pub(super) fn come_up(switch: &Switch, name: &str, hold: Option<Arc<Hold>>) {
     }
     let guest = TestGuest::new(8, VERSION_1);
     let tx = vec![guest_rx(guest.setup(), &guest.ring())];
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id, stats };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), id, stats);
     publisher.publish(Link { tx, hold, ..Link::down(PortState::Up, None) });
 }
 
@@ -421,7 +421,7 @@ fn a_configured_address_is_elsewhere_while_its_port_cannot_receive() {
     assert_eq!(entry(), [("up".to_owned(), false)]);
     come_up(&switch, "vm", None);
     assert_eq!(entry(), [("vm".to_owned(), true)]);
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(1), stats: Arc::default() };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(1), Arc::default());
     publisher.publish(Link::down(PortState::Down, None));
     assert_eq!(entry(), []);
     switch.stop();
@@ -477,7 +477,7 @@ fn adding_a_port_takes_no_address_from_another() {
     come_up(&switch, "b", None);
     assert_eq!(place(), Some(PortId(0)));
     // Who goes leaves it to the other, and does not get it back before it is heard.
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(0), stats: Arc::default() };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(0), Arc::default());
     publisher.publish(Link::down(PortState::Down, Some("gone".into())));
     let station = Station { mac: mac(0), vid: 0, network: 0 };
     assert_eq!((place(), switch.inner.fdb.is_static(station)), (Some(PortId(1)), true));
@@ -750,7 +750,7 @@ fn limits_are_those_of_the_configuration_and_outlive_links() {
     let policers = || lock(&switch.inner.tables).slots[0].view().unwrap().policers.clone();
     let before = policers();
     assert!(before.rx.is_some() && before.tx.is_none());
-    let publisher = PortPublisher { inner: Arc::downgrade(&switch.inner), id: PortId(0), stats: Arc::default() };
+    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(0), Arc::default());
     publisher.publish(Link::down(PortState::Down, None));
     assert!(Arc::ptr_eq(&before.rx.unwrap(), &policers().rx.unwrap()));
     switch.stop();
