@@ -56,7 +56,7 @@ pub const MAX_NETWORKS: usize = 1024;
 pub const MAX_WORKERS: usize = 64;
 
 /// Rings of all ports whose positions are kept over a crash.
-pub const MAX_JOURNAL: usize = 2048;
+pub const MAX_JOURNAL: usize = 16_384;
 
 /// Longest path of a unix socket, in bytes (`sun_path` less its terminator).
 pub const MAX_SOCKET_PATH: usize = 107;

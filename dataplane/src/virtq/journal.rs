@@ -11,6 +11,7 @@
 //!
 //! A process that is killed has made its stores in order; a page cache keeps them.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
@@ -48,11 +49,21 @@ struct Record {
 #[derive(Debug)]
 pub struct Journal {
     records: NonNull<Record>,
-    /// Records that a ring of this process has.
-    taken: Mutex<Vec<bool>>,
+    index: Mutex<Index>,
     /// If the file cannot hold a page after all, what is in it is out of date, and no worse comes of that.
     guard: Option<Guard>,
     _file: File,
+}
+
+/// Where records are.
+#[derive(Debug)]
+struct Index {
+    /// Records that a ring of this process has.
+    taken: Vec<bool>,
+    /// Places by the key that is stored there.
+    known: HashMap<u64, usize>,
+    /// Places that nobody has ever used.
+    unused: Vec<usize>,
 }
 
 // SAFETY: records consist of atomics; the mapping lives as long as the journal.
@@ -96,7 +107,22 @@ impl Journal {
         }
         let records = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let guard = Some(Guard::new(base.cast(), Self::LEN));
-        Ok(Arc::new(Self { records, taken: Mutex::new(vec![false; MAX_JOURNAL]), guard, _file: file }))
+        let index = Index { taken: vec![false; MAX_JOURNAL], known: HashMap::new(), unused: Vec::new() };
+        let journal = Self { records, index: Mutex::new(index), guard, _file: file };
+        {
+            let mut index = journal.index();
+            for place in (0..MAX_JOURNAL).rev() {
+                match journal.record(place).key.load(Ordering::Relaxed) {
+                    0 => index.unused.push(place),
+                    key => drop(index.known.insert(key, place)),
+                }
+            }
+        }
+        Ok(Arc::new(journal))
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn record(&self, place: usize) -> &Record {
@@ -107,28 +133,30 @@ impl Journal {
 
     /// Whether all records are in use.
     pub fn is_full(&self) -> bool {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).iter().all(|taken| *taken)
+        self.index().taken.iter().all(|taken| *taken)
     }
 
     /// The record of a ring, which is that of the ring of the same name before it. `None` if that is still in use, or all
     /// are.
     pub fn entry(self: &Arc<Self>, port: &str, ring: usize, identity: u64) -> Option<Arc<Entry>> {
         let key = hash([port.as_bytes(), &ring.to_le_bytes(), &LAYOUT.to_le_bytes()]) | 1;
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        // Two records of one ring would contradict each other.
-        if (0..MAX_JOURNAL).any(|place| taken[place] && self.record(place).key.load(Ordering::Relaxed) == key) {
-            return None;
-        }
-        let find = |wanted: &dyn Fn(u64) -> bool| {
-            (0..MAX_JOURNAL).find(|&place| !taken[place] && wanted(self.record(place).key.load(Ordering::Relaxed)))
+        let index = &mut *self.index();
+        let place = match index.known.get(&key) {
+            // Two records of one ring would contradict each other.
+            Some(&place) if index.taken[place] => return None,
+            Some(&place) => place,
+            // The last is that of a port which is no more.
+            None => index.unused.pop().or_else(|| index.taken.iter().position(|taken| !taken))?,
         };
-        // The last is that of a port which is no more.
-        let place =
-            find(&|stored| stored == key).or_else(|| find(&|stored| stored == 0)).or_else(|| find(&|_| true))?;
-        taken[place] = true;
+        index.taken[place] = true;
         let record = self.record(place);
-        if record.key.swap(key, Ordering::Relaxed) != key {
+        let before = record.key.swap(key, Ordering::Relaxed);
+        if before != key {
             record.batch.store(0, Ordering::Relaxed);
+            if index.known.get(&before) == Some(&place) {
+                index.known.remove(&before);
+            }
+            index.known.insert(key, place);
         }
         Some(Arc::new(Entry { journal: self.clone(), place, identity }))
     }
@@ -216,12 +244,14 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.journal.taken.lock().unwrap_or_else(PoisonError::into_inner)[self.place] = false;
+        self.journal.index().taken[self.place] = false;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -259,6 +289,12 @@ mod tests {
         assert!(!journal.is_full());
         let late = journal.entry("late", 0, 1).unwrap();
         assert_eq!(late.last(), None);
+        // Who had it before has none any more, and each other one its own.
+        assert!(journal.entry("vm", MAX_JOURNAL - 1, 1).is_none());
+        let places: HashSet<_> = all.iter().map(|entry| entry.place).collect();
+        assert!(places.len() == MAX_JOURNAL - 1 && !places.contains(&late.place));
+        drop(late);
+        assert!(journal.entry("vm", 0, 1).is_none() && journal.entry("late", 0, 1).is_some());
     }
 
     #[test]
