@@ -1,9 +1,11 @@
-//! The keeper's side: one thread, which waits.
+//! The keeper's side: one thread, which waits, and one for each connection that is let go of.
 
 use std::io;
+use std::mem::{self, ManuallyDrop};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +16,8 @@ use crate::limits::MAX_PORTS;
 
 /// Switches that are connected at once: the old and the new one, and some that fail.
 const MAX_SWITCHES: usize = 8;
+/// Of a thread that closes.
+const STACK: usize = 32 << 10;
 
 /// Listens there. Removes a socket that nobody listens on any more.
 ///
@@ -73,6 +77,19 @@ struct Entry {
 impl Entry {
     fn is_current(&self) -> bool {
         self.fds.get(self.stamp).is_some_and(Stamp::is_current)
+    }
+}
+
+impl Drop for Entry {
+    /// Closes the descriptors in a thread of their own: who closes a stream closes what was sent along in unread messages,
+    /// too, and with a TCP socket among that it may wait for as long as the frontend likes.
+    fn drop(&mut self) {
+        let fds = ManuallyDrop::new(mem::take(&mut self.fds));
+        let close = move || drop(ManuallyDrop::into_inner(fds));
+        if thread::Builder::new().stack_size(STACK).spawn(close).is_err() {
+            // A process that ends closes everything, and waits for nothing.
+            std::process::exit(1);
+        }
     }
 }
 
@@ -149,8 +166,9 @@ impl Keeper {
             }
             Said::Keep { port, path, stamp, record } => {
                 self.entries.retain(|entry| entry.port != port);
+                let entry = Entry { port, path, record, version, fds, stamp, owner: Ok(id), given: true };
                 if self.entries.len() < MAX_PORTS {
-                    self.entries.push(Entry { port, path, record, version, fds, stamp, owner: Ok(id), given: true });
+                    self.entries.push(entry);
                 }
             }
             Said::Forget { port } => self.entries.retain(|entry| entry.port != port || entry.owner != Ok(id)),

@@ -1,8 +1,12 @@
+use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_linger;
 
 use super::{Answer, Keeper, LIMIT, Said, Stamp, bind, serve, socket};
 use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
@@ -180,4 +184,41 @@ fn it_ends_when_nobody_comes() {
     assert!(closes(&frontend, super::GRACE));
     bench.thread.join().unwrap().unwrap();
     assert!(start.elapsed() >= super::GRACE);
+}
+
+/// A TCP socket whose last `close` waits: it has data to send that nobody takes. And its other end.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    set_socket_linger(&ours, Some(Duration::from_secs(1000))).unwrap();
+    ours.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut &ours, &[0; 1 << 16]).is_ok() {}
+    (ours, theirs)
+}
+
+/// A frontend has sent such sockets in messages that nobody has read, and all connections end at once.
+#[test]
+fn closing_one_connection_does_not_hold_up_the_others() {
+    let bench = Bench::new(true);
+    let (old, ..) = bench.switch(1, true);
+    let frontends: Vec<_> = (0..3).map(|port| keep(&old, &format!("vm{port}"))).collect();
+    let mut others = Vec::new();
+    for (frontend, _) in &frontends {
+        let (socket, other) = lingering();
+        let mut fds = Fds::default();
+        fds.put(socket.as_fd()).unwrap();
+        wire::send(frontend, &"unread", &fds, LIMIT).unwrap();
+        others.push(other);
+    }
+    drop(old);
+    let mut byte = [0];
+    for (frontend, _) in &frontends {
+        frontend.set_read_timeout(Some(10 * LIMIT)).unwrap();
+        // It says, too, that something was not read.
+        let end = std::io::Read::read(&mut &*frontend, &mut byte).map_err(|error| error.kind());
+        assert!(matches!(end, Ok(0) | Err(ErrorKind::ConnectionReset)), "{end:?}");
+    }
+    let (_new, answer, _) = bench.switch(1, true);
+    assert!(answer.ports.is_empty());
 }
