@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde_json::value::to_raw_value;
+
 use super::{Answer, LIMIT, Said, Stamp, bind, socket};
 use crate::handover::{self, Fds, VhostRecord, WireError, wire};
 use crate::port::vhost::Parcel;
@@ -132,7 +134,7 @@ fn sort(answer: Answer, mut fds: Fds) -> Vec<Kept> {
     let mut all = Vec::new();
     for kept in answer.ports {
         let Some(fds) = fds.split_first(kept.fds as usize) else { break };
-        match serde_json::from_value(kept.record) {
+        match serde_json::from_str(kept.record.get()) {
             Ok(record) => all.push(Kept { port: kept.port, path: kept.path, record, fds }),
             Err(error) => tracing::warn!(port = kept.port, "what the keeper has is not understood: {error}"),
         }
@@ -178,7 +180,7 @@ impl Watch {
         self.current = true;
         let Ok(parcel) = parcel else { return };
         let stamp = parcel.record.device.as_ref().and_then(|device| device.stamp);
-        let (Some(stamp), Ok(record)) = (stamp, serde_json::to_value(&parcel.record)) else { return };
+        let (Some(stamp), Ok(record)) = (stamp, to_raw_value(&parcel.record)) else { return };
         let said = Said::Keep { port: self.port.clone(), path: self.path.clone(), stamp, record };
         if self.keeper.say(&said, &parcel.fds) {
             // If this fails it stays out of date, which costs no more than a connection.

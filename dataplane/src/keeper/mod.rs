@@ -30,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 /// For how long what nobody looks after is kept. Guests' links are up meanwhile, but nothing gets through.
 pub const GRACE: Duration = Duration::from_secs(5);
@@ -49,7 +50,7 @@ enum Said {
     /// [`Answer`].
     Hello { version: u32, alone: bool },
     /// What there is of a port, in place of what was said before. Descriptors go along; `stamp` is the place of one.
-    Keep { port: String, path: PathBuf, stamp: u32, record: serde_json::Value },
+    Keep { port: String, path: PathBuf, stamp: u32, record: Box<RawValue> },
     /// The port has no connection any more.
     Forget { port: String },
     /// Nothing is wanted but what this switch has given, and these.
@@ -71,7 +72,7 @@ struct KeptRecord {
     path: PathBuf,
     /// How many of the descriptors that go along are the port's, which follow those of the port before.
     fds: u32,
-    record: serde_json::Value,
+    record: Box<RawValue>,
 }
 
 #[cfg(test)]

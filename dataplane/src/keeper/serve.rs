@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::value::RawValue;
 
 use super::{Answer, GRACE, KeptRecord, LIMIT, Said, Stamp};
 use crate::handover::{Fds, WireError, wire};
@@ -64,7 +65,8 @@ pub fn serve(listener: &UnixListener, stop: BorrowedFd<'_>, stays: bool) -> io::
 struct Entry {
     port: String,
     path: PathBuf,
-    record: serde_json::Value,
+    /// As it came: taken apart it would be several times as large.
+    record: Box<RawValue>,
     version: u32,
     fds: Fds,
     stamp: u32,

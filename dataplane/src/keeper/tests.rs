@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_linger;
+use serde_json::value::to_raw_value;
 
 use super::{Answer, Keeper, LIMIT, Said, Stamp, bind, serve, socket};
 use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
@@ -46,7 +47,7 @@ fn keep(switch: &UnixStream, port: &str) -> (UnixStream, Arc<Stamp>) {
     let device = DeviceRecord { stream: fds.put(ours.as_fd()).unwrap(), ..DeviceRecord::default() };
     let stamp_place = fds.put(stamp.as_fd()).unwrap();
     let device = DeviceRecord { stamp: Some(stamp_place), ..device };
-    let record = serde_json::to_value(VhostRecord { device: Some(device), listener: None }).unwrap();
+    let record = to_raw_value(&VhostRecord { device: Some(device), listener: None }).unwrap();
     let said = Said::Keep { port: port.into(), path: "/s".into(), stamp: stamp_place, record };
     wire::send(switch, &said, &fds, LIMIT).unwrap();
     (theirs, stamp)
@@ -79,7 +80,7 @@ fn only_what_is_up_to_date_outlives_a_crash() {
     }
     let (new, answer, mut fds) = bench.switch(1, true);
     assert_eq!(names(&answer), ["good"]);
-    let record: VhostRecord = serde_json::from_value(answer.ports[0].record.clone()).unwrap();
+    let record: VhostRecord = serde_json::from_str(answer.ports[0].record.get()).unwrap();
     let stream = UnixStream::from(fds.take(record.device.unwrap().stream).unwrap());
     std::io::Write::write_all(&mut &stream, b"x").unwrap();
     std::io::Read::read_exact(&mut &good, &mut [0]).unwrap();
