@@ -18,6 +18,7 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 /// The service's name, which the API server checks.
 const NAME: &str = "sluice-webhook.sluice-system.svc";
@@ -50,8 +51,8 @@ impl Webhook {
         Self { child, _log: log, address }
     }
 
-    /// Sends a request, trusting `root` alone.
-    async fn call(&self, root: &CertificateDer<'static>, request: &[u8]) -> std::io::Result<(u16, Vec<u8>)> {
+    /// Sends something, trusting `root` alone.
+    async fn connect(&self, root: &CertificateDer<'static>, what: &[u8]) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(root.clone()).unwrap();
         let config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -62,7 +63,13 @@ impl Webhook {
         let stream = TcpStream::connect(self.address).await?;
         let mut stream =
             TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(NAME).unwrap(), stream).await?;
-        stream.write_all(request).await?;
+        stream.write_all(what).await?;
+        Ok(stream)
+    }
+
+    /// Sends a request, and has it answered.
+    async fn call(&self, root: &CertificateDer<'static>, request: &[u8]) -> std::io::Result<(u16, Vec<u8>)> {
+        let mut stream = self.connect(root, request).await?;
         let mut answer = Vec::new();
         // The server ends the connection without ceremony when it refuses a body.
         let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await?;
@@ -150,6 +157,54 @@ async fn clients_that_stay_keep_nobody_waiting() {
     }
     let answered = tokio::time::timeout(PATIENCE / 2, webhook.call(&root, HEALTH)).await;
     assert_eq!(answered.unwrap().unwrap().0, 200);
+}
+
+impl Webhook {
+    /// The most memory it has used, in MiB.
+    fn peak(&self) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() >> 10
+    }
+}
+
+/// Bodies that are many small things, or one large one; all at once, and below the pod's limit of 64 MiB.
+#[tokio::test]
+async fn large_bodies_do_not_fill_the_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = renew(dir.path());
+    let webhook = Webhook::start(dir.path());
+    let pod = |spec: &str| {
+        let object = format!(r#"{{"metadata":{{"labels":{{"kubevirt.io":"virt-launcher"}}}},"spec":{spec}}}"#);
+        format!(r#"{{"apiVersion":"admission.k8s.io/v1","request":{{"uid":"u","object":{object}}}}}"#).into_bytes()
+    };
+    let many = |thing: &str, size: usize| vec![thing; size / (thing.len() + 1)].join(",");
+    let size = 7 << 20;
+    let bodies = [
+        pod(&format!(r#"{{"containers":[{}]}}"#, many("{}", size))),
+        pod(&format!(r#"{{"volumes":[{}]}}"#, many(r#"{"name":""}"#, size))),
+        pod(&format!(r#"{{"other":[{}]}}"#, many("[]", size))),
+        pod(&format!(r#"{{"containers":[{{"name":"{}"}}]}}"#, "\\n".repeat(size / 2))),
+    ];
+    // A debug build is slow, so the first time may be up for the last; but then it is told.
+    let webhook = Arc::new(webhook);
+    let mut calls = tokio::task::JoinSet::new();
+    for body in bodies.iter().chain(&bodies) {
+        let (webhook, root, body) = (webhook.clone(), root.clone(), body.clone());
+        calls.spawn(async move { webhook.post(&root, &body).await });
+    }
+    for (status, body) in calls.join_all().await {
+        assert!([200, 408].contains(&status), "{status} {}", String::from_utf8_lossy(&body));
+    }
+    assert!(webhook.peak() < 56, "{} MiB", webhook.peak());
+    // Those of a usual size do not wait for large ones that do not come.
+    let head = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n";
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        open.push(webhook.connect(&root, head.as_bytes()).await.unwrap());
+    }
+    let answered = tokio::time::timeout(PATIENCE / 2, webhook.post(&root, &pod("{}"))).await;
+    assert_eq!(answered.unwrap().0, 200);
 }
 
 #[tokio::test]
