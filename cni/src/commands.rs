@@ -9,12 +9,15 @@ use sluice_proto::gone;
 use sluice_proto::sluice::v1::{PortState, PortStatus};
 
 use crate::attachment::{Attachment, OWNERS, Owner};
-use crate::config::{Config, goes_up};
+use crate::config::Config;
 use crate::environment::Environment;
 use crate::error::{CniError, Code};
 use crate::ipam::Ipam;
 use crate::switch::Switch;
 use crate::{device_info, result};
+
+/// The folder of the control socket, if nothing else is configured.
+const FOLDER: &str = "/run/sluice";
 
 /// Makes an attachment. Whatever fails, nothing of it is left.
 pub(crate) fn add(config: &Config, environment: &Environment) -> Result<Value, CniError> {
@@ -101,10 +104,12 @@ pub(crate) fn del(config: &Config, environment: &Environment) -> Result<(), CniE
 fn leave_note(config: &Config, environment: &Environment) -> io::Result<()> {
     let note = gone::note(&config.control, &Owner::prefix(environment));
     let note = note.ok_or_else(|| io::Error::other("its name would be none for a file"))?;
-    let is_volatile = |folder: &&Path| folder.starts_with("/run") || folder.starts_with("/var/run");
-    if let Some(folder) = note.parent().filter(is_volatile).filter(|folder| !goes_up(folder)) {
-        // After a boot it is not there.
-        fs::create_dir_all(folder)?;
+    if note.parent() == Some(Path::new(FOLDER)) {
+        // After a boot it is not there. Others are left to whoever has named them: root makes none where a tenant likes.
+        match fs::create_dir(FOLDER) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
     }
     // Whoever else can write there could have led it elsewhere.
     match File::options().write(true).create_new(true).open(&note) {
@@ -212,5 +217,19 @@ mod tests {
     fn without_a_uid_no_two_pods_are_one() {
         let ports = vec![port("cni/c0/net1//blue", PortState::Up)];
         assert!(leftovers(ports, &environment("")).is_err());
+    }
+
+    #[test]
+    fn a_note_makes_no_folder_that_a_network_names() {
+        // Below /run, where folders were made; elsewhere without the right to write there.
+        let dir = tempfile::tempdir_in("/run").or_else(|_| tempfile::tempdir()).unwrap();
+        let folder = dir.path().join("x");
+        let text = format!(r#"{{"cniVersion":"1.0.0","name":"blue","control":"{}/c.sock"}}"#, folder.display());
+        let config = Config::parse(text.into()).unwrap();
+        assert_eq!(leave_note(&config, &environment("")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!folder.exists());
+        fs::create_dir(&folder).unwrap();
+        leave_note(&config, &environment("")).unwrap();
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
     }
 }
