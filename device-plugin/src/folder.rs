@@ -22,6 +22,8 @@ const LABEL: &CStr = c"security.selinux";
 const ACCESS_LISTS: [&CStr; 2] = [c"system.posix_acl_access", c"system.posix_acl_default"];
 /// Prefix of the names under which nested folders come up, see [`Purge::dissolve`].
 const LIFTED: &str = ".sluice-purge-";
+/// Prefix of the names of folders on their way in or out, see [`Root::replace`].
+const SPARE: &str = ".sluice-spare-";
 
 /// How many entries one purge removes at most: well below a second's work on a tmpfs, which /var/run is.
 pub const PURGE_LIMIT: u64 = 50_000;
@@ -121,12 +123,12 @@ impl Root {
     }
 
     /// Makes a VM's folder, unless it is there, and sets its owner, mode and label. What is in it stays, and so does the
-    /// folder itself: a pod may have it mounted.
+    /// folder itself: a pod may have it mounted. Tells whether it was made.
     ///
     /// # Errors
     /// If that is not possible.
-    pub fn ensure_folder(&self, id: &str) -> Result<(), FolderError> {
-        self.folder(id).map(drop)
+    pub fn ensure_folder(&self, id: &str) -> Result<bool, FolderError> {
+        self.folder(id).map(|(_, made)| made)
     }
 
     /// Removes all that is in a VM's folder, which is made if need be. Gives the number of files and folders removed.
@@ -134,12 +136,49 @@ impl Root {
     /// # Errors
     /// If something cannot be removed, or there is too much of it. What could be removed is gone then.
     pub fn purge(&self, id: &str) -> Result<u64, FolderError> {
-        let folder = self.folder(id)?;
-        let mut purge = Purge { folder: &folder, limit: self.purge_limit, seen: 0, lifted: 0 };
+        self.purge_open(id, &self.folder(id)?.0)
+    }
+
+    /// Empties a VM's folder and puts a new one in its place, for when no pod can have it mounted: who still has the old one
+    /// open has a folder that nobody looks into any more, and once that is removed nothing can be made in it. Gives the
+    /// number of files and folders removed.
+    ///
+    /// # Errors
+    /// If something cannot be made or removed, or there is too much of it. What could be removed is gone then.
+    pub fn replace(&self, id: &str) -> Result<u64, FolderError> {
+        let removed = self.purge(id)?;
+        let root = self.open().map_err(|error| self.failed("open", None, error))?;
+        let spare = format!("{SPARE}{id}");
+        // An earlier attempt may have left one.
+        let left = self.remove_spare(&root, &spare)?;
+        let failed = |what| move |source| self.failed(what, Some(id), source);
+        rustix::fs::mkdirat(&root, &spare, Mode::from_raw_mode(0o700)).map_err(failed("create"))?;
+        self.furnish(id, &open_folder(&root, &spare).map_err(failed("open"))?)?;
+        rustix::fs::renameat_with(&root, &spare, &root, id, RenameFlags::EXCHANGE).map_err(failed("replace"))?;
+        Ok(removed + left + self.remove_spare(&root, &spare)?)
+    }
+
+    /// Removes a folder that is nobody's any more. Gives the number of files and folders removed from it.
+    fn remove_spare(&self, root: &OwnedFd, name: &str) -> Result<u64, FolderError> {
+        let failed = |error| self.failed("remove", Some(name), error);
+        let folder = match open_folder(root, name) {
+            Err(Errno::NOENT) => return Ok(0),
+            folder => folder.map_err(failed)?,
+        };
+        // So that its old owner, who may have it open, does not fill it meanwhile.
+        rustix::fs::fchown(&folder, Some(rustix::process::geteuid()), None).map_err(failed)?;
+        self.set_mode(&folder, 0o700).map_err(failed)?;
+        let removed = self.purge_open(name, &folder)?;
+        rustix::fs::unlinkat(root, name, AtFlags::REMOVEDIR).map_err(failed)?;
+        Ok(removed)
+    }
+
+    fn purge_open(&self, name: &str, folder: &OwnedFd) -> Result<u64, FolderError> {
+        let mut purge = Purge { folder, limit: self.purge_limit, seen: 0, lifted: 0 };
         match purge.run() {
             Ok(true) => Ok(purge.seen),
-            Ok(false) => Err(FolderError::Overfull { path: self.path.join(id) }),
-            Err(error) => Err(self.failed("empty", Some(id), error)),
+            Ok(false) => Err(FolderError::Overfull { path: self.path.join(name) }),
+            Err(error) => Err(self.failed("empty", Some(name), error)),
         }
     }
 
@@ -149,11 +188,12 @@ impl Root {
         rustix::fs::open(&self.path, flags, Mode::empty())
     }
 
-    fn folder(&self, id: &str) -> Result<OwnedFd, FolderError> {
+    /// A VM's folder, and whether it was made just now.
+    fn folder(&self, id: &str) -> Result<(OwnedFd, bool), FolderError> {
         let failed = |what| move |source| self.failed(what, Some(id), source);
         let root = self.open().map_err(|error| self.failed("open", None, error))?;
-        let folder = match open_folder(&root, id) {
-            Ok(folder) => folder,
+        let (folder, made) = match open_folder(&root, id) {
+            Ok(folder) => (folder, false),
             Err(error) => {
                 if matches!(error, Errno::NOTDIR | Errno::LOOP) {
                     // Not a folder, so no pod can have it mounted as one. The link goes, not what it leads to.
@@ -163,17 +203,23 @@ impl Root {
                     return Err(failed("open")(error));
                 }
                 rustix::fs::mkdirat(&root, id, Mode::from_raw_mode(FOLDER_MODE)).map_err(failed("create"))?;
-                open_folder(&root, id).map_err(failed("open"))?
+                (open_folder(&root, id).map_err(failed("open"))?, true)
             }
         };
-        self.set_owner(&folder).map_err(failed("set the owner of"))?;
+        self.furnish(id, &folder)?;
+        Ok((folder, made))
+    }
+
+    /// Sets owner, mode and label of a VM's folder.
+    fn furnish(&self, id: &str, folder: &OwnedFd) -> Result<(), FolderError> {
+        let failed = |what| move |source| self.failed(what, Some(id), source);
+        self.set_owner(folder).map_err(failed("set the owner of"))?;
         // A pod's access list shows in the mode, so it goes first.
         for list in ACCESS_LISTS {
-            ignore_absent(rustix::fs::fremovexattr(&folder, list)).map_err(failed("set the mode of"))?;
+            ignore_absent(rustix::fs::fremovexattr(folder, list)).map_err(failed("set the mode of"))?;
         }
-        self.set_mode(&folder, FOLDER_MODE).map_err(failed("set the mode of"))?;
-        self.set_label(&folder).map_err(failed("label"))?;
-        Ok(folder)
+        self.set_mode(folder, FOLDER_MODE).map_err(failed("set the mode of"))?;
+        self.set_label(folder).map_err(failed("label"))
     }
 
     fn set_owner(&self, folder: &OwnedFd) -> Result<(), Errno> {

@@ -7,17 +7,23 @@ pub(crate) struct Candidate {
     pub(crate) id: String,
     /// NUMA node, if it has one.
     pub(crate) node: Option<u32>,
+    /// No pod had its folder yet.
+    pub(crate) fresh: bool,
     /// When it was given out last, as a number that grows; 0 for never.
     pub(crate) last_use: u64,
 }
 
-/// Chooses up to `size` of `available`, all of `required` among them, on as few NUMA nodes as possible: the node with
-/// most of the required ones, else the smallest that has room for all, so that larger ones keep room for larger VMs.
-/// Among equals, those that have been out of use for longest: what an earlier pod left running has most time to end.
+/// Chooses up to `size` of `available`, all of `required` among them. Others are fresh ones as far as there are enough: who had
+/// one before may still have its folder open. Then on as few NUMA nodes as possible: the node with most of the required ones, else
+/// the smallest that has room for all, so that larger ones keep room for larger VMs. Among equals, those that have been out of
+/// use for longest: what an earlier pod left running has most time to end.
 pub(crate) fn choose(mut available: Vec<Candidate>, required: &[String], size: usize) -> Vec<String> {
     available.sort_by(|a, b| (a.last_use, &a.id).cmp(&(b.last_use, &b.id)));
     let (must, mut others): (Vec<_>, Vec<_>) = available.into_iter().partition(|device| required.contains(&device.id));
     let wanted = size.saturating_sub(must.len());
+    if others.iter().filter(|device| device.fresh).count() >= wanted {
+        others.retain(|device| device.fresh);
+    }
     let mut nodes: Vec<_> = others.iter().map(|device| device.node).collect();
     nodes.sort_unstable();
     nodes.dedup();
@@ -30,7 +36,7 @@ pub(crate) fn choose(mut available: Vec<Candidate>, required: &[String], size: u
     });
     let rank = |device: &Candidate| nodes.iter().position(|node| *node == device.node);
     // Stable, so that the order from above is kept within a node.
-    others.sort_by_key(rank);
+    others.sort_by_key(|device| (!device.fresh, rank(device)));
     must.into_iter().chain(others.into_iter().take(wanted)).map(|device| device.id).collect()
 }
 
@@ -44,7 +50,9 @@ mod tests {
     use super::*;
 
     fn candidates(of: &[(&str, u32)]) -> Vec<Candidate> {
-        of.iter().map(|(id, node)| Candidate { id: (*id).into(), node: Some(*node), last_use: 0 }).collect()
+        of.iter()
+            .map(|(id, node)| Candidate { id: (*id).into(), node: Some(*node), fresh: true, last_use: 0 })
+            .collect()
     }
 
     const SIX: &[(&str, u32)] = &[("a0", 0), ("b1", 1), ("c0", 0), ("d1", 1), ("e0", 0), ("f0", 0)];
@@ -78,6 +86,20 @@ mod tests {
     }
 
     #[test]
+    fn fresh_ones_come_first_wherever_they_are() {
+        let mut available = candidates(SIX);
+        for device in &mut available {
+            device.fresh = ["b1", "e0", "f0"].contains(&device.id.as_str());
+        }
+        assert_eq!(choose(available.clone(), &[], 1), ["b1"]);
+        assert_eq!(choose(available.clone(), &[], 2), ["e0", "f0"]);
+        assert_eq!(choose(available.clone(), &["d1".into()], 2), ["d1", "b1"]);
+        assert_eq!(choose(available.clone(), &["d1".into()], 3), ["d1", "b1", "e0"]);
+        // Others only when there are no more.
+        assert_eq!(choose(available, &[], 4), ["e0", "f0", "b1", "a0"]);
+    }
+
+    #[test]
     fn no_more_than_there_are() {
         assert_eq!(choose(candidates(SIX), &[], 9).len(), 6);
         assert_eq!(choose(Vec::new(), &["x".into()], 1), Vec::<String>::new());
@@ -86,13 +108,13 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_is_free_a_choice_is_right(
-            devices in vec((0..3_u32, 0..3_u64, any::<bool>()), 0..40),
+            devices in vec((0..3_u32, 0..3_u64, any::<bool>(), any::<bool>()), 0..40),
             size in 0..12_usize,
         ) {
-            let available: Vec<_> = devices.iter().enumerate().map(|(number, (node, last_use, _))| {
-                Candidate { id: format!("sock-{number:04}"), node: Some(*node), last_use: *last_use }
+            let available: Vec<_> = devices.iter().enumerate().map(|(number, &(node, last_use, _, fresh))| {
+                Candidate { id: format!("sock-{number:04}"), node: Some(node), fresh, last_use }
             }).collect();
-            let wanted = available.iter().zip(&devices).filter(|(_, (_, _, wanted))| *wanted);
+            let wanted = available.iter().zip(&devices).filter(|(_, (_, _, wanted, _))| *wanted);
             let required: Vec<_> = wanted.map(|(device, _)| device.id.clone()).take(size).collect();
             let chosen = choose(available.clone(), &required, size);
 
@@ -102,10 +124,16 @@ mod tests {
             prop_assert!(required.iter().all(|id| distinct.contains(id)));
             let nodes: BTreeSet<_> =
                 available.iter().filter(|device| distinct.contains(&device.id)).map(|device| device.node).collect();
-            let room = |node| available.iter().filter(|device| device.node == Some(node)).count();
+            let room = |node| available.iter().filter(|device| device.fresh && device.node == Some(node)).count();
             if required.is_empty() && (0..3).any(|node| room(node) >= size) {
                 prop_assert!(nodes.len() <= 1, "{:?}", chosen);
             }
+            let stale = chosen.iter().filter(|id| {
+                available.iter().any(|device| device.id == **id && !device.fresh) && !required.contains(id)
+            });
+            let fresh = available.iter().filter(|device| device.fresh && !required.contains(&device.id)).count();
+            let wanted = distinct.len() - required.len();
+            prop_assert_eq!(stale.count(), wanted.saturating_sub(fresh));
         }
     }
 }

@@ -32,6 +32,8 @@ struct Slot {
     unused_since: Option<Instant>,
     /// It was cleared, and no pod has had it since.
     clean: bool,
+    /// Its folder was made anew, and no pod has had it since: nobody can still have it open.
+    fresh: bool,
     /// Its folder could not be emptied; it must be before it is given out.
     dirty: bool,
     /// Why it cannot be given out.
@@ -108,14 +110,14 @@ impl Sockets {
     }
 
     /// Takes a list of the devices that pods have, made at `now`. A device that is not in it, and was not in an earlier one
-    /// at least the grace period ago, nor in any between, is cleared of what was left in it: so two lists must agree, and
-    /// a pod that is admitted meanwhile has the grace period to get onto the list. Devices in use get back a device-info
-    /// file that is missing, as all are when the node has started anew.
+    /// at least the grace period ago, nor in any between, is cleared of what was left in it, and gets a new folder: so two
+    /// lists must agree, and a pod that is admitted meanwhile has the grace period to get onto the list. Devices in use get
+    /// back a device-info file that is missing, as all are when the node has started anew.
     pub fn reconcile(&self, used: &BTreeSet<String>, now: Instant) {
         let mut state = self.lock();
         for (id, slot) in &mut state.slots {
             if used.contains(id) {
-                (slot.unused_since, slot.clean) = (None, false);
+                slot.take_up();
                 if !self.device_info.exists(id)
                     && let Err(error) = self.write_device_info(id)
                 {
@@ -138,10 +140,11 @@ impl Sockets {
             tracing::warn!(device = id, "cannot remove its device-info file: {error}");
             return;
         }
-        let result = self.empty(id, slot);
+        // No pod can have the folder mounted, so it need not stay the same one.
+        let result = self.empty(slot, || self.root.replace(id));
         slot.note(id, result.as_ref().err());
         if let Ok(removed) = result {
-            slot.clean = true;
+            (slot.clean, slot.fresh) = (true, true);
             if had_info || removed > 0 {
                 self.metrics.reclaimed.inc();
                 tracing::info!(device = id, removed, "reclaimed");
@@ -149,9 +152,9 @@ impl Sockets {
         }
     }
 
-    /// Empties a folder, and remembers if that has yet to be done.
-    fn empty(&self, id: &str, slot: &mut Slot) -> Result<u64, FolderError> {
-        let result = self.root.purge(id);
+    /// Empties a folder in some way, and remembers if that has yet to be done.
+    fn empty(&self, slot: &mut Slot, how: impl FnOnce() -> Result<u64, FolderError>) -> Result<u64, FolderError> {
+        let result = how();
         slot.dirty = result.is_err();
         self.metrics.purged.inc_by(*result.as_ref().unwrap_or(&0));
         result
@@ -159,7 +162,7 @@ impl Sockets {
 
     /// Makes a device ready for a container that starts: an empty folder, and a device-info file.
     fn prepare(&self, id: &str, slot: &mut Slot) -> Result<(), Status> {
-        let result = self.empty(id, slot);
+        let result = self.empty(slot, || self.root.purge(id));
         slot.note(id, result.as_ref().err());
         result.map_err(unavailable)?;
         self.write_device_info(id)
@@ -197,7 +200,7 @@ impl Sockets {
             if allocate {
                 slot.last_use = number;
             }
-            (slot.unused_since, slot.clean) = (None, false);
+            slot.take_up();
             result = result.and(self.prepare(id, slot));
         }
         self.publish(&state);
@@ -264,6 +267,11 @@ fn unavailable(error: FolderError) -> Status {
 }
 
 impl Slot {
+    /// A pod has it, or is about to.
+    fn take_up(&mut self) {
+        (self.unused_since, self.clean, self.fresh) = (None, false, false);
+    }
+
     /// Remembers what is wrong with the device, and logs it when that changes.
     fn note(&mut self, id: &str, problem: Option<&FolderError>) {
         let problem = problem.map(ToString::to_string);
@@ -299,7 +307,7 @@ impl Resource for Sockets {
         let state = self.lock();
         let candidate = |id: &String| {
             let slot = state.slots.get(id)?;
-            Some(Candidate { id: id.clone(), node: slot.node, last_use: slot.last_use })
+            Some(Candidate { id: id.clone(), node: slot.node, fresh: slot.fresh, last_use: slot.last_use })
         };
         let available = request.available_device_i_ds.iter().filter_map(candidate).collect();
         let size = usize::try_from(request.allocation_size).unwrap_or_default();
@@ -317,7 +325,11 @@ impl Resource for Sockets {
         let root = self.root.ensure().and_then(|()| self.root.check_file_system());
         for (id, slot) in &mut state.slots {
             // Of what is in the way, a part goes each time; all the more if the file system is full.
-            let folder = if slot.dirty { self.empty(id, slot).map(drop) } else { self.root.ensure_folder(id) };
+            let folder = match slot.dirty {
+                true => self.empty(slot, || self.root.purge(id)).map(|_| false),
+                false => self.root.ensure_folder(id),
+            };
+            slot.fresh |= matches!(folder, Ok(true));
             slot.note(id, root.as_ref().err().or(folder.as_ref().err()));
         }
         self.publish(&state);

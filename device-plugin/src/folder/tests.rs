@@ -166,7 +166,7 @@ fn too_many_files_go_in_several_steps() {
 fn a_path_deeper_than_any_path_can_be_goes() {
     const DEPTH: usize = 5_000;
     let place = Place::new();
-    let mut here = place.root.folder(ID).unwrap();
+    let (mut here, _) = place.root.folder(ID).unwrap();
     for level in 0..DEPTH {
         mknodat(&here, "file", FileType::RegularFile, Mode::empty(), 0).unwrap();
         // Names that get in the way of those we give.
@@ -196,7 +196,7 @@ fn odd_names_go() {
     let place = Place::new();
     for name in [b"\xff\xfe".as_slice(), b"...", b"-rf", b"new\nline", b" ", &[b'x'; 255]] {
         let name = CString::new(name).unwrap();
-        mknodat(place.root.folder(ID).unwrap(), &name, FileType::RegularFile, Mode::empty(), 0).unwrap();
+        mknodat(place.root.folder(ID).unwrap().0, &name, FileType::RegularFile, Mode::empty(), 0).unwrap();
     }
     assert_eq!(place.purge(), 6);
 }
@@ -224,6 +224,44 @@ fn modes_and_access_lists_of_the_pod_go() {
     for name in ACCESS_LISTS {
         assert!(rustix::fs::fgetxattr(&folder, name, &mut [0u8; 128]).is_err(), "{name:?}");
     }
+}
+
+/// A pod has given its folder away, and what it has made in it, before it ended.
+#[test]
+fn who_has_a_replaced_folder_open_has_nothing() {
+    let place = Place::new();
+    let ino = |folder: &OwnedFd| rustix::fs::fstat(folder).unwrap().st_ino;
+    let (kept, made) = place.root.folder(ID).unwrap();
+    assert!(!made);
+    rustix::fs::mkdirat(&kept, "nested", Mode::from_raw_mode(0o700)).unwrap();
+    let nested = open_folder(&kept, "nested").unwrap();
+    let _listener = UnixListener::bind(place.folder().join("pod0123456789a")).unwrap();
+    assert_eq!(place.root.replace(ID).unwrap(), 2);
+    place.assert_well();
+    let (new, made) = place.root.folder(ID).unwrap();
+    assert!(!made && ino(&new) != ino(&kept));
+    mknodat(&new, "socket", FileType::Socket, Mode::from_raw_mode(0o700), 0).unwrap();
+    for folder in [&kept, &nested] {
+        let file = mknodat(folder, "file", FileType::RegularFile, Mode::empty(), 0);
+        assert_eq!((file, open_folder(folder, ".").err()), (Err(Errno::NOENT), None));
+        assert_eq!(rustix::fs::statat(folder, "socket", AtFlags::empty()).err(), Some(Errno::NOENT));
+        assert!(open_folder(folder, "..").is_err());
+    }
+}
+
+/// Somebody who fills the old folder does not harm the new one, and a run that was cut off is made up for.
+#[test]
+fn a_folder_that_could_not_be_removed_is_next_time() {
+    let place = Place::new();
+    let spare = place.root.path().join(format!("{SPARE}{ID}"));
+    fs::create_dir(&spare).unwrap();
+    fs::write(spare.join("file"), "").unwrap();
+    assert_eq!(place.root.replace(ID).unwrap(), 1);
+    place.assert_well();
+    fs::remove_dir(place.folder()).unwrap();
+    assert!(place.root.ensure_folder(ID).unwrap());
+    assert_eq!(place.root.replace(ID).unwrap(), 0);
+    place.assert_well();
 }
 
 #[test]

@@ -1,5 +1,8 @@
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use clap::Parser;
 use tempfile::TempDir;
@@ -13,7 +16,12 @@ struct Place {
 
 fn place(arguments: &[&str]) -> Place {
     let dir = tempfile::tempdir().unwrap();
-    let at = |path: &str| dir.path().join(path).display().to_string();
+    Place { sockets: sockets(dir.path(), arguments), dir }
+}
+
+/// As when the plugin starts.
+fn sockets(dir: &Path, arguments: &[&str]) -> Sockets {
+    let at = |path: &str| dir.join(path).display().to_string();
     let owner = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let (root, info) = (at("root"), at("info"));
     let fixed = ["x", "--root", &root, "--device-info-dir", &info, "--owner", &owner, "--sockets", "4"];
@@ -21,7 +29,7 @@ fn place(arguments: &[&str]) -> Place {
     let root = Arc::new(Root::new(config.root.clone(), config.owner, None));
     let sockets = Sockets::new(&config, root, Arc::default());
     sockets.check();
-    Place { dir, sockets }
+    sockets
 }
 
 impl Place {
@@ -231,4 +239,58 @@ fn ids_used_longest_ago_are_preferred() {
         allocation_size: 3,
     };
     assert_eq!(place.sockets.prefer(&request), ["sock-0002", "sock-0003", "sock-0001"]);
+}
+
+#[test]
+fn a_folder_stays_over_allocations_and_goes_with_the_pod() {
+    let place = place(&["--grace", "60"]);
+    let inode = || fs::metadata(place.folder("sock-0001")).unwrap().ino();
+    let first = inode();
+    place.sockets.allocate(ids(&["sock-0001"])).unwrap();
+    place.sockets.pre_start(&ids(&["sock-0001"])).unwrap();
+    place.sockets.allocate(ids(&["sock-0001"])).unwrap();
+    assert_eq!(inode(), first, "a pod may have it mounted");
+    let kept = fs::File::open(place.folder("sock-0001")).unwrap();
+    let start = Instant::now();
+    let list = |of: &[&str], after| place.sockets.reconcile(&used(of), start + Duration::from_secs(after));
+    list(&["sock-0001"], 0);
+    list(&[], 100);
+    list(&["sock-0001"], 200);
+    assert_eq!(inode(), first);
+    list(&[], 300);
+    list(&[], 360);
+    place.sockets.check();
+    let second = inode();
+    assert_ne!(second, first);
+    // Whoever has the old one open makes nothing in it.
+    let path = format!("/proc/self/fd/{}/socket", kept.as_raw_fd());
+    assert!(UnixListener::bind(path).is_err());
+    // Nor is it made anew all the time.
+    list(&[], 500);
+    assert_eq!(inode(), second);
+}
+
+#[test]
+fn devices_whose_folder_somebody_may_have_open_come_last() {
+    let place = place(&["--grace", "60"]);
+    let prefer = |sockets: &Sockets, size| {
+        sockets.prefer(&proto::ContainerPreferredAllocationRequest {
+            available_device_i_ds: sockets.ids(),
+            must_include_device_i_ds: Vec::new(),
+            allocation_size: size,
+        })
+    };
+    place.sockets.allocate(ids(&["sock-0001"])).unwrap();
+    place.sockets.allocate(ids(&["sock-0000"])).unwrap();
+    assert_eq!(prefer(&place.sockets, 4), ["sock-0002", "sock-0003", "sock-0001", "sock-0000"]);
+    // The pod of one has ended, and that was noticed.
+    let start = Instant::now();
+    for after in [0, 60] {
+        place.sockets.reconcile(&used(&["sock-0001", "sock-0003"]), start + Duration::from_secs(after));
+    }
+    assert_eq!(prefer(&place.sockets, 4), ["sock-0002", "sock-0000", "sock-0003", "sock-0001"]);
+    // After a restart nobody knows who has had which.
+    fs::remove_dir(place.folder("sock-0003")).unwrap();
+    let sockets = sockets(place.dir.path(), &[]);
+    assert_eq!(prefer(&sockets, 2), ["sock-0003", "sock-0000"]);
 }
