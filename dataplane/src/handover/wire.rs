@@ -199,7 +199,12 @@ fn send_batch(stream: &UnixStream, fds: &[RawFd]) -> io::Result<()> {
         std::ptr::copy_nonoverlapping(fds.as_ptr().cast::<u8>(), libc::CMSG_DATA(first), size_of_val(fds));
         libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
     };
-    if sent == 1 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    match io::Error::last_os_error() {
+        _ if sent == 1 => Ok(()),
+        // Whoever ends a port has interrupted its thread.
+        error if error.kind() == io::ErrorKind::Interrupted => send_batch(stream, fds),
+        error => Err(error),
+    }
 }
 
 fn receive_batch(stream: &UnixStream, fds: &mut Fds) -> io::Result<()> {

@@ -162,18 +162,23 @@ impl Pace {
     }
 }
 
+impl PortPublisher {
+    /// What the tables have of it. Its number may be another port's by now, if its thread was left behind.
+    fn entry<'t>(&self, tables: &'t Tables) -> Option<&'t Entry> {
+        tables.ports.values().find(|entry| entry.id == self.id && Arc::ptr_eq(&entry.stats, &self.stats))
+    }
+}
+
 impl Publisher for PortPublisher {
     fn publish(&self, mut link: Link) {
         let Some(inner) = self.inner.upgrade() else { return };
         self.pace.keep();
         let mut tables = lock(&inner.tables);
-        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
-        let of_port = |entry: &&Entry| entry.id == self.id;
-        let Some((config, policers)) =
-            tables.ports.values().find(of_port).map(|entry| (entry.config.clone(), entry.policers.clone()))
+        let Some((config, policers)) = self.entry(&tables).map(|entry| (entry.config.clone(), entry.policers.clone()))
         else {
             return;
         };
+        departed::inherit_hold(&mut link, &tables.slots[usize::from(self.id.0)]);
         let receives = link.receives();
         let (domain, vlan) = tables.domain(&config);
         let Ok(network) = tables.network(&domain) else { return };
@@ -210,7 +215,7 @@ impl Publisher for PortPublisher {
         let tables = lock(&inner.tables);
         let holds = |view: Arc<PortView>| view.link.hold.is_some();
         // Frames for them are held until they are heard elsewhere.
-        if !tables.slots[usize::from(self.id.0)].view().is_some_and(holds) {
+        if self.entry(&tables).is_some() && !tables.slots[usize::from(self.id.0)].view().is_some_and(holds) {
             inner.forget_stations(&tables, self.id);
         }
     }
@@ -219,6 +224,9 @@ impl Publisher for PortPublisher {
         if let Some(inner) = self.inner.upgrade() {
             self.pace.keep();
             let mut tables = lock(&inner.tables);
+            if self.entry(&tables).is_none() {
+                return;
+            }
             tables.announcement = Some(Announcement { port: self.id, mac });
             inner.publish(&mut tables);
         }
@@ -236,8 +244,8 @@ impl Publisher for PortPublisher {
         let inner = self.inner.upgrade()?;
         let journal = inner.journal.get()?.clone();
         let tables = lock(&inner.tables);
-        let entry = tables.ports.values().find(|entry| entry.id == self.id)?;
-        Some((journal, entry.config.name.clone()))
+        let name = self.entry(&tables)?.config.name.clone();
+        Some((journal, name))
     }
 }
 

@@ -326,13 +326,36 @@ fn what_is_held_is_bounded_and_counted() {
     assert_eq!(bench.drops(1, DropReason::LinkDown), 7 + MAX_HELD_FRAMES as u64);
 }
 
+/// That of a port's thread.
+fn publisher_of(switch: &Switch, id: PortId) -> PortPublisher {
+    let stats = lock(&switch.inner.tables).ports.values().find(|entry| entry.id == id).unwrap().stats.clone();
+    PortPublisher::new(Arc::downgrade(&switch.inner), id, stats)
+}
+
+#[test]
+fn a_thread_that_was_left_behind_is_nobody() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
+    let old = publisher_of(&switch, PortId(0));
+    switch.remove_port("a").unwrap();
+    switch.add_port("b=vhost-user:/nonexistent/b".parse().unwrap()).unwrap();
+    let station = Station { mac: mac(0), vid: 0, network: 0 };
+    switch.inner.fdb.learn(station, PortId(0));
+    old.publish(Link::down(PortState::Failed, Some("hung".into())));
+    old.forget_stations();
+    assert_ne!(switch.ports()[0].state, PortState::Failed);
+    assert_eq!(switch.inner.fdb.lookup(station), Some(PortId(0)));
+    assert!(old.journal().is_none());
+    switch.stop();
+}
+
 /// The source of a migration ends before its guest is heard at the target.
 #[test]
 fn what_is_held_outlives_the_frontend_for_a_while() {
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
     let inner = &switch.inner;
-    let publisher = PortPublisher::new(Arc::downgrade(inner), PortId(0), Arc::default());
+    let publisher = publisher_of(&switch, PortId(0));
     let held = || lock(&inner.tables).slots[0].view().unwrap().link.hold.clone();
     let station = Station { mac: mac(0), vid: 0, network: 0 };
     inner.fdb.learn(station, PortId(0));
@@ -421,7 +444,7 @@ fn a_configured_address_is_elsewhere_while_its_port_cannot_receive() {
     assert_eq!(entry(), [("up".to_owned(), false)]);
     come_up(&switch, "vm", None);
     assert_eq!(entry(), [("vm".to_owned(), true)]);
-    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(1), Arc::default());
+    let publisher = publisher_of(&switch, PortId(1));
     publisher.publish(Link::down(PortState::Down, None));
     assert_eq!(entry(), []);
     switch.stop();
@@ -477,7 +500,7 @@ fn adding_a_port_takes_no_address_from_another() {
     come_up(&switch, "b", None);
     assert_eq!(place(), Some(PortId(0)));
     // Who goes leaves it to the other, and does not get it back before it is heard.
-    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(0), Arc::default());
+    let publisher = publisher_of(&switch, PortId(0));
     publisher.publish(Link::down(PortState::Down, Some("gone".into())));
     let station = Station { mac: mac(0), vid: 0, network: 0 };
     assert_eq!((place(), switch.inner.fdb.is_static(station)), (Some(PortId(1)), true));
@@ -750,7 +773,7 @@ fn limits_are_those_of_the_configuration_and_outlive_links() {
     let policers = || lock(&switch.inner.tables).slots[0].view().unwrap().policers.clone();
     let before = policers();
     assert!(before.rx.is_some() && before.tx.is_none());
-    let publisher = PortPublisher::new(Arc::downgrade(&switch.inner), PortId(0), Arc::default());
+    let publisher = publisher_of(&switch, PortId(0));
     publisher.publish(Link::down(PortState::Down, None));
     assert!(Arc::ptr_eq(&before.rx.unwrap(), &policers().rx.unwrap()));
     switch.stop();

@@ -185,7 +185,8 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    fn of_this_thread() -> Self {
+    /// One that shows nothing yet.
+    pub fn of_this_thread() -> Self {
         // SAFETY: the call has no conditions.
         Self { thread: AtomicI32::new(unsafe { libc::gettid() }), ..Self::default() }
     }
@@ -228,9 +229,9 @@ impl Pulse {
         is_within || now != before
     }
 
-    /// Interrupts the thread, should it be waiting. The thread must be running; any other system call that this hits
-    /// is either not one that waits or one that is repeated.
-    fn interrupt(&self) {
+    /// Interrupts the thread, should it be waiting; once it has ended, nobody or another one. Any other system call that
+    /// this hits is either not one that waits or one that is repeated.
+    pub fn interrupt(&self) {
         let thread = self.thread.load(Ordering::Acquire);
         if thread != 0 {
             // SAFETY: sends a signal, which has a handler, to a thread of our own.
@@ -242,7 +243,7 @@ impl Pulse {
 /// A signal that nobody else sends: by default it is ignored.
 const INTERRUPT: libc::c_int = libc::SIGURG;
 
-/// Lets the signal by which [`Pulse::look`] interrupts end a wait, and do nothing else.
+/// Lets the signal by which [`Pulse::interrupt`] works end a wait, and do nothing else.
 pub fn allow_interrupts() {
     extern "C" fn nothing(_signal: libc::c_int) {}
     static ONCE: std::sync::Once = std::sync::Once::new();

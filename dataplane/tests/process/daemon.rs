@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -38,6 +39,16 @@ impl Daemon {
         let mut daemon = Self { child, dir };
         daemon.eventually("ready", |daemon| daemon.log().contains("ready"));
         daemon
+    }
+
+    /// Ends it as an operator does, and waits for that.
+    pub(crate) fn end(&mut self, limit: Duration) {
+        kill_process(Pid::from_raw(self.pid() as i32).unwrap(), Signal::TERM).unwrap();
+        let end = Instant::now() + limit;
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < end, "not ended in time: {}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

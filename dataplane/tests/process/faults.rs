@@ -2,10 +2,12 @@
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::daemon::Daemon;
+use crate::support::{Qemu, send_hidden};
 
 #[test]
 fn truncated_memory_stops_one_port_and_not_the_process() {
@@ -72,4 +74,28 @@ fn a_notification_that_waits_stops_one_port() {
     daemon.wait_failed("a", "notification descriptor block");
     daemon.pass(&mut b, &mut c, "a sleeps");
     daemon.pass(&mut c, &mut b, "let it");
+}
+
+/// Nor what it makes the thread of its port wait for.
+#[test]
+fn a_descriptor_whose_close_waits_does_not_keep_the_process() {
+    let mut daemon = Daemon::start(&[]);
+    let path = daemon.path("a.sock");
+    let qemu = Qemu::listen(&path);
+    let mut ends = Vec::new();
+    let mut wedge = |daemon: &Daemon| {
+        daemon.add("a", &path);
+        let peer = qemu.accept();
+        let end = send_hidden(&peer);
+        std::thread::sleep(Duration::from_millis(200));
+        ends.push((peer, end));
+    };
+    wedge(&daemon);
+    let began = Instant::now();
+    assert!(daemon.call(&["port", "del", "a"]).status.success());
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    wedge(&daemon);
+    let (mut b, mut c) = (daemon.boot("b", 2), daemon.boot("c", 3));
+    daemon.pass(&mut b, &mut c, "hello");
+    daemon.end(Duration::from_secs(5));
 }

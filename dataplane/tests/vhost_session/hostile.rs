@@ -179,6 +179,52 @@ fn descriptors_of_the_wrong_kind() {
     all_refused("wrongfd", &guest, &cases);
 }
 
+/// Closing one may wait for as long as its sender likes.
+#[test]
+fn sockets_whose_close_waits() {
+    let _shared = shared();
+    let mut bench = Bench::new("linger", Client);
+    let qemu = bench.listen();
+    let kick = |socket: &dyn AsRawFd| Message::number(SET_VRING_KICK, 0).with(&[socket.as_raw_fd()]);
+
+    // As a descriptor of a message.
+    let mark = bench.recorder.mark();
+    let (socket, _end) = lingering();
+    qemu.accept().channel.send(&kick(&socket));
+    drop(socket);
+    bench.recorder.wait_since(mark, "a refusal", |link| link.reason.contains("is a socket"));
+
+    // Behind a message that is refused itself.
+    let mark = bench.recorder.mark();
+    let (socket, _other_end) = lingering();
+    let peer = qemu.accept();
+    peer.channel.send(&Message::new(99, vec![]));
+    peer.channel.send(&kick(&socket));
+    drop(socket);
+    bench.recorder.wait_since(mark, "a refusal", |link| link.state == PortState::Failed);
+    let mut peer = qemu.accept();
+    peer.negotiate();
+    bench.stop();
+}
+
+/// In another socket it is not seen. It does not hold up who takes over or ends the port.
+#[test]
+fn hidden_sockets_whose_close_waits() {
+    let _shared = shared();
+    let mut bench = Bench::new("hidden", Client);
+    let qemu = bench.listen();
+    let _ends = [true, false].map(|pause| {
+        let end = send_hidden(&qemu.accept());
+        std::thread::sleep(Duration::from_millis(200));
+        if pause {
+            let paused = bench.port.as_ref().unwrap().pause();
+            assert!(paused.parcel(std::time::Instant::now() + Duration::from_secs(2)).unwrap().is_some());
+        }
+        end
+    });
+    bench.stop();
+}
+
 #[test]
 fn memory_that_is_none() {
     let _shared = shared();

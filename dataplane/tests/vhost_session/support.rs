@@ -1,7 +1,10 @@
 //! A publisher that records, a guest's memory, and a frontend that listens like QEMU does.
 
 use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -10,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use e2e::hostile::channel::{Channel, Listener};
 use e2e::hostile::message::{Message, SET_LOG_BASE, SET_VRING_CALL, SET_VRING_KICK, numbers};
+use rustix::net::sockopt::set_socket_linger;
 use sluice::config::SocketMode;
 use sluice::port::stats::PortStats;
 use sluice::port::vhost::{Setup, VhostPort};
@@ -339,6 +343,30 @@ impl Peer {
 pub(crate) fn expected_protocol() -> VhostUserProtocolFeatures {
     use VhostUserProtocolFeatures as P;
     P::MQ | P::REPLY_ACK | P::MTU | P::RESET_DEVICE | P::CONFIGURE_MEM_SLOTS | P::STATUS | P::LOG_SHMFD | P::RARP
+}
+
+/// A socket whose last `close` waits for some seconds, since what it has sent is not read, and the other end. Not for ever: a
+/// process that another test starts at that moment may be the last one to close it.
+pub(crate) fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    // Until there is room for nothing more, neither here nor there.
+    while socket.write(&[0; 1 << 16]).is_ok() || {
+        thread::sleep(Duration::from_millis(20));
+        socket.write(&[0; 1 << 16]).is_ok()
+    } {}
+    set_socket_linger(&socket, Some(DEADLINE * 8 / 10)).unwrap();
+    (socket, listener.accept().unwrap().0)
+}
+
+/// Sends such a socket within another one, which keeps the thread of the port busy. Returns the other end.
+pub(crate) fn send_hidden(peer: &Peer) -> TcpStream {
+    let (socket, end) = lingering();
+    let (inner, outer) = UnixStream::pair().unwrap();
+    Channel::new(outer).unwrap().bytes(&[0], &[socket.as_raw_fd()]).unwrap();
+    peer.channel.send(&Message::number(SET_VRING_KICK, 0).with(&[inner.as_raw_fd()]));
+    end
 }
 
 /// Open descriptors of this process.

@@ -95,6 +95,7 @@ impl Connection {
 
     /// The port's whole life. Begins with a connection if one was handed over.
     pub(super) fn run(&mut self, adopted: Option<Session>) {
+        self.orders.begin();
         if let Some(session) = adopted {
             self.serve(|port| port.session(session));
         }
@@ -253,10 +254,8 @@ impl Connection {
     ) -> Result<End, Failure> {
         let mut watch = self.watch(device);
         let end = self.talk(&stream, device, handler, &mut watch);
-        if watch.is_some() {
-            // The keeper has it, too, and the frontend is to know now.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        // The keeper may have it, too, and the frontend is to know now.
+        message::end(&stream);
         end
     }
 
@@ -339,6 +338,7 @@ impl Connection {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     return Err(MessageError::Descriptors.into());
                 }
+                Err(error) if error.raw_os_error() == Some(libc::EPROTOTYPE) => return Err(MessageError::Socket.into()),
                 Err(error) => return Err(error.into()),
             }
             if self.stopped_in(PARTIAL_MS, Some((stream, device))) {

@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
 /// Bytes of a header: request, flags and size of what follows.
@@ -16,6 +18,12 @@ pub(super) const HEADER: usize = 12;
 
 /// How long the pieces of a message may come for, beside the last one, for which the stream's own timeout is.
 const PIECES: Duration = Duration::from_millis(500);
+
+/// Descriptors that come with one piece of a stream at most (`SCM_MAX_FD`).
+const MOST_FDS: usize = 253;
+
+/// Pieces of a stream that are unread at the end of a connection: more than there are.
+const MOST_UNREAD: usize = 16_384;
 
 const VERSION: u32 = 0x1;
 const VERSION_MASK: u32 = 0x3;
@@ -43,6 +51,9 @@ pub(super) enum MessageError {
     /// More than go with any message.
     #[error("more than {MAX_ATTACHED_FD_ENTRIES} descriptors came with a message")]
     Descriptors,
+    /// What no message has: closing one can wait.
+    #[error("a descriptor that came with a message is a socket")]
+    Socket,
     /// The frontend does not read our replies.
     #[error("{0:?}: cannot send the reply: {1}")]
     Reply(FrontendReq, #[source] io::Error),
@@ -128,34 +139,65 @@ pub(super) fn request(stream: &mut UnixStream, request: FrontendReq, payload: Op
 ///
 /// # Errors
 /// `ENOBUFS` if more descriptors come with them than any message has, `EMFILE` if we have none left to take them. The crate
-/// would take the bytes, lose the descriptors, and wait for a header that it has had.
+/// would take the bytes, lose the descriptors, and wait for a header that it has had. `EPROTOTYPE` if one is a socket.
 pub(super) fn peek(stream: &UnixStream, header: &mut [u8; HEADER]) -> io::Result<usize> {
-    let mut data = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: HEADER };
     let mut control = [0u64; MAX_ATTACHED_FD_ENTRIES / 2 + 2];
-    // SAFETY: an all-zero header is valid; its pointers are to locals that outlive the calls. What the kernel writes to
-    // `control` is well-formed, and lies within the length that it sets. The descriptors are copies made for us.
+    let received = receive(stream, header, &mut control, libc::MSG_PEEK)?;
+    if received.cut {
+        let code = if received.fds < MAX_ATTACHED_FD_ENTRIES { libc::EMFILE } else { libc::ENOBUFS };
+        return Err(io::Error::from_raw_os_error(code));
+    }
+    if received.sockets { Err(io::Error::from_raw_os_error(libc::EPROTOTYPE)) } else { Ok(received.bytes) }
+}
+
+/// Ends a connection and takes what was not read of it, lest a descriptor in there be closed unseen.
+pub(super) fn end(stream: &UnixStream) {
+    // It fails only if the other side has already hung up. Nothing more comes after it.
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    let (mut bytes, mut control) = ([0; 4096], [0u64; MOST_FDS / 2 + 3]);
+    for _ in 0..MOST_UNREAD {
+        match receive(stream, &mut bytes, &mut control, libc::MSG_DONTWAIT) {
+            Ok(received) if received.bytes > 0 => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => break,
+        }
+    }
+}
+
+/// What [`receive`] has found.
+struct Received {
+    bytes: usize,
+    fds: usize,
+    /// Some of them are sockets.
+    sockets: bool,
+    /// There were more of them than we had room for.
+    cut: bool,
+}
+
+/// Receives bytes and closes what comes with them, without waiting: the sender can have a socket wait in `close` for its
+/// data to be read (`SO_LINGER`), which is switched off here, also for the copies that a look ahead leaves in the stream.
+fn receive(stream: &UnixStream, bytes: &mut [u8], control: &mut [u64], flags: libc::c_int) -> io::Result<Received> {
+    let mut data = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: an all-zero header is valid; its pointers are to buffers that outlive the calls, and their lengths. What the
+    // kernel writes to `control` is well-formed, and lies within the length that it sets. The descriptors are ours.
     unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         (message.msg_iov, message.msg_iovlen) = (&mut data, 1);
         message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = libc::CMSG_SPACE((MAX_ATTACHED_FD_ENTRIES * size_of::<RawFd>()) as u32) as usize;
-        let count = libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_PEEK | libc::MSG_CMSG_CLOEXEC);
-        let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-        let received = close_all(&message);
-        if message.msg_flags & libc::MSG_CTRUNC != 0 {
-            let code = if received < MAX_ATTACHED_FD_ENTRIES { libc::EMFILE } else { libc::ENOBUFS };
-            return Err(io::Error::from_raw_os_error(code));
-        }
-        Ok(count)
+        message.msg_controllen = size_of_val(control);
+        let count = libc::recvmsg(stream.as_raw_fd(), &mut message, flags | libc::MSG_CMSG_CLOEXEC);
+        let bytes = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        let (fds, sockets) = close_all(&message);
+        Ok(Received { bytes, fds, sockets, cut: message.msg_flags & libc::MSG_CTRUNC != 0 })
     }
 }
 
-/// Closes the descriptors that came with a message. Returns how many there were.
+/// Closes the descriptors that came with a message. Returns how many there were, and whether some were sockets.
 ///
 /// # Safety
 /// The control data must be what the kernel wrote, and nobody else may own the descriptors.
-unsafe fn close_all(message: &libc::msghdr) -> usize {
-    let mut closed = 0;
+unsafe fn close_all(message: &libc::msghdr) -> (usize, bool) {
+    let (mut closed, mut sockets) = (0, false);
     // SAFETY: by the contract.
     unsafe {
         let mut part = libc::CMSG_FIRSTHDR(message);
@@ -163,14 +205,15 @@ unsafe fn close_all(message: &libc::msghdr) -> usize {
             if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
                 let fds = libc::CMSG_DATA(part).cast::<RawFd>();
                 for place in 0..(header.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>() {
-                    drop(OwnedFd::from_raw_fd(fds.add(place).read_unaligned()));
+                    let fd = OwnedFd::from_raw_fd(fds.add(place).read_unaligned());
                     closed += 1;
+                    sockets |= set_socket_linger(&fd, None) != Err(Errno::NOTSOCK);
                 }
             }
             part = libc::CMSG_NXTHDR(message, part);
         }
     }
-    closed
+    (closed, sockets)
 }
 
 #[cfg(test)]
@@ -213,8 +256,9 @@ mod tests {
             return;
         }
         let (ours, theirs) = UnixStream::pair().unwrap();
+        let event = crate::virtq::notify::EventFd::new().unwrap();
         let taken = |count: usize| {
-            theirs.send_with_fds(&[&header(1, 1, 0)[..]], &vec![theirs.as_raw_fd(); count]).unwrap();
+            theirs.send_with_fds(&[&header(1, 1, 0)[..]], &vec![event.as_raw_fd(); count]).unwrap();
             let outcome = peek(&ours, &mut [0; HEADER]).map_err(|error| error.raw_os_error());
             (&ours).read_exact(&mut [0; HEADER]).unwrap();
             outcome
@@ -226,6 +270,27 @@ mod tests {
         // SAFETY: reads a local.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
         assert_eq!(taken(2), Err(Some(libc::EMFILE)));
+    }
+
+    #[test]
+    fn no_end_of_a_connection_waits() {
+        use rustix::net::sockopt::socket_linger;
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let sockets = [(); 3].map(|()| std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        for (place, socket) in sockets.iter().enumerate() {
+            set_socket_linger(socket, Some(Duration::from_secs(1000))).unwrap();
+            (&theirs).write_all(b"something else").unwrap();
+            theirs.send_with_fds(&[&[place as u8][..]], &[socket.as_raw_fd(); MOST_FDS]).unwrap();
+        }
+        end(&ours);
+        assert!((&theirs).write_all(b"more").is_err());
+        assert!(sockets.iter().all(|socket| socket_linger(socket).unwrap().is_none()));
+        // What is read is refused.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.send_with_fds(&[&header(1, 1, 0)[..]], &[sockets[0].as_raw_fd()]).unwrap();
+        let refused = peek(&ours, &mut [0; HEADER]).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EPROTOTYPE));
     }
 
     #[test]

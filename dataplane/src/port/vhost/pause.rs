@@ -5,11 +5,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::port::vhost::parcel::Parcel;
-use crate::virtq::notify::EventFd;
+use crate::virtq::notify::{EventFd, Pulse, allow_interrupts};
+
+/// Pause between two interruptions of a thread that does not answer.
+const INSIST: Duration = Duration::from_millis(10);
+
+/// How long before the deadline a thread that is to stand still is interrupted. By then the rest of a message has come, or
+/// never will.
+const LAST: Duration = Duration::from_millis(900);
 
 /// What others say to the thread.
 #[derive(Debug)]
@@ -20,6 +27,8 @@ pub(super) struct Orders {
     pause: Mutex<Option<Pause>>,
     /// The connection, while there is one; shutting it down ends a wait within a message.
     stream: Mutex<Option<UnixStream>>,
+    /// To interrupt it: closing a descriptor that a frontend has sent can wait for as long as that likes.
+    thread: OnceLock<Pulse>,
 }
 
 /// The thread's side of a request to stand still.
@@ -33,6 +42,7 @@ struct Pause {
 #[derive(Debug)]
 pub struct Paused {
     parcel: Receiver<io::Result<Parcel>>,
+    orders: Arc<Orders>,
     _over: Sender<()>,
 }
 
@@ -42,7 +52,8 @@ impl Paused {
     /// # Errors
     /// If the process has no descriptors left to duplicate.
     pub fn parcel(&self, deadline: Instant) -> io::Result<Option<Parcel>> {
-        match self.parcel.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let last = deadline.checked_sub(LAST).unwrap_or(deadline);
+        match self.orders.insist(&self.parcel, last, deadline) {
             Ok(parcel) => parcel.map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the port's thread has ended")),
@@ -61,7 +72,33 @@ impl Orders {
             end: AtomicBool::new(false),
             pause: Mutex::default(),
             stream: Mutex::default(),
+            thread: OnceLock::new(),
         })
+    }
+
+    /// For the thread, before anything else.
+    pub(super) fn begin(&self) {
+        allow_interrupts();
+        // There is one thread only.
+        let _ = self.thread.set(Pulse::of_this_thread());
+    }
+
+    /// Waits for the thread to say something until the deadline, and from `since` on gets it out of whatever it waits in.
+    pub(super) fn insist<T>(
+        &self,
+        said: &Receiver<T>,
+        since: Instant,
+        deadline: Instant,
+    ) -> Result<T, RecvTimeoutError> {
+        let mut until = since;
+        loop {
+            match said.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
+                outcome => return outcome,
+            }
+            self.thread.get().inspect(|thread| thread.interrupt());
+            until = Instant::now() + INSIST;
+        }
     }
 
     /// Notes the connection that [`Orders::end`] is to shut down.
@@ -85,11 +122,11 @@ impl Orders {
     }
 
     /// Asks the thread to stand still between two messages.
-    pub(super) fn pause(&self) -> Paused {
+    pub(super) fn pause(self: &Arc<Self>) -> Paused {
         let ((send_parcel, parcel), (send_over, over)) = (mpsc::channel(), mpsc::channel());
         *lock(&self.pause) = Some(Pause { parcel: send_parcel, over });
         self.event.signal();
-        Paused { parcel, _over: send_over }
+        Paused { parcel, orders: self.clone(), _over: send_over }
     }
 
     /// For the thread when it was woken: stands still if that was asked for.

@@ -3,9 +3,11 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::parcel::{AdoptError, Session};
@@ -20,11 +22,17 @@ use crate::status::PortState;
 /// Stack of a port's thread.
 const STACK: usize = 256 * 1024;
 
+/// How long a thread that is to end is left alone, and how long it is waited for.
+const ALONE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// A vhost-user port: the thread that looks after one frontend.
 #[derive(Debug)]
 pub struct VhostPort {
     orders: Arc<Orders>,
     thread: Option<JoinHandle<()>>,
+    /// Hung up once the thread is done.
+    done: Mutex<Receiver<()>>,
 }
 
 /// What a port is started with.
@@ -54,14 +62,17 @@ impl VhostPort {
         Self::spawn(Connection::new(setup, Arc::new(Orders::new()?)), None)
     }
 
-    fn spawn(mut connection: Connection, session: Option<Session>) -> io::Result<Self> {
+    fn spawn(connection: Connection, session: Option<Session>) -> io::Result<Self> {
         let (orders, port) = (connection.orders.clone(), connection.setup.name.clone());
         let thread = thread::Builder::new().name(format!("sl-{port}")).stack_size(STACK);
+        let (is_done, done) = mpsc::channel();
         let thread = thread.spawn(move || {
+            // Dropped after the connection.
+            let (_is_done, mut connection) = (is_done, connection);
             let _span = tracing::info_span!("vhost-user", port).entered();
             connection.run(session);
         })?;
-        Ok(Self { orders, thread: Some(thread) })
+        Ok(Self { orders, thread: Some(thread), done: done.into() })
     }
 
     /// Has the port's thread stand still between two messages until what this returns is dropped, and say what the
@@ -70,15 +81,23 @@ impl VhostPort {
         self.orders.pause()
     }
 
-    /// Ends the thread, whatever it is doing, and waits for it. The port's link is down afterwards.
+    /// Ends the thread, whatever it is doing, and waits for it, but not for ever. The port's link is down afterwards.
     pub fn stop(self) {}
 }
 
 impl Drop for VhostPort {
     fn drop(&mut self) {
         self.orders.end();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread of a vhost-user port panicked");
+        let Some(thread) = self.thread.take() else { return };
+        let now = Instant::now();
+        let done = self.done.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match self.orders.insist(done, now + ALONE, now + PATIENCE) {
+            // Whoever stops a port must not wait for what a frontend can draw out.
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::error!("the thread of a vhost-user port hangs and is left behind")
+            }
+            _ if thread.join().is_err() => tracing::error!("the thread of a vhost-user port panicked"),
+            _ => {}
         }
     }
 }

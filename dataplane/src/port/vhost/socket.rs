@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::limits::MAX_SOCKET_PATH;
+use crate::port::vhost::message;
 use crate::port::vhost::place::{Opened, SocketPlace};
 
 /// Frontends that may wait while we serve one. A port has one frontend, so more are none.
@@ -111,7 +112,7 @@ impl Listener {
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         for _ in 0..=4 * BACKLOG {
             match self.socket.accept() {
-                Ok((stream, _)) if hung_up(&stream)? => {}
+                Ok((stream, _)) if hung_up(&stream)? => message::end(&stream),
                 Ok((stream, _)) => return stream.set_nonblocking(false).map(|()| Some(stream)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
