@@ -31,8 +31,15 @@ pub const MAX_MEM_SLOTS: usize = 509;
 /// Memory of one guest, in bytes. A sparse file may claim any size, and our address space is shared by all ports.
 pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 
-/// What all ports together may have mapped, of the 128 TiB that a process has. One mapping gets at most half of what is left.
+/// What all ports together may have mapped, of the 128 TiB that a process has. One port gets at most a sixteenth of what no
+/// other one has.
 pub const MAX_MAPPED: u64 = 96 << 40;
+
+/// Mappings of all ports, of the 65,530 that a process can have (`vm.max_map_count`).
+pub const MAX_MAPPINGS: u64 = 60_000;
+
+/// Mappings of one port: two memory tables, while one takes the place of the other, and their logs.
+pub const MAX_PORT_MAPPINGS: u64 = 1024;
 
 /// Bytes of a dirty log: a bit for each page of 128 TiB of guest physical addresses.
 pub const MAX_DIRTY_LOG: u64 = 4 << 30;
@@ -109,3 +116,5 @@ const _: () = assert!(MAX_NETWORKS <= u16::MAX as usize, "network ids are u16");
 const _: () = assert!(MAX_NETWORKS >= MAX_PORTS, "a port that moves to another network finds room");
 const _: () = assert!(MAX_BURST_SEGMENTS >= 2 * MAX_CHAIN, "one chain always fits");
 const _: () = assert!(MAX_BURST_SEGMENTS <= u16::MAX as usize);
+const _: () =
+    assert!(MAX_PORT_MAPPINGS as usize >= 2 * (MAX_MEM_SLOTS + 1), "a guest with all its regions gets another table");

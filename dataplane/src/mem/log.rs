@@ -6,10 +6,11 @@
 //! let go of.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::limits::MAX_DIRTY_LOG;
-use crate::mem::{GuestMemory, MemError, OnLoss, Region, Segment};
+use crate::mem::{Claim, GuestMemory, MemError, OnLoss, Region, Segment, Share};
 
 /// Bytes of guest memory for each bit (`VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
@@ -25,23 +26,36 @@ pub struct Log {
 }
 
 impl Log {
+    /// Maps `size` bytes of `file` from `offset`, for no port.
+    ///
+    /// # Errors
+    /// As [`Log::map_by`].
+    pub fn map(file: File, size: u64, offset: u64) -> Result<Self, MemError> {
+        Self::map_by(&Arc::<Share>::default().inherit(), file, size, offset)
+    }
+
+    /// For a log instead of this one, or the first one, whose port is that.
+    pub fn claim(this: Option<&Self>, share: &Arc<Share>) -> Claim {
+        share.claim(this.map_or([0; 2], |log| log.region.room.amounts()))
+    }
+
     /// Maps `size` bytes of `file` from `offset`, as `SET_LOG_BASE` gives them.
     ///
     /// # Errors
-    /// [`MemError`] if the file is not a memory file that covers the range, or the range wraps.
-    pub fn map(file: File, size: u64, offset: u64) -> Result<Self, MemError> {
+    /// [`MemError`] if the file is not a memory file that covers the range, the range wraps, or the port has no room for it.
+    pub fn map_by(claim: &Claim, file: File, size: u64, offset: u64) -> Result<Self, MemError> {
         if size > MAX_DIRTY_LOG {
             return Err(MemError::LogSize(size));
         }
         if !offset.is_multiple_of(align_of::<u64>() as u64) {
             return Err(MemError::LogOffset(offset));
         }
-        Ok(Self { region: Region::map(file, 0, size, 0, offset)? })
+        Ok(Self { region: Region::map_by(claim, file, 0, size, 0, offset)? })
     }
 
     /// The same log; `owner` is told if its memory goes.
     #[must_use]
-    pub fn telling(self, owner: std::sync::Arc<dyn OnLoss>) -> Self {
+    pub fn telling(self, owner: Arc<dyn OnLoss>) -> Self {
         Self { region: self.region.telling(owner) }
     }
 
@@ -93,7 +107,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// [`MemError::LogSize`] if the log has no bit for some page of it.
-    pub fn logged_by(&self, log: Option<std::sync::Arc<Log>>) -> Result<Self, MemError> {
+    pub fn logged_by(&self, log: Option<Arc<Log>>) -> Result<Self, MemError> {
         let end = self.regions.iter().map(|region| region.gpa + region.len).max().unwrap_or(0);
         if let Some(log) = log.as_ref().filter(|log| log.pages() < end.div_ceil(PAGE)) {
             return Err(MemError::LogSize(log.region.len));
@@ -188,7 +202,6 @@ mod tests {
     use super::*;
     use crate::mem::tests::memfd;
     use std::os::unix::fs::FileExt;
-    use std::sync::Arc;
 
     fn logged(size: u64, offset: u64) -> (GuestMemory, File) {
         let file = memfd(offset + size);

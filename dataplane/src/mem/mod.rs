@@ -9,23 +9,25 @@ mod file;
 mod guard;
 mod log;
 pub(crate) mod prefetch;
+mod room;
 mod segment;
 
 pub(crate) use guard::Guard;
 pub use guard::OnLoss;
 pub use log::{Log, Marks};
+pub use room::{Claim, Share};
 pub use segment::{Segment, SegmentArena, Segments, SourceSegment};
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::limits::{MAX_GUEST_MEMORY, MAX_MAPPED, MAX_MEM_SLOTS};
+use crate::limits::{MAX_GUEST_MEMORY, MAX_MAPPINGS, MAX_MEM_SLOTS, MAX_PORT_MAPPINGS};
 use file::SMALL_PAGE;
+use room::{Amounts, Room};
 
 /// Why a memory region was refused.
 #[derive(Debug, thiserror::Error)]
@@ -70,9 +72,18 @@ pub enum MemError {
     /// The kernel would not tell about the file.
     #[error("cannot inspect the file of a memory region: {0}")]
     Stat(#[source] std::io::Error),
-    /// All ports together have mapped so much that it would take more than half of what is left.
+    /// All ports together have mapped so much that it does not fit.
     #[error("no room for a memory region of {0} bytes beside those of all ports")]
     NoRoom(u64),
+    /// The port would have too much.
+    #[error("with a memory region of {0} bytes the port has more than a sixteenth of what others leave")]
+    Share(u64),
+    /// All ports together have mapped so many regions.
+    #[error("no room for a memory region beside the {MAX_MAPPINGS} of all ports")]
+    NoMappings,
+    /// The port would have too many mapped, maybe since its last ones are still there.
+    #[error("the port has more memory regions than {MAX_PORT_MAPPINGS}, or than a sixteenth of what others leave")]
+    PortMappings,
     /// The kernel would not map the file.
     #[error("cannot map a memory region: {0}")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
@@ -92,36 +103,23 @@ pub struct Region {
     /// Before `map`, since it has to go first.
     guard: Guard,
     map: MmapRegion,
-    _room: Room,
-}
-
-/// A share of the process's addresses, which all need: without any left, the next allocation of anybody would be the last.
-#[derive(Debug)]
-struct Room(u64);
-
-/// The sum of all shares.
-static MAPPED: AtomicU64 = AtomicU64::new(0);
-
-impl Room {
-    fn for_bytes(bytes: u64) -> Result<Self, MemError> {
-        let add = |mapped: u64| (bytes <= MAX_MAPPED.saturating_sub(mapped) / 2).then(|| mapped + bytes);
-        let added = MAPPED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
-        added.map(|_| Self(bytes)).map_err(|_| MemError::NoRoom(bytes))
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
-    }
+    room: Room,
 }
 
 impl Region {
+    /// Maps `len` bytes of `file` from `offset` as the guest's memory at `gpa`, for no port.
+    ///
+    /// # Errors
+    /// As [`Region::map_by`].
+    pub fn map(file: File, gpa: u64, len: u64, uva: u64, offset: u64) -> Result<Self, MemError> {
+        Self::map_by(&Arc::<Share>::default().inherit(), file, gpa, len, uva, offset)
+    }
+
     /// Maps `len` bytes of `file` from `offset` as the guest's memory at `gpa`.
     ///
     /// # Errors
-    /// [`MemError`] if the file is not a memory file that covers the range, or an address wraps.
-    pub fn map(file: File, gpa: u64, len: u64, uva: u64, offset: u64) -> Result<Self, MemError> {
+    /// [`MemError`] if the file is not a memory file that covers the range, an address wraps, or the port has no room for it.
+    pub fn map_by(claim: &Claim, file: File, gpa: u64, len: u64, uva: u64, offset: u64) -> Result<Self, MemError> {
         if len == 0 {
             return Err(MemError::Empty);
         }
@@ -137,7 +135,7 @@ impl Region {
         let whole =
             if page == SMALL_PAGE { lead.checked_add(len) } else { (lead + len).checked_next_multiple_of(page) };
         let size = whole.and_then(|size| usize::try_from(size).ok()).ok_or(MemError::Wraps)?;
-        let room = Room::for_bytes(size as u64)?;
+        let room = claim.take(size as u64)?;
         let map = MmapRegionBuilder::new(size)
             .with_file_offset(FileOffset::new(file, offset - lead))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -146,7 +144,7 @@ impl Region {
             .map_err(MemError::Map)?;
         // SAFETY: the range is the mapping just made; advice that fails changes nothing.
         unsafe { libc::madvise(map.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
-        Ok(Self { gpa, len, uva, lead: lead as usize, guard: Guard::new(map.as_ptr(), size), map, _room: room })
+        Ok(Self { gpa, len, uva, lead: lead as usize, guard: Guard::new(map.as_ptr(), size), map, room })
     }
 
     /// The same region; `owner` is told if its memory goes, which otherwise nobody is.
@@ -308,6 +306,12 @@ impl GuestMemory {
         self.regions.iter().map(|r| r.len).sum()
     }
 
+    /// For a table instead of this one, whose port is that.
+    pub fn claim(&self, share: &Arc<Share>) -> Claim {
+        let add = |[bytes, count]: Amounts, [more, one]: Amounts| [bytes + more, count + one];
+        share.claim(self.regions.iter().map(|region| region.room.amounts()).fold([0; 2], add))
+    }
+
     /// Whether some of it has gone, or its dirty log; see [`Region::is_lost`].
     pub fn is_lost(&self) -> bool {
         self.regions.iter().any(|region| region.is_lost()) || self.log.as_ref().is_some_and(|log| log.is_lost())
@@ -396,17 +400,6 @@ pub(crate) mod tests {
 
     fn region(gpa: u64, len: u64, uva: u64) -> Region {
         Region::map(memfd(len), gpa, len, uva, 0).unwrap()
-    }
-
-    #[test]
-    fn no_port_takes_all_the_room() {
-        let quarter = || Room::for_bytes(MAX_MAPPED / 4);
-        let (first, second) = (quarter().unwrap(), quarter().unwrap());
-        assert!(matches!(Room::for_bytes(MAX_MAPPED / 3), Err(MemError::NoRoom(_))));
-        drop(first);
-        quarter().unwrap();
-        drop(second);
-        assert!(matches!(Room::for_bytes(u64::MAX), Err(MemError::NoRoom(_))));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::config::SocketMode;
 use crate::keeper::{Stamp, Watch};
+use crate::mem::Share;
 use crate::port::Link;
 use crate::port::vhost::answer::{answer, explain};
 use crate::port::vhost::gate::LogGate;
@@ -76,6 +77,8 @@ pub(super) struct Connection {
     pub(super) orders: Arc<Orders>,
     /// In server mode, once it could be made.
     pub(super) listener: Option<Listener>,
+    /// What its connections may map, of which one can begin before all of the last one has gone.
+    share: Arc<Share>,
     /// The link as we published it last, unless a device did since.
     shown: Option<(PortState, String)>,
     /// Why the last connection failed.
@@ -89,8 +92,8 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn new(setup: Setup, orders: Arc<Orders>) -> Self {
-        let (shown, failure, log) = (None, None, LogGate::default());
-        Self { setup, orders, listener: None, shown, failure, alone_since: Instant::now(), penalty: false, log }
+        let (listener, share, shown, failure, log) = Default::default();
+        Self { setup, orders, listener, share, shown, failure, alone_since: Instant::now(), penalty: false, log }
     }
 
     /// The port's whole life. Begins with a connection if one was handed over.
@@ -170,7 +173,8 @@ impl Connection {
 
     /// A device for a new connection.
     pub(super) fn device(&self) -> Device {
-        Device::new(self.setup.publisher.clone(), self.setup.queues, self.setup.mtu, self.failure.as_deref())
+        let (publisher, share) = (self.setup.publisher.clone(), self.share.clone());
+        Device::new(publisher, share, self.setup.queues, self.setup.mtu, self.failure.as_deref())
     }
 
     pub(super) fn show(&mut self, state: PortState, reason: String) {

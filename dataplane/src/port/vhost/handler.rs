@@ -17,7 +17,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::keeper::Stamp;
 use crate::limits::{MAX_GUEST_MEMORY, MAX_MEM_SLOTS, MAX_QUEUE_PAIRS, MAX_RING};
-use crate::mem::{GuestMemory, Log, MemError, OnLoss, Region};
+use crate::mem::{Claim, GuestMemory, Log, MemError, OnLoss, Region, Share};
 use crate::port::vhost::features;
 use crate::port::vhost::hold::Hold;
 use crate::port::vhost::ring::{Place, Queue, Ring, Standing, Surroundings};
@@ -80,6 +80,8 @@ pub(super) struct Device {
     pub(super) protocol: u64,
     pub(super) status: u8,
     pub(super) memory: Arc<GuestMemory>,
+    /// What the port may map.
+    pub(super) share: Arc<Share>,
     /// Where dirty pages are marked while `LOG_ALL` is among the features.
     pub(super) log: Option<Arc<Log>>,
     /// For frames that come while rings are changed, or while the guest is logged and its rings are stopped.
@@ -97,6 +99,7 @@ impl Device {
     /// A device to which nothing has been said yet. `before` is why the previous connection failed.
     pub(super) fn new(
         publisher: Arc<dyn Publisher>,
+        share: Arc<Share>,
         queues: Option<u16>,
         mtu: Option<u16>,
         before: Option<&str>,
@@ -111,6 +114,7 @@ impl Device {
             protocol: 0,
             status: 0,
             memory: Arc::default(),
+            share,
             log: None,
             hold: None,
             rings: Vec::new(),
@@ -296,9 +300,10 @@ impl Device {
     }
 
     /// Maps a region of guest memory, for whose loss this port is to blame.
-    fn map(&self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<Region, MemError> {
+    fn map(&self, claim: &Claim, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<Region, MemError> {
         let (gpa, len, uva) = (region.guest_phys_addr, region.memory_size, region.user_addr);
-        Ok(Region::map(file, gpa, len, uva, region.mmap_offset)?.telling(self.publisher.stats().clone()))
+        let region = Region::map_by(claim, file, gpa, len, uva, region.mmap_offset)?;
+        Ok(region.telling(self.publisher.stats().clone()))
     }
 
     /// Makes and publishes whatever can run now.
@@ -435,7 +440,8 @@ impl VhostUserBackendReqHandlerMut for Device {
         if bytes > MAX_GUEST_MEMORY {
             return Err(DeviceError::Memory(MemError::TooLarge).into());
         }
-        let regions = regions.iter().zip(files).map(|(region, file)| self.map(region, file));
+        let claim = self.memory.claim(&self.share);
+        let regions = regions.iter().zip(files).map(|(region, file)| self.map(&claim, region, file));
         let regions = regions.collect::<std::result::Result<_, _>>().map_err(DeviceError::Memory)?;
         self.change_memory(&GuestMemory::new(regions).map_err(DeviceError::Memory)?)?;
         Ok(None)
@@ -563,7 +569,12 @@ impl VhostUserBackendReqHandlerMut for Device {
         fd: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        let region = self.map(region, fd).map_err(DeviceError::Memory)?;
+        if self.memory.bytes().saturating_add(region.memory_size) > MAX_GUEST_MEMORY {
+            return Err(DeviceError::Memory(MemError::TooLarge).into());
+        }
+        // Beside all that there is.
+        let claim = GuestMemory::default().claim(&self.share);
+        let region = self.map(&claim, region, fd).map_err(DeviceError::Memory)?;
         self.change_memory(&self.memory.with(region).map_err(DeviceError::Memory)?)?;
         Ok(None)
     }
@@ -577,7 +588,8 @@ impl VhostUserBackendReqHandlerMut for Device {
     /// Gives us the dirty log, or a larger one instead (vhost-user, "Migration"). The reply, which the crate sends,
     /// means that the old one is not written to any more.
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        let log = Log::map(file, log.mmap_size, log.mmap_offset).map_err(DeviceError::Memory)?;
+        let claim = Log::claim(self.log.as_deref(), &self.share);
+        let log = Log::map_by(&claim, file, log.mmap_size, log.mmap_offset).map_err(DeviceError::Memory)?;
         self.log = Some(Arc::new(log.telling(self.publisher.stats().clone())));
         self.change_memory(&self.memory.clone())?;
         Ok(())

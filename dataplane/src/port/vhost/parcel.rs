@@ -113,15 +113,16 @@ impl Device {
         self.focus = record.focus;
         let stamp = record.stamp.map(|place| fds.take(place).ok_or(AdoptError::Descriptor("a keeper's stamp")));
         self.stamp = stamp.transpose()?.map(|fd| Arc::new(Stamp::of(fd)));
+        let claim = self.share.inherit();
         let regions = record.memory.iter().map(|region| {
             let file = fds.take(region.file).ok_or(AdoptError::Descriptor("guest memory"))?;
-            let region = Region::map(file.into(), region.gpa, region.len, region.uva, region.offset)?;
+            let region = Region::map_by(&claim, file.into(), region.gpa, region.len, region.uva, region.offset)?;
             Ok(region.telling(self.publisher.stats().clone()))
         });
         let memory = GuestMemory::new(regions.collect::<Result<_, AdoptError>>()?)?;
         if let Some(log) = &record.log {
             let file = fds.take(log.file).ok_or(AdoptError::Descriptor("dirty log"))?;
-            let log = Log::map(file.into(), log.size, log.offset)?;
+            let log = Log::map_by(&claim, file.into(), log.size, log.offset)?;
             self.log = Some(Arc::new(log.telling(self.publisher.stats().clone())));
         }
         let log = self.log.clone().filter(|_| self.features & features::LOG_ALL != 0);
