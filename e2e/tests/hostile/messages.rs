@@ -101,10 +101,11 @@ fn rings(files: &Files) -> Vec<Case> {
     cases.push(("ring base", Message::ring(SET_VRING_BASE, 0, 0x1_0000), "does not fit a split ring"));
     cases.push(("enable twice", Message::ring(SET_VRING_ENABLE, 0, 2), "can be enabled or disabled, not 2"));
     for request in [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR] {
-        let kinds = [&files.memory, &files.null, &files.directory].map(AsRawFd::as_raw_fd);
-        for fd in kinds.into_iter().chain([files.socket.as_raw_fd()]) {
+        for fd in [&files.memory, &files.null, &files.directory].map(AsRawFd::as_raw_fd) {
             cases.push(("wrong kind of event", Message::number(request, 0).with(&[fd]), "is not an eventfd"));
         }
+        let socket = [files.socket.as_raw_fd()];
+        cases.push(("a socket for an event", Message::number(request, 0).with(&socket), "is a socket"));
         cases.push(("no event", Message::number(request, 0), "descriptors are not those"));
         cases.push(("two events", Message::number(request, 0).with(&[event, event]), "descriptors are not those"));
         cases.push(("an event too many", Message::number(request, 0x100).with(&[event]), "descriptors are not those"));
