@@ -165,16 +165,10 @@ impl Frame {
     /// The 802.1Q tag control information, if the frame carries a tag of its VLAN at the moment.
     #[inline]
     pub fn tag(&self) -> Option<u16> {
-        self.first_tag().filter(|_| self.priority & BARE == 0)
-    }
-
-    /// The tag that the frame begins with, its VLAN's or the sender's own.
-    #[inline]
-    fn first_tag(&self) -> Option<u16> {
         // A frame that ends before the EtherType behind its tag has none: without it, it would be no frame.
         let room = self.end - self.start >= (ETHERNET_HEADER + TAG_LEN) as u16;
         match *self.ethernet() {
-            [.., 0x81, 0x00, high, low] if room => Some(u16::from_be_bytes([high, low])),
+            [.., 0x81, 0x00, high, low] if room && self.priority & BARE == 0 => Some(u16::from_be_bytes([high, low])),
             _ => None,
         }
     }

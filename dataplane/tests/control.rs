@@ -179,7 +179,7 @@ async fn a_capture_ends_with_its_port() {
     answers.message().await.unwrap().unwrap();
     let config = bench.switch.port_config("vm1").unwrap();
     bench.controller.remove_port("vm1", None).unwrap();
-    bench.controller.add_port(config, false).unwrap();
+    bench.controller.add_port(config, false, || true).unwrap();
     let end = tokio::time::timeout(Duration::from_secs(5), answers.message()).await;
     assert!(end.expect("the capture goes on").unwrap().is_none());
     client.capture(request).await.unwrap();
@@ -293,7 +293,7 @@ async fn a_port_that_nobody_waits_for_is_not_added() {
     let add = |name, until: u32| {
         let asked = std::cell::Cell::new(0);
         let is_wanted = || asked.replace(asked.get() + 1) < until;
-        bench.controller.add_port_while(port(name), false, is_wanted).map_err(|error| error.to_string())
+        bench.controller.add_port(port(name), false, is_wanted).map_err(|error| error.to_string())
     };
     for until in [0, 1] {
         assert!(add("a", until).unwrap_err().contains("did not wait"), "{until}");
@@ -314,9 +314,9 @@ fn a_port_that_is_replaced_leaves_no_pin() {
     let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     let controller = Controller::new(switch.clone(), store, about);
-    controller.add_port(port("first"), true).unwrap();
+    controller.add_port(port("first"), true, || true).unwrap();
     controller.pin("p=0".parse().unwrap()).unwrap();
-    controller.add_port(port("second"), true).unwrap();
+    controller.add_port(port("second"), true, || true).unwrap();
     assert!(controller.unpin(&"p".parse().unwrap()).is_err());
     let pins = std::fs::read_to_string(dir.path().join("pins.json")).unwrap();
     assert!(pins.contains("\"pins\": []"), "{pins}");
@@ -350,7 +350,7 @@ fn ports_that_are_noted_as_gone_go() {
 
     leave("cni/c/if/");
     leave("cni/d/if/");
-    controller.add_port(port("c", "cni/c/if/x"), true).unwrap();
+    controller.add_port(port("c", "cni/c/if/x"), true, || true).unwrap();
     assert_eq!((names(), notes()), (vec!["b".to_owned(), "c".to_owned()], 1));
     switch.stop();
 }

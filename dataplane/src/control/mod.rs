@@ -301,18 +301,12 @@ impl Controller {
     /// Adds a port and writes it down: both or neither. An owner that repeats itself changes nothing, and with
     /// `replace_owner` the port takes the place of one that has another owner.
     ///
-    /// # Errors
-    /// [`ControlError`].
-    pub fn add_port(&self, port: PortConfig, replace_owner: bool) -> Result<Option<PortStatus>, ControlError> {
-        self.add_port_while(port, replace_owner, || true)
-    }
-
-    /// The same for somebody who may have given up by the time that it is done, as with a disk that hangs: then there is no
+    /// Who asks may have given up by the time that it is done, as with a disk that hangs: if it `is_wanted` no more, there is no
     /// such port.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn add_port_while(
+    pub fn add_port(
         &self,
         port: PortConfig,
         replace_owner: bool,

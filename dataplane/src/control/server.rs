@@ -305,9 +305,8 @@ impl Control for Service {
         let config = convert::port_from_proto(config).map_err(|error| Status::invalid_argument(error.to_string()))?;
         // Dropped with this call if the client does not wait for its end.
         let (caller, called) = tokio::sync::oneshot::channel::<()>();
-        let add = move |controller: &Controller| {
-            Ok(controller.add_port_while(config, replace_owner, || !caller.is_closed())?)
-        };
+        let add =
+            move |controller: &Controller| Ok(controller.add_port(config, replace_owner, || !caller.is_closed())?);
         let port = self.change(add).await?;
         drop(called);
         Ok(Response::new(proto::AddPortResponse { port: port.map(convert::port_status) }))

@@ -136,6 +136,11 @@ impl PortPublisher {
     pub(super) fn new(inner: Weak<Inner>, id: PortId, stats: Arc<PortStats>) -> Self {
         Self { inner, id, stats, pace: Pace::default() }
     }
+
+    /// What the tables have of it. Its number may be another port's by now, if its thread was left behind.
+    fn entry<'t>(&self, tables: &'t Tables) -> Option<&'t Entry> {
+        tables.ports.values().find(|entry| entry.id == self.id && Arc::ptr_eq(&entry.stats, &self.stats))
+    }
 }
 
 /// How often a port may disturb the workers. A frontend can have its port change something with each of its messages, and each
@@ -159,13 +164,6 @@ impl Pace {
         let due = next.unwrap_or(now).max(now) + Self::EACH;
         *next = Some(due);
         (due - now).saturating_sub(Self::EACH * Self::BURST)
-    }
-}
-
-impl PortPublisher {
-    /// What the tables have of it. Its number may be another port's by now, if its thread was left behind.
-    fn entry<'t>(&self, tables: &'t Tables) -> Option<&'t Entry> {
-        tables.ports.values().find(|entry| entry.id == self.id && Arc::ptr_eq(&entry.stats, &self.stats))
     }
 }
 

@@ -60,10 +60,10 @@ pub struct Journal {
 struct Index {
     /// Records that a ring of this process has.
     taken: Vec<bool>,
-    /// Places by the key that is stored there.
+    /// Places by the key that is stored there, of the first `used` ones.
     known: HashMap<u64, usize>,
-    /// Places that nobody has ever used.
-    unused: Vec<usize>,
+    /// No place from here on was ever used: they are, one after the other, by this process or another one.
+    used: usize,
 }
 
 // SAFETY: records consist of atomics; the mapping lives as long as the journal.
@@ -107,18 +107,8 @@ impl Journal {
         }
         let records = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let guard = Some(Guard::new(base.cast(), Self::LEN));
-        let index = Index { taken: vec![false; MAX_JOURNAL], known: HashMap::new(), unused: Vec::new() };
-        let journal = Self { records, index: Mutex::new(index), guard, _file: file };
-        {
-            let mut index = journal.index();
-            for place in (0..MAX_JOURNAL).rev() {
-                match journal.record(place).key.load(Ordering::Relaxed) {
-                    0 => index.unused.push(place),
-                    key => drop(index.known.insert(key, place)),
-                }
-            }
-        }
-        Ok(Arc::new(journal))
+        let index = Index { taken: vec![false; MAX_JOURNAL], known: HashMap::new(), used: 0 };
+        Ok(Arc::new(Self { records, index: Mutex::new(index), guard, _file: file }))
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -141,12 +131,21 @@ impl Journal {
     pub fn entry(self: &Arc<Self>, port: &str, ring: usize, identity: u64) -> Option<Arc<Entry>> {
         let key = hash([port.as_bytes(), &ring.to_le_bytes(), &LAYOUT.to_le_bytes()]) | 1;
         let index = &mut *self.index();
+        // What the process before has left, and what it adds while this one takes over.
+        while index.used < MAX_JOURNAL
+            && let stored = self.record(index.used).key.load(Ordering::Relaxed)
+            && stored != 0
+        {
+            index.known.entry(stored).or_insert(index.used);
+            index.used += 1;
+        }
         let place = match index.known.get(&key) {
             // Two records of one ring would contradict each other.
             Some(&place) if index.taken[place] => return None,
             Some(&place) => place,
             // The last is that of a port which is no more.
-            None => index.unused.pop().or_else(|| index.taken.iter().position(|taken| !taken))?,
+            None if index.used < MAX_JOURNAL => index.used,
+            None => index.taken.iter().position(|taken| !taken)?,
         };
         index.taken[place] = true;
         let record = self.record(place);
@@ -277,6 +276,20 @@ mod tests {
         assert_eq!(another_ring.last(), None);
         another_ring.begin(0);
         assert!(another_ring.last().is_some());
+    }
+
+    /// As in a takeover: each ring has one record, whoever made it and when.
+    #[test]
+    fn what_another_process_adds_meanwhile_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let [old, new] = [(); 2].map(|()| Journal::open(&dir.path().join("rings")).unwrap());
+        let late: Vec<_> = (0..3).map(|ring| old.entry("late", ring, 7).unwrap()).collect();
+        late.iter().for_each(|entry| entry.begin(5));
+        let other = new.entry("other", 0, 7).unwrap();
+        assert!(late.iter().all(|entry| entry.place != other.place && entry.last().is_some()));
+        for (ring, entry) in late.iter().enumerate() {
+            assert_eq!(new.entry("late", ring, 7).unwrap().place, entry.place);
+        }
     }
 
     #[test]
