@@ -28,7 +28,8 @@ pub const MAX_QUEUE_PAIRS: usize = 256;
 /// Memory regions of one guest. Equals what the kernel's vhost and rust-vmm allow.
 pub const MAX_MEM_SLOTS: usize = 509;
 
-/// Memory of one guest, in bytes. A sparse file may claim any size, and our address space is shared by all ports.
+/// Memory of one guest, in bytes, that is looked at at all: a sparse file may claim any size. A port's share of the process's
+/// addresses (`mem/room.rs`) is less.
 pub const MAX_GUEST_MEMORY: u64 = 16 << 40;
 
 /// What all ports together may have mapped, of the 128 TiB that a process has. One port gets at most a sixteenth of what no

@@ -112,8 +112,8 @@ pub(crate) struct RunArgs {
     /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
     #[arg(long, value_name = "DIR")]
     pub(crate) socket_root: Option<PathBuf>,
-    /// How much the process gives up once it has started: auto (what the kernel can do), strict (all, or it does not
-    /// start) or off [default: auto]
+    /// How much the process gives up once it has started: auto (what the kernel can do), strict (no start unless
+    /// capabilities, landlock, as far as the kernel has it, and seccomp hold) or off [default: auto]
     #[arg(long, value_name = "MODE")]
     pub(crate) sandbox: Option<SandboxMode>,
     /// Where to keep the ports [default: /var/lib/sluice]

@@ -36,7 +36,7 @@ reasons! {
     BadOffload = "bad_offload";
     /// From the port: more than its rate limit (rate-rx) lets in.
     RateRx = "rate_rx";
-    /// From the port: a VLAN tag that the port may not use, or none where one is needed.
+    /// From or to the port: a VLAN that the port may not use, or a tag of the sender's own where none may be.
     VlanDenied = "vlan_denied";
     /// From the port: a source address that is not the port's own, with spoofcheck on, or is multicast.
     Spoofed = "spoofed";
