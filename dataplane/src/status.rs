@@ -1,4 +1,4 @@
-//! What the switch tells about itself: plain snapshots for the control service, metrics and `--json`.
+//! What the switch tells about itself: plain snapshots for the control service and metrics.
 //! `rx` is what the switch receives from a port, `tx` what it sends to it.
 
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ pub enum PortState {
 pub struct PortStatus {
     /// Name as configured.
     pub name: String,
-    /// `vhost-user`, `tap` or `afxdp`.
+    /// `vhost-user`, `tap`, `afxdp` or `dpdk`.
     pub kind: &'static str,
     /// Socket path or interface.
     pub target: String,

@@ -7,7 +7,7 @@
 //!
 //! The kubelet never says when a device is given back, and mounts what it was told at the first allocation for as long
 //! as the pod lives. That shapes everything here: device ids are the same for ever, folders are made before they are
-//! needed and never replaced, each allocation begins with an empty folder, and what pods have left behind is cleared
+//! needed and never replaced while a pod can have them, each allocation begins with an empty folder, and what pods have left behind is cleared
 //! away when the kubelet's list of pods says so twice.
 //!
 //! What is in a VM's folder belongs to the VM. [`folder`] alone touches it, and never follows where it leads.

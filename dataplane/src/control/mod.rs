@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::config::{InvalidPort, MissingFolder, Pin, PortConfig, PortQueue, PortTarget, WorkerMode};
@@ -12,6 +12,7 @@ use crate::handover::{GiveError, Listeners, TakeError, Takeover, give};
 use crate::keeper::Kept;
 use crate::status::PortStatus;
 use crate::switch::{PortError, Switch};
+use crate::sync::lock;
 use gone::Note;
 
 mod convert;
@@ -472,7 +473,6 @@ impl Controller {
     }
 
     fn lock(&self) -> MutexGuard<'_, StateStore> {
-        // A panic between two changes leaves no half of one.
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.store)
     }
 }

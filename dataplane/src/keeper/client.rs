@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::value::to_raw_value;
@@ -14,6 +14,7 @@ use serde_json::value::to_raw_value;
 use super::{Answer, LIMIT, Said, Stamp, bind, socket};
 use crate::handover::{self, Fds, VhostRecord, WireError, wire};
 use crate::port::vhost::Parcel;
+use crate::sync::lock;
 
 /// Name of the keeper's process.
 const PROCESS: &str = "sl-keeper";
@@ -94,7 +95,7 @@ impl Keeper {
 
     /// Returns whether it was said.
     fn say(&self, said: &Said, fds: &Fds) -> bool {
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(&self.0);
         let Some(stream) = &*slot else { return false };
         match wire::send(stream, said, fds, LIMIT) {
             Ok(()) => true,

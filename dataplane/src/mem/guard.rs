@@ -11,7 +11,9 @@
 
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once};
+
+use crate::sync::lock;
 
 /// Is told that the memory of a mapping has gone.
 pub trait OnLoss: Send + Sync + std::fmt::Debug {
@@ -39,7 +41,7 @@ static FREE: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
 impl Slot {
     /// A free slot.
     fn obtain() -> &'static Slot {
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = lock(&FREE);
         if let Some(slot) = free.pop() {
             return slot;
         }
@@ -128,7 +130,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         self.slot.change(0, 0, ptr::null_mut());
         self.forget_owner();
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.slot);
+        lock(&FREE).push(self.slot);
     }
 }
 

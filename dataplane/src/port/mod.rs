@@ -15,7 +15,7 @@ pub mod vhost;
 mod watch;
 mod wire_frame;
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::frame::{Burst, BurstStorage};
@@ -48,7 +48,7 @@ pub trait RxQueue: Send + Sync + std::fmt::Debug {
     fn disarm(&self);
 
     /// What becomes readable when there are frames. `None` for a queue that can only be polled.
-    fn event_fd(&self) -> Option<RawFd>;
+    fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Clears the readable state of [`RxQueue::event_fd`], if that is not done by taking the frames.
     fn drain_event(&self);

@@ -112,15 +112,9 @@ impl fmt::Display for Sandbox {
 }
 
 impl Sandbox {
-    fn add(
-        &mut self,
-        strict: bool,
-        layer: &'static str,
-        result: io::Result<Option<String>>,
-    ) -> Result<bool, SandboxError> {
+    fn add(&mut self, strict: bool, layer: &'static str, result: io::Result<String>) -> Result<bool, SandboxError> {
         match result {
-            Ok(Some(detail)) => self.layers.push(format!("{layer}{detail}")),
-            Ok(None) => return Ok(false),
+            Ok(detail) => self.layers.push(format!("{layer}{detail}")),
             Err(source) if strict => return Err(SandboxError { layer, source }),
             Err(source) => {
                 self.missing.push(format!("{layer}: {source}"));
@@ -161,15 +155,15 @@ pub fn apply(needs: &Needs) -> Result<Sandbox, SandboxError> {
         return Ok(sandbox);
     }
     let strict = needs.mode == SandboxMode::Strict;
-    sandbox.add(strict, "no new privileges", capabilities::gain_no_more().map(|()| Some(String::new())))?;
+    sandbox.add(strict, "no new privileges", capabilities::gain_no_more().map(|()| String::new()))?;
     if needs.kinds.iter().any(|kind| kind == UNCONFINED_KIND) {
         let reason = io::Error::other("there are dpdk ports, which may need anything");
         sandbox.add(strict, "capabilities, landlock, seccomp", Err(reason))?;
         return Ok(sandbox);
     }
-    sandbox.add(strict, "capabilities ", keep_capabilities(&needs.kinds).map(Some))?;
-    sandbox.add(strict, "landlock", files::restrict(needs).map(Some))?;
-    sandbox.workers = sandbox.add(strict, "seccomp", syscalls::confine_process().map(Some))?;
+    sandbox.add(strict, "capabilities ", keep_capabilities(&needs.kinds))?;
+    sandbox.add(strict, "landlock", files::restrict(needs))?;
+    sandbox.workers = sandbox.add(strict, "seccomp", syscalls::confine_process())?;
     Ok(sandbox)
 }
 
@@ -190,7 +184,7 @@ mod tests {
     fn what_is_missing_is_told_or_ends_it() {
         let mut sandbox = Sandbox::default();
         assert_eq!(sandbox.to_string(), "none");
-        assert!(sandbox.add(false, "a", Ok(Some(" x".into()))).unwrap());
+        assert!(sandbox.add(false, "a", Ok(" x".into())).unwrap());
         assert!(!sandbox.add(false, "b", Err(io::Error::other("no such thing"))).unwrap());
         assert_eq!(sandbox.to_string(), "a x (not to be had here: b: no such thing)");
         let error = sandbox.add(true, "b", Err(io::Error::other("no such thing"))).unwrap_err();

@@ -10,7 +10,8 @@ use crate::port::Link;
 use crate::port::vhost::hold::Hold;
 use crate::status::PortState;
 use crate::switch::snapshot::PortView;
-use crate::switch::{Inner, Slot, lock};
+use crate::switch::{Inner, Slot};
+use crate::sync::lock;
 
 /// Lets a link go on with what the port's last one holds, if nobody is there any more to take it.
 pub(super) fn inherit_hold(link: &mut Link, before: &Slot) {

@@ -14,7 +14,8 @@ use crate::port::tap::TapPort;
 use crate::port::vhost::{Adopted, Paused, Setup, Standing, end_listening};
 use crate::status::PortState;
 use crate::switch::fdb::Station;
-use crate::switch::{Driver, Inner, PortError, Slot, Switch, lock};
+use crate::switch::{Driver, Inner, PortError, Slot, Switch};
+use crate::sync::lock;
 
 /// For guests that are there at the start to come up, before the first frame is forwarded.
 const COMING_LIMIT: Duration = Duration::from_millis(150);
@@ -176,7 +177,7 @@ impl Switch {
             let tables = lock(&self.inner.tables);
             // Guests whose connections were kept have not noticed anything.
             let ports = tables.ports.values().filter(|entry| !entry.resumed);
-            let views = ports.filter_map(|entry| tables.slots.get(usize::from(entry.id.0))?.view());
+            let views = ports.filter_map(|entry| tables.view(entry.id));
             let links = views.map(|view| view.link.clone());
             links.fold((false, false), |(coming, up), link| match link.state {
                 PortState::Connecting => (coming || link.reason.is_none(), up),
@@ -362,10 +363,8 @@ impl Switch {
     /// forget what was restored there later.
     pub(crate) fn forget_absent_stations(&self) {
         let tables = lock(&self.inner.tables);
-        let is_absent = |id: PortId| {
-            let view = tables.slots.get(usize::from(id.0)).and_then(Slot::view);
-            view.is_none_or(|view| !view.link.receives() && view.link.hold.is_none())
-        };
+        let is_absent =
+            |id: PortId| tables.view(id).is_none_or(|view| !view.link.receives() && view.link.hold.is_none());
         self.inner.fdb.retain(|entry| is_absent(entry.port));
     }
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::balance::{self, QueueLoad};
-use super::{Entry, Inner, PortError, Slot, Switch, Tables, lock};
+use super::{Entry, Inner, PortError, Switch, Tables};
 use crate::config::{Pin, PortQueue};
 use crate::port::PortId;
 use crate::status::{CyclesStatus, PortCycles, QueueLoadStatus, WorkerCycles, WorkerStatus};
+use crate::sync::lock;
 use crate::worker::WorkerShared;
 use crate::worker::meter::Stage;
 use crate::worker::stats::WorkerCounts;
@@ -154,11 +155,8 @@ impl Tables {
     /// All receive queues that can be served: their port's entry, and the pair.
     pub(super) fn queues(&self) -> impl Iterator<Item = (&Entry, usize)> {
         self.ports.values().flat_map(|entry| {
-            let rx = match self.slots.get(usize::from(entry.id.0)) {
-                Some(Slot::Used(view)) => view.link.rx.as_slice(),
-                _ => &[],
-            };
-            rx.iter().map(move |rx| (entry, rx.pair))
+            let rx = self.view(entry.id).map(|view| view.link.rx.as_slice());
+            rx.unwrap_or_default().iter().map(move |rx| (entry, rx.pair))
         })
     }
 }

@@ -85,7 +85,7 @@ impl RxQueue for Source {
         self.touch();
     }
 
-    fn event_fd(&self) -> Option<std::os::fd::RawFd> {
+    fn event_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
     }
 

@@ -30,7 +30,7 @@ pub mod vlan;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use crate::config::{PortConfig, PortTarget, SwitchConfig};
@@ -42,6 +42,7 @@ use crate::port::afxdp::{self, AfxdpPort};
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
 use crate::port::vhost::{AdoptError, Setup, SocketPlace, VhostPort};
+use crate::sync::lock;
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Learned, Station};
@@ -125,11 +126,6 @@ struct Inner {
     rebalance: bool,
     journal: OnceLock<Arc<Journal>>,
     keeper: OnceLock<Arc<Keeper>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere does not make tables that are replaced as a whole inconsistent.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Switch {
@@ -339,12 +335,11 @@ impl Inner {
         }
     }
 
-    /// The guest of a port that can receive is known to have the configured address, and no other guest can claim that. Unless
-    /// another port has it already: then this one is where its guest may migrate to, and the entry stays until it is heard here.
-    /// Until then it may be on another host, behind an uplink.
+    /// Adds the configured address of a port as a static entry, which no other guest can claim, once the port can receive: until
+    /// then its guest may be on another host, behind an uplink. If another port has the entry already, the guest migrates, and the
+    /// entry stays there until the guest is heard here.
     fn add_static(&self, tables: &Tables, config: &PortConfig, id: PortId) {
-        let view = tables.slots.get(usize::from(id.0)).and_then(Slot::view);
-        if !view.is_some_and(|view| view.link.receives()) {
+        if !tables.view(id).is_some_and(|view| view.link.receives()) {
             return;
         }
         let (domain, vlan) = tables.domain(config);

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::snapshot::{Announcement, Plan, PortView, Served, Snapshot};
 use super::tables::{Entry, Slot, Tables};
-use super::{Inner, departed, lock};
+use super::{Inner, departed};
 use crate::keeper::Keeper;
 use crate::port::stats::PortStats;
 use crate::port::{Link, PortId, Publisher};
 use crate::status::PortState;
+use crate::sync::lock;
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 
@@ -73,11 +74,11 @@ impl Inner {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
         let count = queues.len();
         for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
-            let Some(port) = tables.slots.get(usize::from(entry.id.0)).and_then(Slot::view) else { continue };
+            let Some(port) = tables.view(entry.id) else { continue };
             for rx in &port.link.rx {
                 let worker = tables.placement.server(name, port.id, rx.pair, count);
                 if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
-                    plan.push(Served::new(&port, rx));
+                    plan.push(Served::new(port, rx));
                 }
             }
         }
@@ -211,9 +212,9 @@ impl Publisher for PortPublisher {
     fn forget_stations(&self) {
         let Some(inner) = self.inner.upgrade() else { return };
         let tables = lock(&inner.tables);
-        let holds = |view: Arc<PortView>| view.link.hold.is_some();
+        let holds = |view: &Arc<PortView>| view.link.hold.is_some();
         // Frames for them are held until they are heard elsewhere.
-        if self.entry(&tables).is_some() && !tables.slots[usize::from(self.id.0)].view().is_some_and(holds) {
+        if self.entry(&tables).is_some() && !tables.view(self.id).is_some_and(holds) {
             inner.forget_stations(&tables, self.id);
         }
     }

@@ -14,7 +14,8 @@ use crate::port::Link;
 use crate::port::stats::PortStats;
 use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
 use crate::switch::load::Sampler;
-use crate::switch::{DropReason, Entry, Inner, PortError, Slot, Switch, Tables, fdb, lock};
+use crate::switch::{DropReason, Entry, Inner, PortError, Switch, Tables, fdb};
+use crate::sync::lock;
 use crate::virtq::Fault;
 use crate::wire::MacAddr;
 
@@ -126,10 +127,8 @@ impl Switch {
     }
 
     fn describe(&self, tables: &Tables, entry: &Entry) -> PortStatus {
-        let link = match tables.slots.get(usize::from(entry.id.0)) {
-            Some(Slot::Used(view)) => view.link.clone(),
-            _ => Arc::new(Link::down(PortState::Connecting, None)),
-        };
+        let link = tables.view(entry.id).map(|view| view.link.clone());
+        let link = link.unwrap_or_else(|| Arc::new(Link::down(PortState::Connecting, None)));
         let fault = entry.stats.fault();
         let (vlan, trunk) = match &entry.config.vlan {
             VlanMode::All => (None, None),

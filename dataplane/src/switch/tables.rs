@@ -107,6 +107,14 @@ impl Slot {
 }
 
 impl Tables {
+    /// What workers see of a port, if the port has begun.
+    pub(super) fn view(&self, id: PortId) -> Option<&Arc<PortView>> {
+        match self.slots.get(usize::from(id.0)) {
+            Some(Slot::Used(view)) => Some(view),
+            _ => None,
+        }
+    }
+
     /// The place of a network, if there is one of that name.
     pub(super) fn place(&self, name: &str) -> Option<u16> {
         self.networks.iter().position(|known| known == name).map(|place| place as u16)

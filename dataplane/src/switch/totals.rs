@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::port::stats::PortStats;
 use crate::status::TotalsStatus;
-use crate::switch::{DropReason, Slot, Switch, lock};
+use crate::switch::{DropReason, Slot, Switch};
+use crate::sync::lock;
 
 /// Counters of ports that were removed.
 #[derive(Debug, Default)]

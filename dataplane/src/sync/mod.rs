@@ -4,6 +4,8 @@ mod epoch;
 mod mailbox;
 mod spin;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub use epoch::Epoch;
 pub use mailbox::Mailbox;
 pub use spin::{SpinGuard, SpinLock};
@@ -12,4 +14,10 @@ pub use spin::{SpinGuard, SpinLock};
 pub(crate) mod primitives {
     pub(crate) use std::sync::Arc;
     pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicU64, Ordering, fence};
+}
+
+/// Locks what the control side's threads share. A panic of one of them elsewhere does not keep the others out: what is locked
+/// is replaced as a whole, or whole after each statement.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -19,12 +19,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::FallocateFlags;
 
 use crate::limits::{BURST, MAX_JOURNAL};
 use crate::mem::Guard;
+use crate::sync::lock;
 
 /// Elements of a batch, at most.
 pub const BATCH: usize = 2 * BURST;
@@ -112,7 +113,7 @@ impl Journal {
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.index)
     }
 
     fn record(&self, place: usize) -> &Record {

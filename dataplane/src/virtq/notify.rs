@@ -9,9 +9,11 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, Thread};
 use std::time::Duration;
+
+use crate::sync::lock;
 
 /// Why a descriptor was refused.
 #[derive(Debug, thiserror::Error)]
@@ -141,10 +143,6 @@ static PASSING: Mutex<Vec<Arc<Pulse>>> = Mutex::new(Vec::new());
 /// Watchdogs that sleep until there is a write, and whether there are any.
 static ASLEEP: Mutex<Vec<Thread>> = Mutex::new(Vec::new());
 static ANY_ASLEEP: AtomicBool = AtomicBool::new(false);
-
-fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
-    list.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// For a watchdog that has seen no write for a while: looks, sleeps until there is one or for that long, and looks again.
 /// Returns what the looks found.

@@ -3,9 +3,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::de::{self, Deserialize, Deserializer, Visitor};
-use serde::ser::{Serialize, Serializer};
-
 use super::{be16, vlan};
 
 /// VLAN tags that [`EthernetHeader::parse`] looks through: one 802.1ad service tag around one 802.1Q tag.
@@ -97,32 +94,6 @@ fn hex_pair(text: &str) -> Option<u8> {
         return None;
     }
     u8::from_str_radix(text, 16).ok()
-}
-
-impl Serialize for MacAddr {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for MacAddr {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(MacText)
-    }
-}
-
-struct MacText;
-
-impl Visitor<'_> for MacText {
-    type Value = MacAddr;
-
-    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("a MAC address like 02:00:00:00:00:01")
-    }
-
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<MacAddr, E> {
-        text.parse().map_err(E::custom)
-    }
 }
 
 /// What the switch needs to know of an Ethernet header.
@@ -241,15 +212,6 @@ mod tests {
         ] {
             assert_eq!(text.parse::<MacAddr>(), Err(ParseMacError), "{text:?}");
         }
-    }
-
-    #[test]
-    fn serde_uses_the_text() {
-        let mac = MacAddr([2, 0xab, 0, 0, 0, 1]);
-        assert_eq!(serde_json::to_string(&mac).unwrap(), r#""02:ab:00:00:00:01""#);
-        assert_eq!(serde_json::from_str::<MacAddr>(r#""02:AB:00:00:00:01""#).unwrap(), mac);
-        assert!(serde_json::from_str::<MacAddr>(r#""02:ab""#).unwrap_err().to_string().contains("six pairs"));
-        assert!(serde_json::from_str::<MacAddr>("5").is_err());
     }
 
     proptest! {

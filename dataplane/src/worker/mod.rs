@@ -10,7 +10,6 @@ mod turns;
 pub mod watchdog;
 
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -89,8 +88,6 @@ pub fn alarm_for(shared: &WorkerShared, queues: &[Served]) -> std::io::Result<Al
             silent.push(place);
             continue;
         };
-        // SAFETY: it is its queue's, which is there for longer than this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         // Each new event counts, not that there was one: a guest can give us an eventfd that stays readable however often
         // it is read (`EFD_SEMAPHORE`), and a worker would never sleep again. Queues are empty when it goes to sleep.
         match epoll::add(&epoll, fd, EventData::new_u64(place as u64), EventFlags::IN | EventFlags::ET) {

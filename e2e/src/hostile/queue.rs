@@ -324,11 +324,6 @@ impl Queue {
         }
     }
 
-    /// Skips slots of a chain that was given back and had more than one (packed).
-    pub fn skip_done(&mut self, slots: u16) {
-        self.done.advance(slots, self.size);
-    }
-
     /// Posts buffers until the device has them all.
     pub fn fill(&mut self) {
         while self.free_slot().is_some() {

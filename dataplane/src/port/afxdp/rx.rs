@@ -1,6 +1,6 @@
 //! The receiving half of an uplink's queue: frames stay in the pool until they have been forwarded.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::Queue;
@@ -141,8 +141,8 @@ impl RxQueue for Receiver {
         self.bell.ignore(&self.both.socket);
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
-        Some(self.bell.as_raw_fd())
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.bell.as_fd())
     }
 
     fn drain_event(&self) {}

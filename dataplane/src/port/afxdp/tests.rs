@@ -3,11 +3,13 @@
 mod trouble;
 mod watch;
 
+use std::os::fd::BorrowedFd;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use etherparse::PacketBuilder;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::queue::Queues;
 use super::*;
@@ -405,10 +407,9 @@ fn an_interface_that_vanishes_takes_no_frames_with_it() {
 }
 
 /// Whether a descriptor becomes readable within some time.
-fn is_readable(fd: i32, within: Duration) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: the kernel writes to the local.
-    unsafe { libc::poll(&raw mut poll, 1, within.as_millis() as i32) == 1 }
+fn is_readable(fd: BorrowedFd<'_>, within: Duration) -> bool {
+    let within = Timespec::try_from(within).unwrap();
+    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&within)).unwrap() == 1
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::ffi::{Batch, Device};
@@ -66,7 +66,7 @@ impl RxQueue for Receiver {
 
     fn disarm(&self) {}
 
-    fn event_fd(&self) -> Option<RawFd> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

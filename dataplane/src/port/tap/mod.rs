@@ -6,8 +6,8 @@
 
 mod device;
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::frame::{Burst, BurstStorage};
@@ -20,7 +20,7 @@ use crate::port::{Link, Publisher, RxEntry, RxQueue, TxQueue};
 use crate::status::PortState;
 use crate::switch::DropReason;
 use crate::switch::convert::{Accepts, Scratch};
-use crate::sync::SpinLock;
+use crate::sync::{SpinLock, lock};
 use crate::virtq::Fault;
 use crate::wire::offload::Offload;
 use device::Tap;
@@ -98,7 +98,7 @@ impl TapPort {
 }
 
 fn current(tap: &Mutex<Arc<Tap>>) -> Arc<Tap> {
-    tap.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    lock(tap).clone()
 }
 
 /// Looks after the interface, which the host may remove.
@@ -149,7 +149,7 @@ impl Watcher {
 
     fn reopen(&self) -> std::io::Result<()> {
         let tap = Arc::new(Tap::open(&self.interface, self.mtu)?);
-        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = tap;
+        *lock(&self.tap) = tap;
         Ok(())
     }
 
@@ -219,8 +219,8 @@ impl RxQueue for TapRx {
 
     fn disarm(&self) {}
 
-    fn event_fd(&self) -> Option<RawFd> {
-        Some(self.tap.as_raw_fd())
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.tap.as_fd())
     }
 
     fn drain_event(&self) {}

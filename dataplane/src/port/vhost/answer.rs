@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use vhost::vhost_user::Error;
 use vhost::vhost_user::message::FrontendReq;
@@ -10,10 +10,11 @@ use vhost::vhost_user::message::FrontendReq;
 use crate::port::vhost::connection::Failure;
 use crate::port::vhost::handler::{Device, DeviceError};
 use crate::port::vhost::message::{Header, MessageError};
+use crate::sync::lock;
 
 /// Handles the requests that the `vhost` crate does not. Returns whether this was one of them.
 pub(super) fn answer(header: Header, stream: &UnixStream, device: &Mutex<Device>) -> Result<bool, Failure> {
-    let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut device = lock(device);
     let result = match header.request {
         FrontendReq::GET_STATUS => {
             header.take::<0>(stream)?;

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::BackendReqHandler;
@@ -25,6 +25,7 @@ use crate::port::vhost::pause::Orders;
 use crate::port::vhost::port::Setup;
 use crate::port::vhost::socket::{self, Listener, SocketError};
 use crate::status::PortState;
+use crate::sync::lock;
 use crate::virtq::Fault;
 
 /// Shortest and longest pause before an attempt to reach the frontend; in between, a twentieth of the time that it has been
@@ -160,7 +161,7 @@ impl Connection {
     fn pack(&self, session: Option<(&UnixStream, &Mutex<Device>)>) -> io::Result<Parcel> {
         let mut parcel = Parcel::default();
         if let Some((stream, device)) = session {
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            let device = lock(device);
             parcel.record.device = Some(device.export(stream.as_fd(), &mut parcel.fds)?);
             parcel.standing = device.standing();
         }
@@ -265,7 +266,7 @@ impl Connection {
 
     /// Has the connection kept over a crash.
     fn watch(&self, device: &Mutex<Device>) -> Option<Watch> {
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut device = lock(device);
         let keeper = self.setup.publisher.keeper();
         if device.stamp.is_none() && keeper.is_some() {
             device.stamp = Stamp::new().ok().map(Arc::new);

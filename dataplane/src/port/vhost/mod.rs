@@ -4,7 +4,7 @@
 //! the workers, which only ever see the [`Link`](crate::port::Link) that this thread publishes.
 //!
 //! ```text
-//!                    ┌────────────────── retry every 50 ms ──────────────────┐
+//!                    ┌─────────────── retry after 50 ms to 1 s ───────────────┐
 //!                    ▼                                                       │
 //!   start ──▶  Connecting ── connect / accept ──▶ Down ── a ring is started  │
 //!               (waits for                         │ ▲    and enabled ──▶ Up │

@@ -17,6 +17,7 @@ use crate::port::vhost::features;
 use crate::port::vhost::handler::{Device, MAX_RINGS};
 use crate::port::vhost::message;
 use crate::port::vhost::ring::{Place, Ring, Standing};
+use crate::sync::lock;
 use crate::virtq::notify::{EventFd, NotifyError};
 
 /// A port as its thread gives it away while it stands still.
@@ -236,10 +237,6 @@ impl Session {
     pub(super) fn resume(&self) -> Result<(), AdoptError> {
         lock(&self.device).resume(&self.record)
     }
-}
-
-fn lock(device: &Mutex<Device>) -> std::sync::MutexGuard<'_, Device> {
-    device.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn check_socket(fd: &OwnedFd) -> Result<(), AdoptError> {

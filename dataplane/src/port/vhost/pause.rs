@@ -5,10 +5,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::port::vhost::parcel::Parcel;
+use crate::sync::lock;
 use crate::virtq::notify::{EventFd, Pulse, allow_interrupts};
 
 /// Pause between two interruptions of a thread that does not answer.
@@ -59,10 +60,6 @@ impl Paused {
             Err(RecvTimeoutError::Disconnected) => Err(io::Error::other("the port's thread has ended")),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Orders {

@@ -1,6 +1,6 @@
 //! The two queue traits over a guest's vrings: virtio-net frames with their headers (virtio 1.2, 5.1.6).
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -167,8 +167,8 @@ impl<R: Ring> RxQueue for GuestTx<R> {
         self.ring.disable_notification();
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
-        self.setup.kick.as_ref().map(|kick| kick.as_raw_fd())
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.setup.kick.as_ref().map(AsFd::as_fd)
     }
 
     fn drain_event(&self) {
