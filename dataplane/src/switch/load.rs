@@ -1,17 +1,13 @@
 //! How loaded workers and queues are, and who serves what because of it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::balance::{self, QueueLoad};
 use super::{Entry, Inner, PortError, Switch, Tables};
 use crate::config::{Pin, PortQueue};
 use crate::port::PortId;
-use crate::status::{CyclesStatus, PortCycles, QueueLoadStatus, WorkerCycles, WorkerStatus};
 use crate::sync::lock;
-use crate::worker::WorkerShared;
-use crate::worker::meter::Stage;
 use crate::worker::stats::WorkerCounts;
 
 /// Time between two rounds of moves at least: loads have to settle in between.
@@ -23,8 +19,9 @@ const WHOLE: f64 = 1e6;
 pub(super) type QueueId = (PortId, usize);
 
 /// Who serves which queue.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Placement {
+    workers: usize,
     /// By hand: by port name and queue; `None` is for those that have no pin of their own.
     pins: BTreeMap<String, BTreeMap<Option<usize>, usize>>,
     /// By load.
@@ -34,54 +31,77 @@ pub(super) struct Placement {
 }
 
 impl Placement {
+    pub(super) fn new(workers: usize) -> Self {
+        Self { workers, ..Self::default() }
+    }
+
     /// The worker that a queue is pinned to.
-    fn pinned(&self, port: &str, pair: usize, workers: usize) -> Option<usize> {
-        let pins = self.pins.get(port)?;
+    pub(super) fn pinned(&self, port: &Entry, pair: usize) -> Option<usize> {
+        let pins = self.pins.get(&port.config.name)?;
         // One that this run does not have is for another run.
-        pins.get(&Some(pair)).or_else(|| pins.get(&None)).copied().filter(|worker| *worker < workers)
+        pins.get(&Some(pair)).or_else(|| pins.get(&None)).copied().filter(|worker| *worker < self.workers)
     }
 
     /// The worker that a queue belongs to. Without load and pins neighbouring ports and pairs go to different ones.
-    fn owner(&self, port: &str, id: PortId, pair: usize, workers: usize) -> usize {
-        let default = || (usize::from(id.0) + pair) % workers.max(1);
-        let assigned = || self.assigned.get(&(id, pair)).copied();
-        self.pinned(port, pair, workers).or_else(assigned).unwrap_or_else(default)
+    pub(super) fn owner(&self, port: &Entry, pair: usize) -> usize {
+        let default = || (usize::from(port.id.0) + pair) % self.workers.max(1);
+        let assigned = || self.assigned.get(&(port.id, pair)).copied();
+        self.pinned(port, pair).or_else(assigned).unwrap_or_else(default)
     }
 
     /// The worker that serves a queue now.
-    pub(super) fn server(&self, port: &str, id: PortId, pair: usize, workers: usize) -> Option<usize> {
-        (!self.moving.contains(&(id, pair))).then(|| self.owner(port, id, pair, workers))
+    pub(super) fn server(&self, port: &Entry, pair: usize) -> Option<usize> {
+        (!self.moving.contains(&(port.id, pair))).then(|| self.owner(port, pair))
     }
 
     /// A port is gone.
     pub(super) fn forget(&mut self, id: PortId) {
         self.assigned.retain(|queue, _| queue.0 != id);
     }
+
+    fn pin(&mut self, pin: &Pin) {
+        self.pins.entry(pin.queue.port.clone()).or_default().insert(pin.queue.queue, pin.worker);
+    }
+
+    fn has_pin(&self, queue: &PortQueue) -> bool {
+        let of_port = self.pins.get(&queue.port);
+        of_port.is_some_and(|pins| queue.queue.is_none() || pins.contains_key(&queue.queue))
+    }
+
+    /// Takes a pin back, or all of a port.
+    fn unpin(&mut self, queue: &PortQueue) {
+        if let Some(pins) = self.pins.get_mut(&queue.port) {
+            pins.remove(&queue.queue);
+            if queue.queue.is_none() || pins.is_empty() {
+                self.pins.remove(&queue.port);
+            }
+        }
+    }
 }
 
 /// What was measured in the last round.
 #[derive(Debug, Default)]
 pub(super) struct Loads {
-    workers: Vec<WorkerLoad>,
-    queues: HashMap<QueueId, Load>,
+    pub(super) workers: Vec<WorkerLoad>,
+    pub(super) queues: HashMap<QueueId, Load>,
 }
 
 /// A worker in the last round.
 #[derive(Debug, Default, Clone, Copy)]
-struct WorkerLoad {
-    busy_percent: f64,
-    frames_per_second: f64,
-    sleeps_per_second: f64,
+pub(super) struct WorkerLoad {
+    pub(super) busy_percent: f64,
+    pub(super) frames_per_second: f64,
+    pub(super) sleeps_per_second: f64,
 }
 
 /// A queue in the last round.
 #[derive(Debug, Default, Clone, Copy)]
-struct Load {
+pub(super) struct Load {
     /// Share of its worker's time.
-    share: f64,
+    pub(super) share: f64,
     /// The same over the last rounds, the newer the more.
     average: f64,
-    frames_per_second: f64,
+    pub(super) frames_per_second: f64,
 }
 
 /// Measures from round to round.
@@ -163,26 +183,25 @@ impl Tables {
 
 impl Inner {
     /// Ticks of the workers' clock in a second.
-    fn frequency(&self) -> f64 {
+    pub(super) fn frequency(&self) -> f64 {
         self.workers.first().map_or(0.0, |worker| worker.stats.frequency()).max(1.0)
     }
 
     /// Queues that should be served by another worker, and by which.
     fn plan_by_load(&self, tables: &Tables) -> Vec<(QueueId, usize)> {
-        let (workers, placement) = (self.workers.len(), &tables.placement);
         let loads = lock(&self.loads);
         let (mut ids, mut queues) = (Vec::new(), Vec::new());
         for (entry, pair) in tables.queues() {
-            let (id, name) = ((entry.id, pair), entry.config.name.as_str());
+            let id = (entry.id, pair);
             let load = loads.queues.get(&id).map_or(0.0, |load| load.average);
             ids.push(id);
             queues.push(QueueLoad {
-                worker: placement.owner(name, entry.id, pair, workers),
-                pinned: placement.pinned(name, pair, workers).is_some(),
+                worker: tables.placement.owner(entry, pair),
+                pinned: tables.placement.pinned(entry, pair).is_some(),
                 load: (load * WHOLE) as u64,
             });
         }
-        let planned = balance::plan(&queues, workers);
+        let planned = balance::plan(&queues, self.workers.len());
         let moves = ids.into_iter().zip(planned).zip(&queues);
         moves.filter(|((_, to), queue)| *to != queue.worker).map(|(moved, _)| moved).collect()
     }
@@ -191,10 +210,8 @@ impl Inner {
     /// frames stay in order, and neither a request for notifications nor a notification gets lost between two workers.
     fn reassign(&self, tables: &mut Tables, why: &str, change: impl FnOnce(&mut Placement)) {
         let owners = |tables: &Tables| -> BTreeMap<QueueId, (String, usize)> {
-            let owner = |name: &str, id, pair| tables.placement.owner(name, id, pair, self.workers.len());
             let describe = |(entry, pair): (&Entry, usize)| {
-                let name = entry.config.name.clone();
-                ((entry.id, pair), (name.clone(), owner(&name, entry.id, pair)))
+                ((entry.id, pair), (entry.config.name.clone(), tables.placement.owner(entry, pair)))
             };
             tables.queues().map(describe).collect()
         };
@@ -248,10 +265,9 @@ impl Switch {
         if !tables.placement.has_pin(queue) {
             return Err(PortError::NotPinned(queue.to_string()));
         }
-        let workers = self.inner.workers.len();
         let owner = |(entry, pair): (&Entry, usize)| {
             let of_port = entry.config.name == queue.port && queue.queue.is_none_or(|only| only == pair);
-            of_port.then(|| ((entry.id, pair), tables.placement.owner(&queue.port, entry.id, pair, workers)))
+            of_port.then(|| ((entry.id, pair), tables.placement.owner(entry, pair)))
         };
         let stay: Vec<_> = tables.queues().filter_map(owner).collect();
         self.inner.reassign(&mut tables, "by hand", |placement| {
@@ -268,111 +284,5 @@ impl Switch {
         let mut tables = lock(&self.inner.tables);
         pins.iter().for_each(|pin| tables.placement.pin(pin));
         pins.iter().filter(|pin| pin.worker >= self.inner.workers.len()).cloned().collect()
-    }
-
-    /// The workers.
-    pub fn workers(&self) -> Vec<WorkerStatus> {
-        let mut served = vec![0; self.inner.workers.len()];
-        let tables = lock(&self.inner.tables);
-        for (entry, pair) in tables.queues() {
-            let server = tables.placement.server(&entry.config.name, entry.id, pair, served.len());
-            if let Some(count) = server.and_then(|worker| served.get_mut(worker)) {
-                *count += 1;
-            }
-        }
-        drop(tables);
-        let loads = lock(&self.inner.loads);
-        let describe = |(id, worker): (usize, &Arc<WorkerShared>)| {
-            let counts = worker.stats.counts();
-            let ns = |ticks| worker.stats.ns(ticks);
-            let load = loads.workers.get(id).copied().unwrap_or_default();
-            WorkerStatus {
-                id,
-                cpu: worker.cpu,
-                busy_percent: load.busy_percent,
-                busy_ns: ns(counts.busy),
-                up_ns: ns(counts.up),
-                rx_frames: counts.frames,
-                bursts: counts.bursts.iter().sum(),
-                sleeps: counts.sleeps,
-                queues: served.get(id).copied().unwrap_or(0),
-                frames_per_second: load.frames_per_second,
-                sleeps_per_second: load.sleeps_per_second,
-                asleep_ns: ns(counts.asleep),
-                delivered: counts.delivered,
-                copies: counts.copies,
-            }
-        };
-        self.inner.workers.iter().enumerate().map(describe).collect()
-    }
-
-    /// The queues that are served, by port and pair, with their load.
-    pub fn queue_loads(&self) -> Vec<QueueLoadStatus> {
-        let workers = self.inner.workers.len();
-        let tables = lock(&self.inner.tables);
-        let loads = lock(&self.inner.loads);
-        let describe = |(entry, pair): (&Entry, usize)| {
-            let name = &entry.config.name;
-            let load = loads.queues.get(&(entry.id, pair)).copied().unwrap_or_default();
-            QueueLoadStatus {
-                port: name.clone(),
-                queue: pair,
-                worker: tables.placement.owner(name, entry.id, pair, workers),
-                pinned: tables.placement.pinned(name, pair, workers).is_some(),
-                load_percent: load.share * 100.0,
-                frames_per_second: load.frames_per_second,
-            }
-        };
-        tables.queues().map(describe).collect()
-    }
-
-    /// Where the workers' time has gone since the start.
-    pub fn cycles(&self) -> CyclesStatus {
-        let worker = |(id, worker): (usize, &Arc<WorkerShared>)| {
-            let counts = worker.stats.counts();
-            WorkerCycles {
-                id,
-                up: counts.up,
-                busy: counts.busy,
-                asleep: counts.asleep,
-                frames: counts.frames,
-                delivered: counts.delivered,
-                copies: counts.copies,
-                sampled_frames: counts.sampled_frames,
-                stages: Stage::ALL.iter().map(|stage| stage.name()).zip(counts.stages).collect(),
-                bursts: counts.bursts.to_vec(),
-            }
-        };
-        let port = |entry: &Entry| {
-            let queues = (0..entry.stats.pairs()).map(|pair| entry.stats.rx(pair));
-            let (cycles, frames) = queues.fold((0, 0), |sum, rx| (sum.0 + rx.cost().0, sum.1 + rx.cost().1));
-            PortCycles { name: entry.config.name.clone(), frames, cycles }
-        };
-        CyclesStatus {
-            frequency: self.inner.frequency(),
-            workers: self.inner.workers.iter().enumerate().map(worker).collect(),
-            ports: lock(&self.inner.tables).ports.values().map(port).collect(),
-        }
-    }
-}
-
-impl Placement {
-    fn pin(&mut self, pin: &Pin) {
-        self.pins.entry(pin.queue.port.clone()).or_default().insert(pin.queue.queue, pin.worker);
-    }
-
-    fn has_pin(&self, queue: &PortQueue) -> bool {
-        let of_port = self.pins.get(&queue.port);
-        of_port.is_some_and(|pins| queue.queue.is_none() || pins.contains_key(&queue.queue))
-    }
-
-    /// Takes a pin back, or all of a port.
-    fn unpin(&mut self, queue: &PortQueue) {
-        if let Some(pins) = self.pins.get_mut(&queue.port) {
-            pins.remove(&queue.queue);
-            if queue.queue.is_none() || pins.is_empty() {
-                self.pins.remove(&queue.port);
-            }
-        }
     }
 }

@@ -13,6 +13,7 @@ pub mod fdb;
 pub mod forward;
 pub mod gro;
 mod handover;
+mod housekeeper;
 mod load;
 #[cfg(test)]
 mod load_tests;
@@ -46,6 +47,8 @@ use crate::sync::lock;
 use crate::virtq::journal::Journal;
 use crate::worker::{self, WorkerShared};
 use fdb::{Fdb, Learned, Station};
+use housekeeper::Housekeeper;
+use load::Placement;
 use policer::Policers;
 use tables::{Driver, Entry, Moved, Slot, Tables};
 
@@ -120,7 +123,7 @@ struct Inner {
     stopping: AtomicBool,
     socket_root: Option<PathBuf>,
     kinds: Option<Vec<String>>,
-    housekeeper: report::Housekeeper,
+    housekeeper: Housekeeper,
     loads: Mutex<load::Loads>,
     /// Move queues by load.
     rebalance: bool,
@@ -140,20 +143,21 @@ impl Switch {
     fn start_with(config: &SwitchConfig, frozen: bool) -> std::io::Result<Arc<Self>> {
         let cpus = if config.workers.is_empty() { vec![None] } else { config.workers.clone() };
         let workers: Vec<_> = cpus.into_iter().take(MAX_WORKERS).map(WorkerShared::new).collect::<Result<_, _>>()?;
+        let placement = Placement::new(workers.len());
         let inner = Arc::new(Inner {
             fdb: Arc::new(Fdb::new(config.fdb)),
             workers: workers.into_iter().map(Arc::new).collect(),
-            tables: Mutex::new(Tables { frozen, ..Tables::default() }),
+            tables: Mutex::new(Tables { frozen, placement, ..Tables::default() }),
             stopping: AtomicBool::new(false),
             socket_root: config.socket_root.clone(),
             kinds: config.kinds.clone(),
-            housekeeper: report::Housekeeper::default(),
+            housekeeper: Housekeeper::default(),
             loads: Mutex::default(),
             rebalance: config.rebalance,
             journal: OnceLock::new(),
             keeper: OnceLock::new(),
         });
-        inner.fdb.set_now(report::EPOCH);
+        inner.fdb.set_now(housekeeper::EPOCH);
         let switch = Arc::new(Self { inner: inner.clone(), threads: Mutex::default() });
         let first = Arc::new(inner.snapshot(&lock(&inner.tables)));
         lock(&inner.tables).shown = Some(first.clone());
@@ -170,7 +174,7 @@ impl Switch {
         let watched = inner.clone();
         let watchdog = worker::watchdog::start(pulses, move || watched.stopping.load(Ordering::Acquire))?;
         lock(&switch.threads).push(watchdog);
-        let housekeeper = report::start(inner)?;
+        let housekeeper = housekeeper::start(inner)?;
         lock(&switch.threads).push(housekeeper);
         Ok(switch)
     }

@@ -72,11 +72,10 @@ impl Inner {
     /// Spreads the receive queues over the workers.
     fn plans(&self, tables: &Tables) -> Vec<Plan> {
         let mut queues: Vec<Vec<Served>> = self.workers.iter().map(|_| Vec::new()).collect();
-        let count = queues.len();
-        for (name, entry) in tables.ports.iter().filter(|_| !tables.frozen) {
+        for entry in tables.ports.values().filter(|_| !tables.frozen) {
             let Some(port) = tables.view(entry.id) else { continue };
             for rx in &port.link.rx {
-                let worker = tables.placement.server(name, port.id, rx.pair, count);
+                let worker = tables.placement.server(entry, rx.pair);
                 if let Some(plan) = worker.and_then(|worker| queues.get_mut(worker)) {
                     plan.push(Served::new(port, rx));
                 }

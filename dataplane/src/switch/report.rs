@@ -1,85 +1,21 @@
-//! What the switch tells of ports and addresses, and the thread that keeps house: it ages the FDB, measures and balances
-//! the workers' load and logs faults.
+//! What the switch tells of ports, addresses, workers and their load.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crate::capture::{Capture, CaptureOptions};
 use crate::config::{PortConfig, VlanMode};
-use crate::limits::MAX_FDB_AGE_SECONDS;
 use crate::port::Link;
 use crate::port::stats::PortStats;
-use crate::status::{FdbEntryStatus, PortState, PortStatus, QueueStatus};
-use crate::switch::load::Sampler;
-use crate::switch::{DropReason, Entry, Inner, PortError, Switch, Tables, fdb};
+use crate::status::{
+    CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, WorkerCycles,
+    WorkerStatus,
+};
+use crate::switch::{DropReason, Entry, PortError, Switch, Tables, fdb};
 use crate::sync::lock;
-use crate::virtq::Fault;
 use crate::wire::MacAddr;
-
-/// The FDB's time at the start, in seconds: so that what another process has learned before can be older than that.
-pub(super) const EPOCH: u32 = MAX_FDB_AGE_SECONDS as u32;
-
-/// Time between two rounds.
-const ROUND: Duration = Duration::from_secs(1);
-
-/// The housekeeper's sleep.
-#[derive(Debug, Default)]
-pub(super) struct Housekeeper {
-    woken: Mutex<bool>,
-    alarm: Condvar,
-}
-
-impl Housekeeper {
-    pub(super) fn wake(&self) {
-        *lock(&self.woken) = true;
-        self.alarm.notify_all();
-    }
-
-    fn sleep(&self) {
-        if let Ok((mut woken, _)) = self.alarm.wait_timeout_while(lock(&self.woken), ROUND, |woken| !*woken) {
-            *woken = false;
-        }
-    }
-}
-
-pub(super) fn start(inner: Arc<Inner>) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name("sl-housekeeper".into()).stack_size(256 << 10).spawn(move || {
-        let began = Instant::now();
-        let mut sampler = Sampler::new(&inner);
-        let mut faults = HashMap::new();
-        while !inner.stopping.load(Ordering::Acquire) {
-            inner.housekeeper.sleep();
-            inner.fdb.set_now(EPOCH + began.elapsed().as_secs() as u32);
-            inner.fdb.age();
-            inner.end_holds();
-            inner.wake_the_blind();
-            sampler.round(&inner);
-            sampler.rebalance(&inner);
-            log_faults(&lock(&inner.tables), &mut faults);
-        }
-    })
-}
-
-fn log_faults(tables: &Tables, known: &mut HashMap<String, u64>) {
-    for (port, faults, reason) in new_faults(tables, known) {
-        tracing::warn!(port, faults, %reason, "port stopped after a fault of its guest");
-    }
-}
-
-/// Ports that have had a fault since they were last looked at: how many by now, and the last. It may be over: guests reset
-/// their devices. Of those that another process counted before a takeover there is none to tell.
-fn new_faults<'t>(tables: &'t Tables, known: &mut HashMap<String, u64>) -> Vec<(&'t str, u64, Fault)> {
-    known.retain(|name, _| tables.ports.contains_key(name));
-    let news = tables.ports.iter().filter_map(|(name, entry)| {
-        let count = entry.stats.faults.load(Ordering::Acquire);
-        let is_new = known.insert(name.clone(), count).unwrap_or(0) != count;
-        is_new.then(|| entry.stats.last_fault()).flatten().map(|fault| (name.as_str(), count, fault))
-    });
-    news.collect()
-}
+use crate::worker::WorkerShared;
+use crate::worker::meter::Stage;
 
 impl Switch {
     /// Configurations of all ports, in the order they were added.
@@ -169,12 +105,11 @@ impl Switch {
 
     /// The pairs in use, and those that were: counters never go backwards.
     fn queues(&self, tables: &Tables, entry: &Entry, link: &Link) -> Vec<QueueStatus> {
-        let workers = self.inner.workers.len();
         let describe = |index: usize| {
             let served = link.rx.iter().any(|rx| rx.pair == index);
             let (rx, tx) = (entry.stats.rx(index).read(), entry.stats.tx(index).read());
             let used = served || index < link.tx.len() || rx.0 + tx.0 > 0;
-            let server = || tables.placement.server(&entry.config.name, entry.id, index, workers);
+            let server = || tables.placement.server(entry, index);
             used.then(|| QueueStatus {
                 index,
                 worker: if served { server() } else { None },
@@ -187,6 +122,89 @@ impl Switch {
             })
         };
         (0..entry.stats.pairs()).filter_map(describe).collect()
+    }
+
+    /// The workers.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        let mut served = vec![0; self.inner.workers.len()];
+        let tables = lock(&self.inner.tables);
+        for (entry, pair) in tables.queues() {
+            let server = tables.placement.server(entry, pair);
+            if let Some(count) = server.and_then(|worker| served.get_mut(worker)) {
+                *count += 1;
+            }
+        }
+        drop(tables);
+        let loads = lock(&self.inner.loads);
+        let describe = |(id, worker): (usize, &Arc<WorkerShared>)| {
+            let counts = worker.stats.counts();
+            let ns = |ticks| worker.stats.ns(ticks);
+            let load = loads.workers.get(id).copied().unwrap_or_default();
+            WorkerStatus {
+                id,
+                cpu: worker.cpu,
+                busy_percent: load.busy_percent,
+                busy_ns: ns(counts.busy),
+                up_ns: ns(counts.up),
+                rx_frames: counts.frames,
+                bursts: counts.bursts.iter().sum(),
+                sleeps: counts.sleeps,
+                queues: served.get(id).copied().unwrap_or(0),
+                frames_per_second: load.frames_per_second,
+                sleeps_per_second: load.sleeps_per_second,
+                asleep_ns: ns(counts.asleep),
+                delivered: counts.delivered,
+                copies: counts.copies,
+            }
+        };
+        self.inner.workers.iter().enumerate().map(describe).collect()
+    }
+
+    /// The queues that are served, by port and pair, with their load.
+    pub fn queue_loads(&self) -> Vec<QueueLoadStatus> {
+        let tables = lock(&self.inner.tables);
+        let loads = lock(&self.inner.loads);
+        let describe = |(entry, pair): (&Entry, usize)| {
+            let load = loads.queues.get(&(entry.id, pair)).copied().unwrap_or_default();
+            QueueLoadStatus {
+                port: entry.config.name.clone(),
+                queue: pair,
+                worker: tables.placement.owner(entry, pair),
+                pinned: tables.placement.pinned(entry, pair).is_some(),
+                load_percent: load.share * 100.0,
+                frames_per_second: load.frames_per_second,
+            }
+        };
+        tables.queues().map(describe).collect()
+    }
+
+    /// Where the workers' time has gone since the start.
+    pub fn cycles(&self) -> CyclesStatus {
+        let worker = |(id, worker): (usize, &Arc<WorkerShared>)| {
+            let counts = worker.stats.counts();
+            WorkerCycles {
+                id,
+                up: counts.up,
+                busy: counts.busy,
+                asleep: counts.asleep,
+                frames: counts.frames,
+                delivered: counts.delivered,
+                copies: counts.copies,
+                sampled_frames: counts.sampled_frames,
+                stages: Stage::ALL.iter().map(|stage| stage.name()).zip(counts.stages).collect(),
+                bursts: counts.bursts.to_vec(),
+            }
+        };
+        let port = |entry: &Entry| {
+            let queues = (0..entry.stats.pairs()).map(|pair| entry.stats.rx(pair));
+            let (cycles, frames) = queues.fold((0, 0), |sum, rx| (sum.0 + rx.cost().0, sum.1 + rx.cost().1));
+            PortCycles { name: entry.config.name.clone(), frames, cycles }
+        };
+        CyclesStatus {
+            frequency: self.inner.frequency(),
+            workers: self.inner.workers.iter().enumerate().map(worker).collect(),
+            ports: lock(&self.inner.tables).ports.values().map(port).collect(),
+        }
     }
 
     /// The forwarding table, sorted by network, VLAN and address.
@@ -231,27 +249,4 @@ impl Switch {
 fn drops(stats: &PortStats) -> std::collections::BTreeMap<&'static str, u64> {
     let read = |reason: &DropReason| (reason.name(), stats.drops(*reason));
     DropReason::ALL.iter().map(read).filter(|(_, count)| *count > 0).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::SwitchConfig;
-    use crate::handover::StatsRecord;
-
-    #[test]
-    fn a_fault_is_told_once_and_with_its_reason() {
-        let switch = Switch::start(&SwitchConfig::default()).unwrap();
-        switch.add_port("a=vhost-user:/nonexistent/a".parse().unwrap()).unwrap();
-        let tables = lock(&switch.inner.tables);
-        let (stats, mut known) = (tables.ports["a"].stats.clone(), HashMap::new());
-        let mut news = || new_faults(&tables, &mut known);
-        // Of another process, which has told it.
-        stats.restore(&StatsRecord { faults: 3, ..StatsRecord::default() });
-        assert_eq!(news(), []);
-        stats.set_fault(Fault::MemoryLost);
-        stats.clear_fault();
-        assert_eq!(news(), [("a", 4, Fault::MemoryLost)]);
-        assert_eq!(news(), []);
-    }
 }
