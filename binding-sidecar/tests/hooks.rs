@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
+use sluice_proto::channel;
 use sluice_proto::kubevirt::info::InfoParams;
 use sluice_proto::kubevirt::info::info_client::InfoClient;
 use sluice_proto::kubevirt::v1alpha1::callbacks_client::CallbacksClient as V1;
@@ -16,7 +16,7 @@ use sluice_proto::kubevirt::v1alpha2::callbacks_client::CallbacksClient as V2;
 use sluice_proto::kubevirt::v1alpha3::callbacks_client::CallbacksClient as V3;
 use sluice_proto::kubevirt::{v1alpha1, v1alpha2, v1alpha3};
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 mod reparse;
 
@@ -77,13 +77,8 @@ impl Pod {
 
     /// A new connection, as virt-launcher makes one for each call.
     async fn connect(&self) -> Channel {
-        let path = self.socket();
-        let connector = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        let endpoint = Endpoint::from_static("http://localhost").timeout(PATIENCE);
-        endpoint.connect_with_connector(connector).await.unwrap()
+        let stream = tokio::net::UnixStream::connect(self.socket()).await.unwrap();
+        channel::over(stream, Some(PATIENCE)).await.unwrap()
     }
 
     async fn define(&self, xml: &[u8], vmi: &[u8]) -> Result<String, Status> {

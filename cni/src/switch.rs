@@ -5,12 +5,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
+use sluice_proto::channel;
 use sluice_proto::sluice::v1 as proto;
 use sluice_proto::sluice::v1::control_client::ControlClient;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code as Grpc, Response, Status};
 
 use crate::error::{CniError, Code};
@@ -148,14 +148,7 @@ async fn connect(control: &Path, give_up: Instant) -> Result<ControlClient<Chann
             Err(_) => tokio::time::sleep(PAUSE).await,
         }
     };
-    // The address is for the protocol only; the connection is there already.
-    let endpoint = Endpoint::from_static("http://localhost");
-    let mut stream = Some(TokioIo::new(stream));
-    let connector = tower::service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
-        async { stream }
-    });
-    let channel = endpoint.connect_with_connector(connector).await;
+    let channel = channel::over(stream, None).await;
     let client = ControlClient::new(channel.map_err(|_| unavailable(control, "hung up"))?);
     Ok(client.max_decoding_message_size(MAX_ANSWER))
 }

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
 use sluice::config::{PortConfig, SwitchConfig, WorkerMode};
 use sluice::control::{About, ControlSocket, Controller, ServerHandle, StateStore, port_to_proto, serve};
 use sluice::switch::Switch;
+use sluice_proto::channel;
 use sluice_proto::sluice::v1 as proto;
 use sluice_proto::sluice::v1::control_client::ControlClient;
 use tempfile::TempDir;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// A switch with its control service in this process.
 struct Bench {
@@ -70,13 +70,8 @@ impl Bench {
 }
 
 async fn client(socket: &Path) -> ControlClient<Channel> {
-    let socket = socket.to_owned();
-    let connector = tower::service_fn(move |_| {
-        let socket = socket.clone();
-        async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
-    });
-    let endpoint = Endpoint::from_static("http://localhost");
-    ControlClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+    let stream = tokio::net::UnixStream::connect(socket).await.unwrap();
+    ControlClient::new(channel::over(stream, None).await.unwrap())
 }
 
 async fn add(client: &mut ControlClient<Channel>, port: proto::PortConfig) -> Result<proto::PortStatus, tonic::Status> {

@@ -9,16 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use hyper_util::rt::TokioIo;
-use sluice_proto::authority;
 use sluice_proto::kubelet::v1beta1 as proto;
 use sluice_proto::kubelet::v1beta1::device_plugin_server::DevicePluginServer;
 use sluice_proto::kubelet::v1beta1::registration_client::RegistrationClient;
+use sluice_proto::{authority, channel};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::{Channel, Server};
 
 use crate::metrics::Metrics;
 use crate::service::{Resource, Service};
@@ -313,14 +312,7 @@ pub(crate) async fn connect(path: &Path) -> Result<Channel, RegisterError> {
     let stream = UnixStream::connect(path).await;
     let stream =
         stream.map_err(|source| RegisterError::System { what: "connect to", path: path.to_owned(), source })?;
-    // The address is for the protocol only; the connection is there already.
-    let endpoint = Endpoint::from_static("http://localhost");
-    let mut stream = Some(TokioIo::new(stream));
-    let connector = tower::service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
-        async { stream }
-    });
-    Ok(endpoint.connect_with_connector(connector).await?)
+    Ok(channel::over(stream, None).await?)
 }
 
 /// Removes sockets of earlier instances of ours that were killed: those that nobody listens on.

@@ -1,7 +1,9 @@
-//! gRPC contracts of Sluice, and what it takes to serve them to foreign clients. The `.proto` files in `proto/` are the
+//! gRPC contracts of Sluice, and what it takes to be their client, and to serve them to
+//! foreign ones. The `.proto` files in `proto/` are the
 //! reference of the contracts; the code is generated from them.
 
 pub mod authority;
+pub mod channel;
 pub mod gone;
 
 /// Our own contracts.

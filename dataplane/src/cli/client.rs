@@ -4,10 +4,10 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
+use sluice_proto::channel;
 use sluice_proto::sluice::v1::control_client::ControlClient;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::Failure;
@@ -33,14 +33,7 @@ pub(crate) fn with_client<T>(
 
 async fn connect(socket: &Path) -> Result<Client, Failure> {
     let stream = UnixStream::connect(socket).await.map_err(|error| cannot_connect(socket, &error))?;
-    // The address is for the protocol only; the connection is there already.
-    let endpoint = Endpoint::from_static("http://localhost").timeout(PATIENCE);
-    let mut stream = Some(TokioIo::new(stream));
-    let connector = tower::service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
-        async { stream }
-    });
-    let channel = endpoint.connect_with_connector(connector).await.map_err(Failure::failed)?;
+    let channel = channel::over(stream, Some(PATIENCE)).await.map_err(Failure::failed)?;
     Ok(ControlClient::new(channel).max_decoding_message_size(MAX_ANSWER))
 }
 

@@ -3,10 +3,10 @@
 use std::io;
 use std::path::Path;
 
-use hyper_util::rt::TokioIo;
+use sluice_proto::channel;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// What stands in `:authority`, depending on the version of Go's library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,13 +36,7 @@ impl Authority {
 /// If nobody listens there.
 pub async fn connect(socket: &Path, authority: Authority) -> io::Result<Channel> {
     let stream = UnixStream::connect(socket).await?;
-    let mut stream = Some(TokioIo::new(through(stream, authority.text(socket).into_bytes())));
-    let connector = tower::service_fn(move |_| {
-        let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
-        async { stream }
-    });
-    let endpoint = Endpoint::from_static("http://localhost");
-    endpoint.connect_with_connector(connector).await.map_err(io::Error::other)
+    channel::over(through(stream, authority.text(socket).into_bytes()), None).await.map_err(io::Error::other)
 }
 
 /// The client's end of a connection whose requests get another authority on their way.
