@@ -4,6 +4,8 @@
 //! A worker never waits for it: a buffer that is full or being emptied is passed over, and a frame for which none is left
 //! is lost and counted. Frames that are not wanted cost a look at their headers and are not copied.
 
+#![forbid(unsafe_code)]
+
 pub mod filter;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -4,6 +4,8 @@
 //! offload metadata, and the segments of memory that hold the rest. The rest is copied once, from where it is to where
 //! it goes.
 
+#![forbid(unsafe_code)]
+
 use crate::limits::{BURST, MAX_BURST_SEGMENTS, MAX_CHAIN, MAX_FRAME, SNAPSHOT};
 use crate::mem::{Segment, SegmentArena, Segments, SourceSegment};
 use crate::switch::DropReason;

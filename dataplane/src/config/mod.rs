@@ -2,6 +2,8 @@
 //!
 //! The command line's `SPEC`, the TOML file and the control service all end here, so that every rule is checked once.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;

@@ -1,5 +1,7 @@
 //! The control plane: what changes a running switch, and what tells about it. Never on a worker.
 
+#![forbid(unsafe_code)]
+
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

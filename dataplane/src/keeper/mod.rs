@@ -18,6 +18,8 @@
 //!   next   ◀───────── all that is up to date, descriptors ── keeper
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod client;
 mod serve;
 mod stamp;

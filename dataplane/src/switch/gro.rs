@@ -9,8 +9,6 @@
 //! coalescing (virtio 1.2, 5.1.6.4: `VIRTIO_NET_F_RSC_EXT`; Linux leaves them alone). One that tells anything more stays:
 //! a duplicate, selective acknowledgements, congestion marks.
 
-#![forbid(unsafe_code)]
-
 use std::ops::Range;
 
 use crate::frame::{Burst, Frame};

@@ -3,6 +3,8 @@
 //! This is where the control side and the workers meet. [`Switch`] adds and removes ports, which `tables` holds; whenever
 //! one changes, `publish` shows the workers a new [`snapshot::Snapshot`].
 
+#![forbid(unsafe_code)]
+
 mod balance;
 #[cfg(test)]
 mod carried_tests;

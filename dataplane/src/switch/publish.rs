@@ -1,7 +1,5 @@
 //! How a change reaches the workers: a new [`Snapshot`] in every mailbox, and nobody goes on before all have taken it up.
 
-#![forbid(unsafe_code)]
-
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};

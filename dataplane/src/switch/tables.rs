@@ -1,7 +1,5 @@
 //! The tables of ports, as the control side knows them. Workers see them as a [`Snapshot`](super::snapshot::Snapshot).
 
-#![forbid(unsafe_code)]
-
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
