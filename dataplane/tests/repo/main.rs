@@ -1,6 +1,8 @@
 //! Rules of the repository that no linter sees.
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod metrics;
+
 use std::path::{Path, PathBuf};
 
 fn root() -> PathBuf {
