@@ -12,6 +12,8 @@ const MAX_SOCKET_PATH: usize = 107;
 const MAX_PORT_NAME: usize = 64;
 /// Longest device id that the kubelet's contract allows.
 const MAX_DEVICE_ID: usize = 63;
+/// Queue pairs that a port may use if nothing is configured.
+const MAX_QUEUES: u32 = 256;
 /// Longest owner of a port.
 const MAX_OWNER: usize = 256;
 
@@ -114,12 +116,15 @@ impl Attachment {
     /// What of a running port is not as it was configured.
     pub(crate) fn differences(&self, running: &proto::PortStatus) -> Vec<&'static str> {
         let port = &self.port;
+        let queues = port.queues.unwrap_or(MAX_QUEUES);
         let checks = [
             ("target", running.target == self.socket),
             ("network", running.network == port.network),
             ("vlan", running.vlan == port.vlan),
             ("trunk", running.trunk == port.trunk),
             ("mtu", running.mtu == port.mtu),
+            // Older switches do not tell.
+            ("queues", running.max_queues.is_none_or(|running| running == queues)),
             ("mac", running.mac == port.mac),
             ("spoofCheck", running.spoofcheck == port.spoofcheck),
             ("rateLimit", running.rate_rx == port.rate_rx && running.rate_tx == port.rate_tx),
@@ -394,5 +399,22 @@ mod tests {
         running.vlan = None;
         running.spoofcheck = true;
         assert_eq!(made.differences(&running), ["vlan", "spoofCheck"]);
+    }
+
+    #[test]
+    fn queues_are_compared_if_the_switch_tells_them() {
+        let made = |more| make(more, &environment("net1", "")).unwrap();
+        for (configured, running, same) in [
+            (json!({ "queues": 4 }), Some(4), true),
+            (json!({ "queues": 4 }), Some(2), false),
+            (json!({ "queues": 4 }), Some(256), false),
+            (json!({}), Some(256), true),
+            (json!({}), Some(4), false),
+            (json!({ "queues": 4 }), None, true),
+            (json!({}), None, true),
+        ] {
+            let running = proto::PortStatus { max_queues: running, ..Default::default() };
+            assert_eq!(!made(configured).differences(&running).contains(&"queues"), same, "{running:?}");
+        }
     }
 }

@@ -40,6 +40,8 @@ pub struct PortStatus {
     pub networks: Vec<Carried>,
     /// Configured MTU.
     pub mtu: Option<u16>,
+    /// Queue pairs to use at most: as configured, or the switch's bound.
+    pub max_queues: u16,
     /// Configured station address.
     pub mac: Option<String>,
     /// Whether other source addresses are dropped.

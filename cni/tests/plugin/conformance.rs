@@ -201,10 +201,13 @@ fn check_finds_what_changed() {
     config["prevResult"] = pod.add(&config);
     pod.call("CHECK", &config).silent();
 
-    let mut changed = config.clone();
-    changed["vlan"] = 5.into();
-    let (code, message) = pod.call("CHECK", &changed).error();
-    assert_eq!((code, message.ends_with("is not as configured in: vlan")), (100, true), "{message}");
+    for (key, value) in [("vlan", 5), ("queues", 4)] {
+        let mut changed = config.clone();
+        changed[key] = value.into();
+        let (code, message) = pod.call("CHECK", &changed).error();
+        let named = message.ends_with(&format!("is not as configured in: {key}"));
+        assert_eq!((code, named), (100, true), "{message}");
+    }
     let mut other = config.clone();
     other["prevResult"]["interfaces"][0]["mac"] = "02:00:00:00:00:01".into();
     assert_eq!(pod.call("CHECK", &other).error().0, 7);

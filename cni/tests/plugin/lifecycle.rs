@@ -37,7 +37,8 @@ fn as_multus_calls_it() {
     let port = bench.ports().remove(0);
     let expected = json!({
         "name": "sock-0007.pod6c270ef2f25", "kind": "vhost-user", "state": "connecting", "network": "red", "vlan": 7,
-        "trunk": [20, 30, 31], "mtu": 9000, "mac": "02:aa:00:00:00:01", "spoofcheck": true,
+        "trunk": [20, 30, 31], "mtu": 9000, "max_queues": 4, "mac": "02:aa:00:00:00:01",
+        "spoofcheck": true,
         "target": bench.text_path("s/sock-0007/pod6c270ef2f25"),
         "rate_rx": { "bits_per_second": 500_000_000, "burst_bits": null },
         "rate_tx": { "bits_per_second": 1_000_000_000, "burst_bits": 10_000_000 },

@@ -100,6 +100,7 @@ fn describe(port: &proto::PortStatus) -> String {
         ("network", network(port)),
         ("vlan", vlans(port)),
         ("mtu", or_dash(port.mtu)),
+        ("max-queues", or_dash(port.max_queues)),
         ("mac", or_dash(port.mac.as_ref())),
         ("spoofcheck", if port.spoofcheck { "on" } else { "off" }.into()),
         ("rate-rx", rate(port.rate_rx)),
@@ -170,6 +171,7 @@ mod tests {
             state: proto::PortState::Failed.into(),
             reason: Some("bad descriptor".into()),
             vlan: Some(5),
+            max_queues: Some(4),
             trunk: Some(proto::VlanSet { vlans: vec![10, 20, 21] }),
             rate_tx: Some(proto::RateLimit { bits_per_second: 500_000_000, burst_bits: Some(1_000_000) }),
             owner: Some("me".into()),
@@ -181,6 +183,7 @@ mod tests {
         for expected in [
             "state       failed (bad descriptor)",
             "vlan        5,trunk=10,20-21",
+            "max-queues  4",
             "rate-rx     -",
             "rate-tx     500Mbit/s, burst 1Mbit",
             "owner       me",

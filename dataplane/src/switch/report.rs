@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use crate::capture::{Capture, CaptureOptions};
 use crate::config::{PortConfig, VlanMode};
+use crate::limits::MAX_QUEUE_PAIRS;
 use crate::port::Link;
 use crate::port::stats::PortStats;
 use crate::status::{
@@ -83,6 +84,7 @@ impl Switch {
             trunk,
             networks: entry.config.carried().to_vec(),
             mtu: entry.config.mtu,
+            max_queues: entry.config.queues.unwrap_or(MAX_QUEUE_PAIRS as u16),
             mac: entry.config.mac.map(|mac| mac.to_string()),
             spoofcheck: entry.config.spoofcheck,
             rate_rx: entry.config.rate_rx,
