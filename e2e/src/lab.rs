@@ -125,10 +125,7 @@ impl Lab {
 
     /// Starts a guest (not waiting for its boot) with one device, and the port for it.
     pub fn add_guest(&mut self, number: usize, settings: &str, spec: GuestSpec, properties: &str) -> Result<()> {
-        let mut nic = Nic::new(&self.socket(&format!("vm{number}")), &mac(number));
-        if !properties.is_empty() {
-            nic = nic.with(properties);
-        }
+        let nic = Nic::new(&self.socket(&format!("vm{number}")), &mac(number)).with(properties);
         self.add_guest_with(number, settings, spec.nic(nic))
     }
 

@@ -50,9 +50,11 @@ impl Nic {
         self
     }
 
-    /// Further device properties, such as `mrg_rxbuf=off` or `host_mtu=9000`.
+    /// Further device properties, such as `mrg_rxbuf=off` or `host_mtu=9000`; or none.
     pub fn with(mut self, properties: &str) -> Self {
-        self.properties.push(properties.to_owned());
+        if !properties.is_empty() {
+            self.properties.push(properties.to_owned());
+        }
         self
     }
 

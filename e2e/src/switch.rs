@@ -234,6 +234,11 @@ impl Port {
         self.0["state"].as_str().unwrap_or("unknown")
     }
 
+    /// Whether the guest's driver accepted a feature, such as `RING_PACKED`.
+    pub fn has(&self, feature: &str) -> bool {
+        self.0["features"].as_array().is_some_and(|names| names.iter().any(|name| name == feature))
+    }
+
     /// Sum over the queues of one counter, such as `rx_frames`.
     pub fn count(&self, counter: &str) -> u64 {
         self.queues().iter().filter_map(|queue| queue[counter].as_u64()).sum()

@@ -36,7 +36,7 @@ pub struct TestpmdSpec {
     /// Sockets to listen on, each with the port's MAC address. Port n sends to the one after it.
     pub ports: Vec<(PathBuf, String)>,
     /// Further virtio-user settings, such as `in_order=1` or `mrg_rxbuf=0`.
-    pub driver: &'static str,
+    pub driver: String,
     /// Queue pairs per port.
     pub queues: u16,
     /// Length of the frames, without checksum.
@@ -96,6 +96,12 @@ impl Testpmd {
         self.say(&format!("start tx_first {bursts}")).map(drop)
     }
 
+    /// Ends what it does, and sends frames of another length from then on.
+    pub fn set_length(&mut self, length: u16) -> Result<()> {
+        self.say("stop")?;
+        self.say(&format!("set txpkts {length}")).map(drop)
+    }
+
     /// From now on takes what arrives and sends nothing.
     pub fn start_draining(&mut self) -> Result<()> {
         self.say("stop")?;
@@ -134,7 +140,7 @@ fn command(spec: &TestpmdSpec, cpu: usize) -> Command {
     command.arg(format!("sl-e2e-{}", std::process::id()));
     for (index, (socket, mac)) in spec.ports.iter().enumerate() {
         let comma = if spec.driver.is_empty() { "" } else { "," };
-        let (socket, queues, driver) = (socket.display(), spec.queues, spec.driver);
+        let (socket, queues, driver) = (socket.display(), spec.queues, &spec.driver);
         let device = format!(
             "net_virtio_user{index},path={socket},server=1,queues={queues},queue_size={RING},mac={mac}{comma}{driver}"
         );

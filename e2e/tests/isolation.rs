@@ -16,8 +16,9 @@ const ARRIVAL_LIMIT: Duration = Duration::from_secs(10);
 
 static LAB: Shared = Shared::new(|| {
     let mut lab = Lab::new(&[])?;
-    for number in 1..=3 {
-        lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), "")?;
+    // One of them with the other layout of rings.
+    for (number, properties) in (1..).zip(["", "", "packed=on"]) {
+        lab.add_guest(number, "", GuestSpec::new(&format!("vm{number}")), properties)?;
     }
     lab.boot()?;
     Ok(lab)

@@ -29,23 +29,42 @@ fn guests_ping_each_other() -> Result<()> {
 
 #[test]
 fn frames_of_every_size_arrive_once_and_whole() -> Result<()> {
-    LAB.test(|lab| {
-        let sizes: Vec<usize> = (60..=1514).collect();
-        lab.check_frames(0, 1, 1, &sizes)?;
-        lab.check_frames(1, 0, 2, &sizes)
-    })
+    LAB.test(|lab| frames_of_every_size(lab))
+}
+
+fn frames_of_every_size(lab: &Lab) -> Result<()> {
+    let sizes: Vec<usize> = (60..=1514).collect();
+    lab.check_frames(0, 1, 1, &sizes)?;
+    lab.check_frames(1, 0, 2, &sizes)
 }
 
 #[test]
 fn payloads_of_every_size_come_back_whole() -> Result<()> {
-    LAB.test(|lab| {
-        for (from, address) in DIRECTIONS {
-            lab.check_echo(from, "udp", address, &PAYLOADS)?;
-            lab.check_echo(from, "tcp", address, &PAYLOADS)?;
-            lab.check_echo(from, "tcp", address, &[1 << 20, 3, 4 << 20])?;
-        }
-        Ok(())
-    })
+    LAB.test(|lab| payloads_of_every_size(lab))
+}
+
+fn payloads_of_every_size(lab: &Lab) -> Result<()> {
+    for (from, address) in DIRECTIONS {
+        lab.check_echo(from, "udp", address, &PAYLOADS)?;
+        lab.check_echo(from, "tcp", address, &PAYLOADS)?;
+        lab.check_echo(from, "tcp", address, &[1 << 20, 3, 4 << 20])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_rings_carry_frames_and_payloads_of_every_size() -> Result<()> {
+    e2e::lab::alone(
+        || Lab::pair_with("packed=on"),
+        |lab| {
+            lab.wait_reachable(0, "10.0.0.2")?;
+            if let Ok(switch) = lab.switch() {
+                ensure!(switch.port("vm1")?.has("RING_PACKED"), "{}", switch.port("vm1")?.0);
+            }
+            frames_of_every_size(lab)?;
+            payloads_of_every_size(lab)
+        },
+    )
 }
 
 #[test]

@@ -172,7 +172,7 @@ fn circulate(way: &Way) -> Result<Cost> {
     let (space, scratch) = (loop_wire(way.settings)?, Scratch::new("rate")?);
     let sockets = ["a", "b"].map(|name| scratch.join(format!("{name}.sock")));
     let ports = sockets.iter().zip(1..).map(|(socket, number)| (socket.clone(), mac(number))).collect();
-    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
+    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: String::new(), queues: 1, length: 64 })?;
     // The second comes when somebody has connected to the first.
     wait::until_true("the first socket", LIMIT, || Ok(sockets[0].exists()))?;
     let links = ["wire0", "wire1"];
@@ -254,7 +254,7 @@ fn flap(rounds: usize) -> Result<()> {
     let ports = (1..=2).map(|number| (lab.socket(&format!("vm{number}")), mac(number))).collect();
     lab.add_port("vm1", "")?;
     lab.add_port("vm2", "")?;
-    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: "", queues: 1, length: 64 })?;
+    let mut driver = Testpmd::start(&TestpmdSpec { ports, driver: String::new(), queues: 1, length: 64 })?;
     driver.wait_ready()?;
     driver.start_circulating(4)?;
     std::thread::sleep(Duration::from_secs(1));
