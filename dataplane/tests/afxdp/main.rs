@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is meant to panic")]
 
+#[path = "../allocation/heap.rs"]
+mod heap;
 mod kernel;
 mod support;
 
@@ -57,6 +59,7 @@ fn talks_to_a_plain_host() {
     let (host, far) = pair("");
     assert!(host.port("up").features.contains(&"copy"), "{:?}", host.port("up"));
     talk(&host, &far, 1500, 20);
+    assert_eq!(heap::watched(|| talk(&host, &far, 1500, 2)), 0, "workers call the allocator");
 }
 
 #[test]

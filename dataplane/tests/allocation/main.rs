@@ -2,10 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::alloc::{GlobalAlloc, Layout as Piece, System};
-use std::backtrace::Backtrace;
+mod heap;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use e2e::hostile::frontend::{
@@ -13,48 +12,10 @@ use e2e::hostile::frontend::{
 };
 use e2e::hostile::message::{Message, SET_FEATURES};
 use e2e::hostile::queue::{Desc, Layout};
+use heap::watched;
 use sluice::capture::CaptureOptions;
 use sluice::config::SwitchConfig;
 use sluice::switch::Switch;
-
-/// The system's allocator, which notices the workers.
-struct Watched;
-
-static IS_ON: AtomicBool = AtomicBool::new(false);
-/// Calls by workers while it was on.
-static CALLS: AtomicU64 = AtomicU64::new(0);
-
-#[global_allocator]
-static HEAP: Watched = Watched;
-
-// SAFETY: everything is the system allocator's doing.
-unsafe impl GlobalAlloc for Watched {
-    unsafe fn alloc(&self, piece: Piece) -> *mut u8 {
-        notice();
-        // SAFETY: by the caller's contract, which is the same.
-        unsafe { System.alloc(piece) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, piece: Piece) {
-        notice();
-        // SAFETY: as above.
-        unsafe { System.dealloc(ptr, piece) }
-    }
-}
-
-/// Counts a call if a worker makes it. Of the first one it tells where it came from.
-fn notice() {
-    if !IS_ON.load(Ordering::Relaxed) {
-        return;
-    }
-    let mut name = [0u8; 16];
-    // SAFETY: there is room for a thread's name, which is 16 bytes at most.
-    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    // What tells it allocates, too.
-    if name.starts_with(b"sl-worker-") && CALLS.fetch_add(1, Ordering::Relaxed) == 0 {
-        eprintln!("a worker allocates or frees:\n{}", Backtrace::force_capture());
-    }
-}
 
 /// Room for each frame that is sent.
 const PLACE: u64 = 0x2_0000;
@@ -249,15 +210,6 @@ fn sleeps(switch: &Switch) -> u64 {
 fn receive(station: &mut Frontend) {
     while station.receive().is_some() {}
     station.rx.notify();
-}
-
-/// Has the workers watched meanwhile, and gives how often they have called the allocator.
-fn watched(act: impl FnOnce()) -> u64 {
-    CALLS.store(0, Ordering::Relaxed);
-    IS_ON.store(true, Ordering::SeqCst);
-    act();
-    IS_ON.store(false, Ordering::SeqCst);
-    CALLS.load(Ordering::Relaxed)
 }
 
 /// One test: what the allocator notices is one for the whole process.
