@@ -3,9 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde_json::json;
 
-use crate::device_info::replace_file;
+use crate::files::replace_file;
 
 /// Version of the CDI specification; the oldest one with all we need, so that every runtime reads it.
 const VERSION: &str = "0.6.0";
@@ -23,50 +23,18 @@ pub struct CdiMount<'a> {
     pub container_path: PathBuf,
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Specification<'a> {
-    cdi_version: &'a str,
-    kind: &'a str,
-    devices: Vec<Device<'a>>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Device<'a> {
-    name: &'a str,
-    container_edits: Edits<'a>,
-}
-
-#[derive(Serialize)]
-struct Edits<'a> {
-    mounts: [Mount<'a>; 1],
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Mount<'a> {
-    host_path: &'a Path,
-    container_path: &'a Path,
-    options: [&'a str; 2],
-}
-
 /// Writes the specification of all devices of `resource` to `dir`.
 ///
 /// # Errors
 /// If that is not possible.
 pub fn write(dir: &Path, resource: &str, mounts: &[CdiMount<'_>]) -> io::Result<()> {
-    let devices = mounts.iter().map(|mount| Device {
-        name: mount.id,
-        container_edits: Edits {
-            mounts: [Mount {
-                host_path: &mount.host_path,
-                container_path: &mount.container_path,
-                options: ["bind", "rw"],
-            }],
-        },
-    });
-    let specification = Specification { cdi_version: VERSION, kind: resource, devices: devices.collect() };
+    let device = |mount: &CdiMount<'_>| {
+        let (host, container) = (mount.host_path.display().to_string(), mount.container_path.display().to_string());
+        let bind = json!({ "hostPath": host, "containerPath": container, "options": ["bind", "rw"] });
+        json!({ "name": mount.id, "containerEdits": { "mounts": [bind] } })
+    };
+    let devices: Vec<_> = mounts.iter().map(device).collect();
+    let specification = json!({ "cdiVersion": VERSION, "kind": resource, "devices": devices });
     let path = dir.join(format!("{}.json", resource.replace('/', "-")));
     replace_file(&path, &serde_json::to_vec_pretty(&specification)?, MODE)
 }

@@ -5,34 +5,17 @@
 //! pod's network interface, which the CNI plugin is the first to learn. The path ends in a placeholder, and so does Multus' copy,
 //! which the CNI plugin leaves as it is: readers should take the folder only.
 
-use std::fs::{self, OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
-use serde::Serialize;
+use serde_json::json;
+
+use crate::files::replace_file;
 
 /// Version of the specification.
 const VERSION: &str = "1.1.0";
 /// Mode of the files, as the specification's own client has it.
 const MODE: u32 = 0o444;
-
-/// A file's content.
-#[derive(Serialize)]
-struct DeviceInfo<'a> {
-    #[serde(rename = "type")]
-    kind: &'a str,
-    version: &'a str,
-    #[serde(rename = "vhost-user")]
-    vhost_user: VhostUser<'a>,
-}
-
-#[derive(Serialize)]
-struct VhostUser<'a> {
-    /// "server": the application in the pod, QEMU, makes the socket.
-    mode: &'a str,
-    path: &'a Path,
-}
 
 /// The folder of device-info files, for one resource.
 #[derive(Debug)]
@@ -62,8 +45,9 @@ impl DeviceInfoFiles {
     /// # Errors
     /// If that is not possible. An older file is still there then.
     pub fn write(&self, id: &str, socket: &Path) -> io::Result<()> {
-        let vhost_user = VhostUser { mode: "server", path: socket };
-        let info = DeviceInfo { kind: "vhost-user", version: VERSION, vhost_user };
+        // "server": the application in the pod, QEMU, makes the socket.
+        let vhost_user = json!({ "mode": "server", "path": socket.display().to_string() });
+        let info = json!({ "type": "vhost-user", "version": VERSION, "vhost-user": vhost_user });
         replace_file(&self.path(id), &serde_json::to_vec(&info)?, MODE)
     }
 
@@ -79,29 +63,10 @@ impl DeviceInfoFiles {
     }
 }
 
-/// Puts a file in place in one step, so that nobody reads half of it. Makes its folder if need be.
-pub(crate) fn replace_file(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    fs::create_dir_all(dir)?;
-    let draft = dir.join(format!(".{}.new", name.display()));
-    // Left by one of us that was killed.
-    let _ = fs::remove_file(&draft);
-    let written = OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft).and_then(|mut file| {
-        file.write_all(content)?;
-        // Whatever the umask is.
-        file.set_permissions(Permissions::from_mode(mode))
-    });
-    let replaced = written.and_then(|()| fs::rename(&draft, path));
-    if replaced.is_err() {
-        let _ = fs::remove_file(&draft);
-    }
-    replaced
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]

@@ -16,6 +16,7 @@ pub mod cdi;
 pub mod config;
 pub mod dataplane;
 pub mod device_info;
+mod files;
 pub mod folder;
 pub mod kubelet;
 pub mod metrics;
