@@ -426,6 +426,45 @@ fn relative_paths_are_taken_from_the_current_folder() {
 }
 
 #[test]
+fn the_socket_of_run_has_two_names() {
+    let bench = Bench::new();
+    let socket = bench.path("ctl.sock");
+    let run = |words: &[&str]| {
+        let mut command = sluice();
+        command.arg("run").arg("--state").arg(bench.path("state")).args(words);
+        command
+    };
+    let path = socket.to_str().unwrap();
+    for words in [&["--socket", path][..], &["--socket", path, "--control", path]] {
+        let daemon = Daemon::spawn(run(words));
+        assert!(bench.names().is_empty());
+        daemon.stop("TERM");
+    }
+    for words in [&[][..], &["--control", path]] {
+        let variable = if words.is_empty() { socket.clone() } else { bench.path("other.sock") };
+        let mut command = run(words);
+        command.env("SLUICE_SOCKET", variable);
+        let daemon = Daemon::spawn(command);
+        assert!(bench.names().is_empty() && !bench.path("other.sock").exists());
+        daemon.stop("TERM");
+    }
+}
+
+/// `capture --write -` has its frames on standard output, so it tells how many on standard error.
+#[test]
+fn a_capture_to_standard_output_tells_its_counts() {
+    let bench = Bench::new();
+    let _daemon = bench.start(&["--port", &bench.spec("vm1")]);
+    let capture = ["capture", "vm1", "--write", "-", "--count", "0"];
+    let output = bench.call(&capture);
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "0 frames captured, 0 lost\n");
+    let output = bench.call(&[&capture[..], &["--json"]].concat());
+    let counts: Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(counts, json!({ "frames": 0, "lost": 0 }));
+    assert!(!output.stdout.is_empty());
+}
+
+#[test]
 fn signals() {
     let bench = Bench::new();
     let mut daemon = bench.start(&[]);
@@ -475,7 +514,7 @@ fn wrong_words() {
         (&["--cpu", "0,0"], "CPU 0 is given twice"),
         (&["--cpu", "x"], "cpu must be a number"),
         (&["--metrics", "here"], "'--metrics <ADDR>'"),
-        (&["--socket", "/x"], "takes '--control'"),
+        (&["--socket", "/x"], "'--control' and '--socket' are two names for the same and differ"),
         (&["--port"], "'--port <SPEC>'"),
     ];
     for (args, expected) in cases {
@@ -492,7 +531,7 @@ fn wrong_words() {
         let output = sluice().args([command, "--help"]).output().unwrap();
         String::from_utf8(output.stdout).unwrap().contains("--socket <PATH>")
     };
-    assert_eq!(["run", "status"].map(help_has_socket), [false, true]);
+    assert_eq!(["run", "status"].map(help_has_socket), [true, true]);
     assert_refused(&sluice().args(["stats", "--watch", "--interval", "0"]).output().unwrap(), 2, "0.1 to 3600");
     assert_refused(&bench.run(&[]).env("SLUICE_LOG", "a=b=c").output().unwrap(), 2, "SLUICE_LOG=a=b=c");
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "something was made");

@@ -81,6 +81,9 @@ pub(crate) enum Command {
     Status,
     /// Write a port's frames to a file while they pass, until interrupted
     Capture(CaptureArgs),
+    /// Show frames while they pass, a line for each, until interrupted. A busy port loses frames to it rather than slow
+    /// down; a filter is the means against that
+    Trace(TraceArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }
@@ -106,7 +109,7 @@ pub(crate) struct RunArgs {
     /// Move queues from busy workers to idle ones [default: on]
     #[arg(long, value_name = "on|off", value_parser = |text: &str| parse_switch("rebalance", text))]
     pub(crate) rebalance: Option<bool>,
-    /// Control socket [default: /run/sluice/control.sock]
+    /// Control socket; --socket is another name for it [default: /run/sluice/control.sock]
     #[arg(long, value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
     /// Folder that all vhost-user sockets have to be in; no link in it is followed [default: they can be anywhere]
@@ -249,6 +252,26 @@ pub(crate) struct CaptureArgs {
     /// Only frames for which this holds, like 'host 10.0.0.1 and tcp port 80'
     #[arg(long, value_name = "EXPR")]
     pub(crate) filter: Option<Filter>,
+    /// End after so many frames
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = FILTER_HELP)]
+pub(crate) struct TraceArgs {
+    /// The ports; all that there are unless given
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// Only frames for which this holds, like 'host 10.0.0.1 and tcp port 80'
+    #[arg(long, value_name = "EXPR")]
+    pub(crate) filter: Option<Filter>,
+    /// Only frames from the port (rx), or to it (tx)
+    #[arg(long, value_enum)]
+    pub(crate) direction: Option<CaptureDirection>,
+    /// Only frames that were dropped
+    #[arg(long)]
+    pub(crate) drops: bool,
     /// End after so many frames
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<u64>,

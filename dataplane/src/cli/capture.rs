@@ -3,52 +3,32 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
 use sluice::limits::MAX_FRAME;
 use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
-use super::args::{CaptureArgs, CaptureDirection};
+use super::args::CaptureArgs;
 use super::client::{Client, refused, with_client};
-use super::output::emit_json;
+use super::live::{LOOK, direction, ended_by_signal, tell};
 use super::pcapng::{Packet, Writer};
-
-/// How soon a signal ends it.
-const LOOK: Duration = Duration::from_millis(100);
 
 type Output = Writer<BufWriter<Box<dyn Write>>>;
 
 pub(crate) fn run(args: &CaptureArgs, socket: &Path, json: bool) -> Result<(), Failure> {
-    let ended = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, ended.clone()).map_err(Failure::failed)?;
-    }
+    let ended = ended_by_signal()?;
     let (frames, lost) = with_client(socket, async |client| capture(client, args, &ended).await)?;
-    match (json, args.write.as_os_str() == "-") {
-        // The frames are there already.
-        (_, true) => Ok(()),
-        (true, false) => emit_json(&serde_json::json!({ "frames": frames, "lost": lost })),
-        (false, false) => {
-            eprintln!("{frames} frames captured, {lost} lost");
-            Ok(())
-        }
-    }
+    tell("captured", frames, lost, json, args.write.as_os_str() == "-")
 }
 
 /// Writes frames until there are enough, a signal comes or the port goes. Returns how many, and how many were missed.
 async fn capture(mut client: Client, args: &CaptureArgs, ended: &AtomicBool) -> Result<(u64, u64), Failure> {
-    let direction = match args.direction {
-        None => proto::Direction::Unspecified,
-        Some(CaptureDirection::Rx) => proto::Direction::Rx,
-        Some(CaptureDirection::Tx) => proto::Direction::Tx,
-    };
     let snap_length = args.snap_length.min(MAX_FRAME as u32);
     let filter = args.filter.as_ref().map(ToString::to_string).unwrap_or_default();
-    let request = proto::CaptureRequest { name: args.name.clone(), snap_length, direction: direction.into(), filter };
+    let request =
+        proto::CaptureRequest { name: args.name.clone(), snap_length, direction: direction(args.direction), filter };
     let mut answers = client.capture(request).await.map_err(refused)?.into_inner();
     // Only now: a refusal leaves an old file alone.
     let broken = |error: std::io::Error| match error.kind() {

@@ -1,26 +1,30 @@
 //! The command line.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{Arg, CommandFactory, FromArgMatches};
+use clap::{CommandFactory, FromArgMatches};
 
 mod args;
 mod capture;
 mod client;
 mod cycles;
+mod describe;
 mod fdb;
 mod keep;
+mod live;
 mod output;
 mod pcapng;
 mod port;
 mod run;
 mod stats;
 mod status;
+mod trace;
 mod worker;
 
-use args::{Cli, Command};
+use args::{Cli, Command, RunArgs};
 
 /// Why a command did not succeed.
 #[derive(Debug)]
@@ -76,6 +80,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Stats(args) => stats::run(&args, socket, json),
         Command::Status => status::run(socket, json),
         Command::Capture(args) => capture::run(&args, socket, json),
+        Command::Trace(args) => trace::run(&args, socket, json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut command(), "sluice", &mut script);
@@ -84,20 +89,34 @@ pub(crate) fn main() -> Result<(), Failure> {
     }
 }
 
-/// All that can be typed. The help of 'run' does not offer what it refuses.
+/// All that can be typed.
 fn command() -> clap::Command {
-    Cli::command().mut_subcommand("run", |run| run.arg(Arg::new("socket").long("socket").hide(true)))
+    Cli::command()
 }
 
 fn parse() -> Result<Cli, clap::Error> {
     let matches = command().try_get_matches()?;
-    // The switch makes its socket where `--control` says; a silently ignored `--socket` would be a trap.
-    let misled = |run: &clap::ArgMatches| run.value_source("socket") == Some(ValueSource::CommandLine);
-    if matches.subcommand_matches("run").is_some_and(misled) {
-        let problem = "'--socket' is for the other commands; 'sluice run' takes '--control'";
-        return Err(command().error(ErrorKind::ArgumentConflict, problem));
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let (Command::Run(run), Some(given)) = (&mut cli.command, matches.subcommand_matches("run")) {
+        name_socket(run, &cli.socket, given.value_source("socket"))?;
     }
-    Cli::from_arg_matches(&matches)
+    Ok(cli)
+}
+
+/// Has the switch make its socket where `--socket` says, which is another name for `--control` there. SLUICE_SOCKET
+/// gives way to `--control`, since it is set for a whole session.
+fn name_socket(run: &mut RunArgs, socket: &Path, source: Option<ValueSource>) -> Result<(), clap::Error> {
+    match (source, &run.control) {
+        (Some(ValueSource::CommandLine), Some(control)) if control != socket => {
+            let problem = "'--control' and '--socket' are two names for the same and differ; give one of them";
+            Err(command().error(ErrorKind::ArgumentConflict, problem))
+        }
+        (Some(ValueSource::CommandLine | ValueSource::EnvVariable), None) => {
+            run.control = Some(socket.into());
+            Ok(())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the parser has to say, in one line, with the help to look at.

@@ -10,4 +10,5 @@ mod restrictions;
 #[allow(dead_code, reason = "shared with other tests")]
 #[path = "../vhost_session/support.rs"]
 mod support;
+mod trace;
 mod vm;
