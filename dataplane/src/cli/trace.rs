@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sluice_proto::sluice::v1 as proto;
-use time::{OffsetDateTime, UtcOffset};
 use tokio_stream::{StreamExt, StreamMap};
 use tonic::{Code, Streaming};
 
@@ -28,16 +27,13 @@ const SETTLED: Duration = Duration::from_secs(1);
 type Streams = StreamMap<String, Streaming<proto::CaptureResponse>>;
 
 pub(crate) fn run(args: &TraceArgs, socket: &Path, json: bool) -> Result<(), Failure> {
-    // While there is one thread: with more of them the zone cannot be read safely.
-    let zone = UtcOffset::current_local_offset().unwrap_or(UtcOffset::UTC);
     let ended = ended_by_signal()?;
-    let show = Show { zone, json };
-    let (frames, lost) = with_client(socket, async |client| trace(client, args, &show, &ended).await)?;
+    let (frames, lost) = with_client(socket, async |client| trace(client, args, json, &ended).await)?;
     tell("shown", frames, lost, json, true)
 }
 
 /// Shows frames until there are enough, a signal comes or all ports are gone. Returns how many, and how many were missed.
-async fn trace(mut client: Client, args: &TraceArgs, show: &Show, ended: &AtomicBool) -> Result<(u64, u64), Failure> {
+async fn trace(mut client: Client, args: &TraceArgs, json: bool, ended: &AtomicBool) -> Result<(u64, u64), Failure> {
     let mut streams = begin(&mut client, args).await?;
     // What passed before all ports were looked at would be half a way.
     let (began, began_ns) = (Instant::now(), now_ns());
@@ -62,7 +58,7 @@ async fn trace(mut client: Client, args: &TraceArgs, show: &Show, ended: &Atomic
         while shown < limit
             && let Some((port, frame)) = waiting.take(is_over)
         {
-            show.frame(&port, &frame)?;
+            show(&port, &frame, json)?;
             shown += 1;
         }
     }
@@ -95,6 +91,10 @@ async fn begin(client: &mut Client, args: &TraceArgs) -> Result<Streams, Failure
             Ok(answers) => drop(streams.insert(name, answers.into_inner())),
             // It went while we asked for the others; nobody has named it.
             Err(status) if args.names.is_empty() && status.code() == Code::NotFound => {}
+            // Somebody captures it.
+            Err(status) if args.names.is_empty() && status.code() == Code::FailedPrecondition => {
+                eprintln!("without {name}: {}", one_line(status.message()));
+            }
             Err(status) => return Err(refused(status)),
         }
     }
@@ -123,37 +123,28 @@ impl Waiting {
     }
 }
 
-/// How frames are shown.
-struct Show {
-    zone: UtcOffset,
-    json: bool,
+fn show(port: &str, frame: &proto::CapturedFrame, json: bool) -> Result<(), Failure> {
+    let description = describe(&frame.data);
+    match json {
+        true => emit_json_line(&as_json(port, frame, &description)),
+        false => emit(&(one_line(&as_line(port, frame, &description)) + "\n")),
+    }
 }
 
-impl Show {
-    fn frame(&self, port: &str, frame: &proto::CapturedFrame) -> Result<(), Failure> {
-        let description = describe(&frame.data);
-        match self.json {
-            true => emit_json_line(&as_json(port, frame, &description)),
-            false => emit(&(one_line(&self.line(port, frame, &description)) + "\n")),
-        }
-    }
+fn as_line(port: &str, frame: &proto::CapturedFrame, description: &Description) -> String {
+    let arrow = if frame.direction() == proto::Direction::Rx { "-> rx" } else { "<- tx" };
+    let mut words = vec![time_of_day(frame.time_ns), port.into(), arrow.into(), frame.length.to_string()];
+    words.extend(description.stations.map(|(src, dst)| format!("{src} > {dst}")));
+    words.extend(description.vlans.iter().map(|vlan| format!("vlan {vlan}")));
+    words.push(description.what.clone());
+    words.extend(frame.drop_reason.as_ref().map(|reason| format!("dropped: {reason}")));
+    words.join(" ")
+}
 
-    fn line(&self, port: &str, frame: &proto::CapturedFrame, description: &Description) -> String {
-        let arrow = if frame.direction() == proto::Direction::Rx { "-> rx" } else { "<- tx" };
-        let mut words = vec![self.time(frame.time_ns), port.into(), arrow.into(), frame.length.to_string()];
-        words.extend(description.stations.map(|(src, dst)| format!("{src} > {dst}")));
-        words.extend(description.vlans.iter().map(|vlan| format!("vlan {vlan}")));
-        words.push(description.what.clone());
-        words.extend(frame.drop_reason.as_ref().map(|reason| format!("dropped: {reason}")));
-        words.join(" ")
-    }
-
-    /// Local time of day, to the microsecond.
-    fn time(&self, time_ns: u64) -> String {
-        let utc = OffsetDateTime::from_unix_timestamp_nanos(time_ns.into()).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let (hour, minute, second, micro) = utc.to_offset(self.zone).time().as_hms_micro();
-        format!("{hour:02}:{minute:02}:{second:02}.{micro:06}")
-    }
+/// Time of day to the microsecond, in UTC like the log's.
+fn time_of_day(time_ns: u64) -> String {
+    let (seconds, micros) = (time_ns / 1_000_000_000 % 86_400, time_ns / 1000 % 1_000_000);
+    format!("{:02}:{:02}:{:02}.{micros:06}", seconds / 3600, seconds / 60 % 60, seconds % 60)
 }
 
 fn as_json(port: &str, frame: &proto::CapturedFrame, description: &Description) -> serde_json::Value {
@@ -162,8 +153,8 @@ fn as_json(port: &str, frame: &proto::CapturedFrame, description: &Description) 
         "port": port,
         "direction": if frame.direction() == proto::Direction::Rx { "rx" } else { "tx" },
         "length": frame.length,
-        "source": description.stations.map(|(src, _)| src),
-        "destination": description.stations.map(|(_, dst)| dst),
+        "source": description.stations.map(|(src, _)| src.to_string()),
+        "destination": description.stations.map(|(_, dst)| dst.to_string()),
         "vlans": description.vlans,
         "what": description.what,
         "dropped": frame.drop_reason,
@@ -190,12 +181,11 @@ mod tests {
 
     #[test]
     fn a_line_says_all() {
-        let show = Show { zone: UtcOffset::UTC, json: false };
         let mut frame = frame(3_661_000_042_000, proto::Direction::Rx);
         frame.data = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x81, 0, 0, 7, 0x88, 0xb5].to_vec();
         frame.drop_reason = Some("full".into());
         let expected =
             "01:01:01.000042 vm1 -> rx 60 02:00:00:00:00:01 > 02:00:00:00:00:02 vlan 7 ethertype 0x88b5 dropped: full";
-        assert_eq!(show.line("vm1", &frame, &describe(&frame.data)), expected);
+        assert_eq!(as_line("vm1", &frame, &describe(&frame.data)), expected);
     }
 }

@@ -69,6 +69,14 @@ fn a_frame_is_followed_from_port_to_port() {
     assert_eq!((&frame["port"], &frame["direction"], &frame["length"]), (&"a".into(), &"rx".into(), &64.into()));
     assert_eq!((&frame["source"], &frame["dropped"]), (&"02:00:00:00:00:01".into(), &Value::Null));
     assert_eq!(serde_json::from_str::<Value>(&said).unwrap()["frames"], 1);
+
+    // A port that somebody looks at already is left out, unless it was asked for.
+    let _other = Trace::start(&daemon, &["b"]);
+    daemon.eventually("a trace without it", |daemon| {
+        let (_, said) = Trace::start(daemon, &["--count", "1"]).follow(daemon, &mut a, &mut b);
+        said.contains("without b: ")
+    });
+    assert_eq!(daemon.call(&["trace", "b"]).status.code(), Some(1));
 }
 
 #[test]
