@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use e2e::process::{wait_child, wait_output};
 use e2e::wait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -65,7 +66,7 @@ impl Bench {
 
     /// A client command.
     fn call(&self, args: &[&str]) -> Output {
-        sluice().args(args).arg("--socket").arg(self.path("ctl.sock")).output().unwrap()
+        ended(sluice().args(args).arg("--socket").arg(self.path("ctl.sock")))
     }
 
     fn text(&self, args: &[&str]) -> String {
@@ -164,6 +165,11 @@ fn assert_refused(output: &Output, code: i32, expected: &str) {
     assert!(line.starts_with("sluice: ") && line.contains(expected), "{line:?} does not say {expected:?}");
     assert_eq!(line.matches('\n').count(), 1, "{line:?}");
     assert!(output.stdout.is_empty());
+}
+
+/// What a command prints that has to end by itself.
+fn ended(command: &mut Command) -> Output {
+    e2e::process::output(command, PATIENCE).unwrap()
 }
 
 fn is_root() -> bool {
@@ -421,7 +427,7 @@ fn relative_paths_are_taken_from_the_current_folder() {
     command.current_dir(bench.dir.path());
     let _daemon = Daemon::spawn(command);
     assert_eq!(bench.json(&["port", "show", "vm1"])["target"], json!(bench.path("a.sock")));
-    let output = sluice().args(["port", "list"]).env("SLUICE_SOCKET", bench.path("ctl.sock")).output().unwrap();
+    let output = ended(sluice().args(["port", "list"]).env("SLUICE_SOCKET", bench.path("ctl.sock")));
     assert!(output.status.success());
 }
 
@@ -487,9 +493,9 @@ fn a_watching_client_does_not_hold_up_the_end() {
     let started = Instant::now();
     daemon.stop("TERM");
     assert!(started.elapsed() < Duration::from_secs(5));
-    assert_eq!(child.wait().unwrap().code(), Some(1));
-    let mut line = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut line).unwrap();
+    let output = wait_output(child, "the watching client", PATIENCE).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = String::from_utf8(output.stderr).unwrap();
     assert!(line.starts_with("sluice: the switch hung up") && line.matches('\n').count() == 1, "{line:?}");
 }
 
@@ -518,22 +524,21 @@ fn wrong_words() {
         (&["--port"], "'--port <SPEC>'"),
     ];
     for (args, expected) in cases {
-        assert_refused(&bench.run(args).output().unwrap(), 2, expected);
+        assert_refused(&ended(&mut bench.run(args)), 2, expected);
     }
     let control = long_path(dir);
-    let output =
-        sluice().args(["run", "--control", &control]).arg("--state").arg(bench.path("state")).output().unwrap();
+    let output = ended(sluice().args(["run", "--control", &control]).arg("--state").arg(bench.path("state")));
     assert_refused(&output, 2, "the path of the control socket is");
-    assert_refused(&sluice().output().unwrap(), 2, "a command is missing; see 'sluice --help'");
-    assert_refused(&sluice().args(["port", "show"]).output().unwrap(), 2, "see 'sluice port show --help'");
-    assert_refused(&sluice().args(["status", "--control", "/x"]).output().unwrap(), 2, "take '--socket'");
+    assert_refused(&ended(&mut sluice()), 2, "a command is missing; see 'sluice --help'");
+    assert_refused(&ended(sluice().args(["port", "show"])), 2, "see 'sluice port show --help'");
+    assert_refused(&ended(sluice().args(["status", "--control", "/x"])), 2, "take '--socket'");
     let help_has_socket = |command: &str| {
-        let output = sluice().args([command, "--help"]).output().unwrap();
+        let output = ended(sluice().args([command, "--help"]));
         String::from_utf8(output.stdout).unwrap().contains("--socket <PATH>")
     };
     assert_eq!(["run", "status"].map(help_has_socket), [true, true]);
-    assert_refused(&sluice().args(["stats", "--watch", "--interval", "0"]).output().unwrap(), 2, "0.1 to 3600");
-    assert_refused(&bench.run(&[]).env("SLUICE_LOG", "a=b=c").output().unwrap(), 2, "SLUICE_LOG=a=b=c");
+    assert_refused(&ended(sluice().args(["stats", "--watch", "--interval", "0"])), 2, "0.1 to 3600");
+    assert_refused(&ended(bench.run(&[]).env("SLUICE_LOG", "a=b=c")), 2, "SLUICE_LOG=a=b=c");
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "something was made");
 }
 
@@ -556,16 +561,12 @@ fn wrong_files() {
     ];
     for (text, expected) in cases {
         let file = bench.file(&text);
-        assert_refused(&bench.run(&["--config", file.to_str().unwrap()]).output().unwrap(), 2, expected);
+        assert_refused(&ended(&mut bench.run(&["--config", file.to_str().unwrap()])), 2, expected);
     }
     let file = bench.file(port);
     let args = ["--config", file.to_str().unwrap(), "--port", "vm1=vhost-user:/tmp/x"];
-    assert_refused(&bench.run(&args).output().unwrap(), 2, "port vm1 is given twice");
-    assert_refused(
-        &bench.run(&["--config", "/nonexistent.toml"]).output().unwrap(),
-        1,
-        "cannot read /nonexistent.toml",
-    );
+    assert_refused(&ended(&mut bench.run(&args)), 2, "port vm1 is given twice");
+    assert_refused(&ended(&mut bench.run(&["--config", "/nonexistent.toml"])), 1, "cannot read /nonexistent.toml");
     fs::remove_file(file).unwrap();
     assert_eq!(fs::read_dir(bench.dir.path()).unwrap().count(), 0, "something was made");
 }
@@ -575,11 +576,11 @@ fn a_switch_that_cannot_start_leaves_nothing() {
     let bench = Bench::new();
     let missing = format!("vm1=vhost-user:{}", bench.path("no/a.sock").display());
     let expected = format!("folder {} does not exist; create it", bench.path("no").display());
-    assert_refused(&bench.run(&["--port", &missing]).output().unwrap(), 1, &expected);
+    assert_refused(&ended(&mut bench.run(&["--port", &missing])), 1, &expected);
     assert!(!bench.path("state").exists());
 
     let twice = bench.spec("vm1").replacen("vm1", "vm2", 1);
-    let output = bench.run(&["--port", &bench.spec("vm1"), "--port", &twice]).output().unwrap();
+    let output = ended(&mut bench.run(&["--port", &bench.spec("vm1"), "--port", &twice]));
     assert_refused(&output, 2, "ports vm1 and vm2 have the same target");
     assert_eq!(fs::read_dir(bench.dir.path()).unwrap().count(), 0, "something was made");
 
@@ -587,16 +588,16 @@ fn a_switch_that_cannot_start_leaves_nothing() {
     let run = |control: &str, state: &str| {
         let mut command = sluice();
         command.arg("run").arg("--control").arg(bench.path(control)).arg("--state").arg(bench.path(state));
-        command.output().unwrap()
+        ended(&mut command)
     };
     assert_refused(&run("plain", "state"), 1, "is not a socket; remove it");
     assert_refused(&run("no/ctl.sock", "state"), 1, "of the control socket does not exist; create it");
     assert_refused(&run("ctl.sock", "plain/state"), 1, "cannot use state directory");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    assert_refused(&bench.run(&["--metrics", &address]).output().unwrap(), 1, "choose another with --metrics");
+    assert_refused(&ended(&mut bench.run(&["--metrics", &address])), 1, "choose another with --metrics");
     let file = bench.file("[control]\ngroup = \"no such group\"\n");
-    let output = bench.run(&["--config", file.to_str().unwrap()]).output().unwrap();
+    let output = ended(&mut bench.run(&["--config", file.to_str().unwrap()]));
     assert_refused(&output, 1, "group 'no such group' is not in /etc/group");
     assert!(!bench.path("ctl.sock").exists());
 }
@@ -609,11 +610,11 @@ fn one_switch_per_socket_and_per_state() {
     let mut command = sluice();
     command.arg("run").arg("--control").arg(bench.path("ctl.sock")).arg("--state").arg(bench.path("other"));
     let expected = format!("ctl.sock is in use by pid {pid}; stop that switch, or choose another with --control");
-    assert_refused(&command.output().unwrap(), 1, &expected);
+    assert_refused(&ended(&mut command), 1, &expected);
     let mut command = sluice();
     command.arg("run").arg("--control").arg(bench.path("other.sock")).arg("--state").arg(bench.path("state"));
     let expected = format!("state is in use by pid {pid}; stop that, or choose another with --state");
-    assert_refused(&command.output().unwrap(), 1, &expected);
+    assert_refused(&ended(&mut command), 1, &expected);
     assert!(!bench.path("other.sock").exists());
     assert_eq!(bench.names(), ["vm1"]);
 }
@@ -657,7 +658,7 @@ fn nobody_listens() {
     assert_refused(&bench.call(&["port", "list"]), 1, "start one with 'sluice run'");
     drop(std::os::unix::net::UnixListener::bind(bench.path("ctl.sock")).unwrap());
     assert_refused(&bench.call(&["status"]), 1, "no switch listens on");
-    let output = sluice().args(["status", "--socket", &long_path(bench.dir.path())]).output().unwrap();
+    let output = ended(sluice().args(["status", "--socket", &long_path(bench.dir.path())]));
     assert_refused(&output, 2, "use a shorter one with --socket");
 }
 
@@ -679,7 +680,7 @@ fn permissions() {
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
     let call = |gid: u32| {
         let mut command = Command::new(&binary);
-        command.args(["port", "list", "--socket"]).arg(&socket).uid(NOBODY).gid(gid).output().unwrap()
+        ended(command.args(["port", "list", "--socket"]).arg(&socket).uid(NOBODY).gid(gid))
     };
     assert_refused(&call(NOBODY), 1, "no permission to use control socket");
     assert!(call(GROUP).status.success());
@@ -703,11 +704,11 @@ fn permissions() {
     std::os::unix::fs::chown(bench.path("nobody"), Some(NOBODY), Some(NOBODY)).unwrap();
     let mut command = Command::new(&binary);
     command.arg("run").arg("--control").arg(bench.path("b.sock")).arg("--state").arg(bench.path("nobody"));
-    let output = command.uid(NOBODY).gid(NOBODY).output().unwrap();
+    let output = ended(command.uid(NOBODY).gid(NOBODY));
     assert_refused(&output, 1, "cannot make control socket");
     let mut command = Command::new(&binary);
     command.arg("run").arg("--control").arg(bench.path("nobody/b.sock")).arg("--state").arg(bench.path("no"));
-    let output = command.uid(NOBODY).gid(NOBODY).output().unwrap();
+    let output = ended(command.uid(NOBODY).gid(NOBODY));
     assert_refused(&output, 1, "Permission denied");
 }
 
@@ -762,7 +763,7 @@ fn watching_prints_again_and_again() {
     let titles = lines.filter(|line| line.starts_with("PORT ") && line.contains("RX FRAMES/S")).take(3).count();
     assert_eq!(titles, 3);
     // Its output is closed now, as `| head` does it. That is no failure.
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(wait_child(&mut child, "the watching client", PATIENCE).unwrap().code(), Some(0));
 }
 
 #[test]
@@ -781,7 +782,7 @@ fn help_and_completions() {
     for args in
         [&["--help"][..], &["run", "--help"], &["port", "add", "--help"], &["--version"], &["completions", "bash"]]
     {
-        let output = sluice().args(args).output().unwrap();
+        let output = ended(sluice().args(args));
         assert!(output.status.success() && !output.stdout.is_empty() && output.stderr.is_empty(), "{args:?}");
     }
 }

@@ -2,11 +2,12 @@
 
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::wait;
@@ -187,12 +188,7 @@ impl Process {
 
     /// Waits for the end; kills the program and gives an error when the time is over.
     pub fn wait_exit(&mut self, limit: Duration) -> Result<ExitStatus> {
-        let what = format!("{} to end", self.name);
-        let ended = wait::until(&what, limit, || self.exited());
-        if ended.is_err() {
-            self.kill();
-        }
-        ended
+        wait_child(&mut self.child, &self.name, limit)
     }
 
     /// Ends the program at once (SIGKILL).
@@ -224,6 +220,41 @@ pub fn tail(path: &Path) -> String {
     text[start..].trim_end().to_owned()
 }
 
+/// Waits for the end of a child; kills it and gives an error when the time is over.
+pub fn wait_child(child: &mut Child, name: &str, limit: Duration) -> Result<ExitStatus> {
+    let ended = wait::until(&format!("{name} to end"), limit, || Ok(child.try_wait()?));
+    if ended.is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    ended
+}
+
+/// [`wait_child`] that also gives what the child printed, where that goes to pipes.
+pub fn wait_output(mut child: Child, name: &str, limit: Duration) -> Result<Output> {
+    let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+    // Not joined after an error: whatever the child has started may have the other ends.
+    let status = wait_child(&mut child, name, limit)?;
+    let all = |reader: Option<JoinHandle<Vec<u8>>>| reader.and_then(|reader| reader.join().ok()).unwrap_or_default();
+    Ok(Output { status, stdout: all(stdout), stderr: all(stderr) })
+}
+
+/// Reads a pipe to its end.
+fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// As [`Command::output`], of a command that has to end in time.
+pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let name = format!("{command:?}");
+    wait_output(child.with_context(|| format!("cannot start {name}"))?, &name, limit)
+}
+
 /// Runs a short command to its end and gives what it printed; an error if it fails.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program)
@@ -241,6 +272,21 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn what_does_not_end_is_ended() {
+        let began = Instant::now();
+        let shell = |script: &str, limit| super::output(Command::new("sh").args(["-c", script]), limit);
+        let output = shell("head -c 200000 /dev/zero; echo no >&2; exit 3", Duration::from_secs(20)).unwrap();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(3), 200_000));
+        assert_eq!(output.stderr, b"no\n");
+        // What it leaves behind has its pipes.
+        let error = shell("sleep 30 & echo $!; wait", Duration::from_millis(200)).unwrap_err().to_string();
+        assert!(error.contains("wait") && began.elapsed() < Duration::from_secs(20), "{error}");
+    }
+
     #[test]
     fn programs_speak_the_language_that_we_read() {
         assert_eq!(super::run("sh", &["-c", "echo $LC_ALL"]).unwrap(), "C\n");

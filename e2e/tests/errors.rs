@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use e2e::machine;
-use e2e::process::Process;
+use e2e::process::{Process, output};
 use e2e::scratch::Scratch;
 use e2e::switch::{Switch, program, sluice};
 use std::fs;
@@ -32,15 +32,7 @@ fn run(arguments: &[&str]) -> Result<Output> {
     let defaults = ["--control", &control, "--state", &state];
     let defaults = defaults.chunks(2).filter(|pair| !arguments.contains(&pair[0])).flatten().copied();
     let all: Vec<&str> = ["run"].into_iter().chain(defaults).chain(arguments.iter().copied()).collect();
-    limited(&all)
-}
-
-/// Runs the command line, not for longer than it may take.
-fn limited(arguments: &[&str]) -> Result<Output> {
-    let program = program()?;
-    let output = Command::new("timeout").args(["-s", "KILL", "10"]).arg(program).args(arguments).output()?;
-    ensure!(output.status.code().is_some(), "sluice {} does not end", arguments.join(" "));
-    Ok(output)
+    output(Command::new(program()?).args(all), Duration::from_secs(10))
 }
 
 /// SPECs that are wrong in themselves, and a word that the message has to have.

@@ -13,8 +13,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use e2e::process::wait_output;
 use sluice::status::PortState;
-use support::{Ear, Host, Mouth, Namespace, alone, check_frame, stream, within};
+use support::{DEADLINE, Ear, Host, Mouth, Namespace, alone, check_frame, stream, within};
 
 /// A switch with an uplink and a tap with the address of host 1, and a plain host 2 on the wire.
 fn pair(uplink: &str) -> (Host, Namespace) {
@@ -440,9 +441,8 @@ fn what_passes_can_be_captured() {
         namespace.ping(2, 56);
         std::fs::metadata(&file).is_ok_and(|file| file.len() > 12_000)
     });
-    while !namespace.ping(2, 56) {}
-    let output = capture.wait_with_output();
-    let output = output.unwrap();
+    within("the last ping", || namespace.ping(2, 56));
+    let output = wait_output(capture, "the capture", DEADLINE).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stderr).starts_with("40 frames captured, 0 lost"));
     let bytes = std::fs::read(&file).unwrap();

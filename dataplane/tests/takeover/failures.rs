@@ -93,12 +93,12 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     println!("a new process that fell silent: {gap:?}");
     // A real one that cannot: its workers want a CPU that there is not.
     let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
-    assert!(!failing.0.wait().unwrap().success());
+    assert!(!failing.ended().success());
     bench.stream(Duration::from_millis(50));
     // Its configuration names a group that there is not.
     std::fs::write(bench.path("group.toml"), "[control]\ngroup = \"no such group\"\n").unwrap();
     let mut failing = bench.start(&["--takeover", "--config", bench.path("group.toml").to_str().unwrap()]);
-    assert!(!failing.0.wait().unwrap().success());
+    assert!(!failing.ended().success());
     assert!(bench.log().contains("group 'no such group' is not in"), "{}", bench.log());
     bench.stream(Duration::from_millis(50));
     // One that is to carry a network whose ports have VLANs of their own, which would be missed only when it is too late.
@@ -106,7 +106,7 @@ fn a_new_process_that_fails_leaves_the_old_one_running() {
     bench.json(&["port", "add", &format!("inside=vhost-user:{},network=blue,vlan=7", inside.display())]);
     let carrier = format!("up=vhost-user:{},networks=blue:60", bench.path("up.sock").display());
     let mut failing = bench.start(&["--takeover", "--port", &carrier]);
-    assert!(!failing.0.wait().unwrap().success());
+    assert!(!failing.ended().success());
     assert!(bench.log().contains("port up carries network blue as one VLAN"), "{}", bench.log());
     bench.json(&["port", "del", "inside"]);
     bench.stream(Duration::from_millis(50));
@@ -197,7 +197,7 @@ fn a_new_process_that_fails_leaves_the_keeper_alone() {
     let mut bench = Bench::with_keeper(SPLIT_EVENTS, false, true);
     bench.keeper = false;
     let mut failing = bench.start(&["--takeover", "--cpu", "1000"]);
-    assert!(!failing.0.wait().unwrap().success());
+    assert!(!failing.ended().success());
     bench.keeper = true;
     bench.stream(Duration::from_millis(50));
     bench.crash();

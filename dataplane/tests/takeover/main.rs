@@ -47,6 +47,11 @@ impl Process {
     fn exited(&mut self) -> Option<ExitStatus> {
         self.0.try_wait().unwrap()
     }
+
+    /// Waits for its end.
+    fn ended(&mut self) -> ExitStatus {
+        e2e::process::wait_child(&mut self.0, "the switch", PATIENCE).unwrap()
+    }
 }
 
 impl Drop for Process {
@@ -363,7 +368,7 @@ fn kept(kind: Kind, servers: bool) {
     // A switch that ends by itself ends its connections, and its keeper.
     // SAFETY: the child has not been waited for, so the pid is its own.
     unsafe { libc::kill(bench.switch.as_ref().unwrap().0.id() as i32, libc::SIGTERM) };
-    assert!(bench.switch.as_mut().unwrap().0.wait().unwrap().success());
+    assert!(bench.switch.as_mut().unwrap().ended().success());
     let deadline = Instant::now() + PATIENCE;
     while bench.path("state/keeper.sock").exists() {
         assert!(Instant::now() < deadline, "the keeper goes on");
@@ -461,7 +466,7 @@ fn ports_stations_and_locks_are_taken_over() {
     assert_eq!(found("02:00:00:00:00:09"), None);
     assert!(bench.path("vm1.sock").exists() && bench.path("ctl.sock").exists());
     let mut other = bench.start(&[]);
-    assert!(!other.0.wait().unwrap().success());
+    assert!(!other.ended().success());
     let pid = bench.switch.as_ref().unwrap().0.id();
     assert!(bench.log().contains(&format!("is in use by pid {pid}")), "{}", bench.log());
     bench.json(&["port", "del", "later"]);
@@ -471,7 +476,7 @@ fn ports_stations_and_locks_are_taken_over() {
     bench.connect();
     // SAFETY: the child has not been waited for, so the pid is its own.
     unsafe { libc::kill(bench.switch.as_ref().unwrap().0.id() as i32, libc::SIGTERM) };
-    assert!(bench.switch.as_mut().unwrap().0.wait().unwrap().success());
+    assert!(bench.switch.as_mut().unwrap().ended().success());
     assert!(!bench.path("vm1.sock").exists() && !bench.path("ctl.sock").exists());
 }
 
