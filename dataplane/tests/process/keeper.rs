@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use e2e::process::Process;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::daemon::Daemon;
@@ -23,20 +24,16 @@ fn a_keeper_that_ends_first_is_forgotten() {
 fn a_signal_ends_it_as_the_first_process_too() {
     let state = tempfile::tempdir().unwrap();
     let program = env!("CARGO_BIN_EXE_sluice");
+    // Both go with this test, however it ends.
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--fork", program, "keep", "--state"]).arg(state.path());
-    let mut unshare = command.spawn().unwrap();
+    command.args(["--pid", "--fork", "--kill-child", program, "keep", "--state"]).arg(state.path());
+    let mut unshare = Process::start("keeper", command, &state.path().join("log"), &[]).unwrap();
     let socket = state.path().join("keeper.sock");
     let limit = Duration::from_secs(10);
     e2e::wait::until_true("the keeper to listen", limit, || Ok(socket.exists())).unwrap();
-    let [keeper] = children(unshare.id())[..] else { panic!("no keeper, or more than that") };
+    let [keeper] = children(unshare.pid())[..] else { panic!("no keeper, or more than that") };
     kill_process(Pid::from_raw(keeper).unwrap(), Signal::TERM).unwrap();
-    let ended = e2e::wait::until_true("the keeper to end", limit, || Ok(unshare.try_wait()?.is_some()));
-    if ended.is_err() {
-        kill_process(Pid::from_raw(keeper).unwrap(), Signal::KILL).unwrap();
-    }
-    ended.unwrap();
-    assert!(unshare.wait().unwrap().success());
+    assert!(unshare.wait_exit(limit).unwrap().success(), "{}", unshare.log_tail());
     assert!(!socket.exists(), "it has left its socket behind");
 }
 
