@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
-use std::process::Command;
+
+use e2e::net::Namespace;
 
 use crate::daemon::Daemon;
 use crate::vm::Vm;
@@ -187,40 +188,21 @@ fn core_dumps_leave_guests_out() {
     drop(vm);
 }
 
-/// A network namespace with a cable in it, gone with this.
-struct Namespace(String);
-
-impl Namespace {
-    fn with_cable(name: &str, other: &str) -> Self {
-        let namespace = Self(format!("sluice-process-{}", std::process::id()));
-        ip(&["netns", "add", &namespace.0]);
-        ip(&["-n", &namespace.0, "link", "add", name, "type", "veth", "peer", "name", other]);
-        for end in [name, other] {
-            ip(&["-n", &namespace.0, "link", "set", end, "up"]);
-        }
-        namespace
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
-}
-
-fn ip(arguments: &[&str]) {
-    assert!(Command::new("ip").args(arguments).status().unwrap().success(), "ip {arguments:?}");
-}
-
 #[test]
 fn uplinks_and_taps_can_be_added_later() {
     if !is_root() {
         return;
     }
-    let namespace = Namespace::with_cable("up0", "far0");
+    let namespace = Namespace::new().unwrap();
+    let ip = |arguments: &str| namespace.run(&format!("ip {arguments}")).unwrap();
+    ip("link add up0 type veth peer name far0");
+    for end in ["up0", "far0"] {
+        ip(&format!("link set {end} up"));
+    }
     let dir = tempfile::tempdir().unwrap();
     let program = Path::new(env!("CARGO_BIN_EXE_sluice"));
-    let mut daemon = Daemon::start_by(dir, &["ip", "netns", "exec", &namespace.0], program, &["--sandbox", "strict"]);
+    let mut daemon =
+        Daemon::start_by(dir, &["ip", "netns", "exec", namespace.name()], program, &["--sandbox", "strict"]);
     for (name, spec) in [("up", "up=afxdp:up0"), ("host", "host=tap:sluice0")] {
         let added = daemon.call(&["port", "add", spec]);
         assert!(added.status.success(), "{added:?}");
@@ -231,13 +213,13 @@ fn uplinks_and_taps_can_be_added_later() {
     for name in ["up", "host"] {
         daemon.eventually("frame", |daemon| daemon.number(name, "tx_frames") > 0);
     }
-    ip(&["-n", &namespace.0, "link", "set", "far0", "down"]);
+    ip("link set far0 down");
     daemon.eventually("lost link", |daemon| daemon.state("up").0 != "up");
-    ip(&["-n", &namespace.0, "link", "set", "far0", "up"]);
+    ip("link set far0 up");
     daemon.wait_up("up");
-    ip(&["-n", &namespace.0, "link", "del", "sluice0"]);
+    ip("link del sluice0");
     daemon.eventually("lost tap", |daemon| daemon.state("host").0 != "up");
-    ip(&["-n", &namespace.0, "tuntap", "add", "sluice0", "mode", "tap"]);
+    ip("tuntap add sluice0 mode tap");
     daemon.wait_up("host");
     for name in ["up", "host"] {
         assert!(daemon.call(&["port", "del", name]).status.success());
