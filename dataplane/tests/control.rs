@@ -57,8 +57,7 @@ impl Bench {
     }
 
     fn port(&self, name: &str) -> proto::PortConfig {
-        let spec = format!("{name}=vhost-user:{}", self.dir.path().join(name).with_extension("sock").display());
-        port_to_proto(&spec.parse::<PortConfig>().unwrap())
+        port_to_proto(&port_at(name, &self.dir.path().join(name).with_extension("sock")))
     }
 
     fn stop(self) {
@@ -67,6 +66,11 @@ impl Bench {
         self.switch.stop();
         assert!(!socket.exists());
     }
+}
+
+/// A vhost-user port whose frontend listens, or does not, at a path.
+fn port_at(name: &str, socket: &Path) -> PortConfig {
+    format!("{name}=vhost-user:{}", socket.display()).parse().unwrap()
 }
 
 async fn client(socket: &Path) -> ControlClient<Channel> {
@@ -225,10 +229,10 @@ fn readiness_follows_the_controller() {
 #[test]
 fn a_start_that_fails_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let port = |spec: &str| spec.parse::<PortConfig>().unwrap();
-    let (one, same) = (port("vm1=vhost-user:/tmp/sluice-x.sock"), port("vm2=vhost-user:/tmp/sluice-x.sock"));
+    let port = |name: &str, socket: &str| port_at(name, &dir.path().join(socket));
+    let (one, same) = (port("vm1", "x.sock"), port("vm2", "x.sock"));
     let mut store = StateStore::open(dir.path()).unwrap();
-    store.replace(vec![port("old=vhost-user:/tmp/sluice-old.sock")]).unwrap();
+    store.replace(vec![port("old", "old.sock")]).unwrap();
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
     let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
@@ -242,13 +246,13 @@ fn a_start_that_fails_writes_nothing() {
 #[test]
 fn a_given_port_takes_the_target_of_an_old_one() {
     let dir = tempfile::tempdir().unwrap();
-    let port = |spec: &str| spec.parse::<PortConfig>().unwrap();
+    let port = |name: &str, socket: &str| port_at(name, &dir.path().join(socket));
     let mut store = StateStore::open(dir.path()).unwrap();
-    store.replace(vec![port("old=vhost-user:/tmp/sluice-x.sock"), port("b=vhost-user:/tmp/sluice-b.sock")]).unwrap();
+    store.replace(vec![port("old", "x.sock"), port("b", "b.sock")]).unwrap();
     let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
     let controller = Controller::new(switch.clone(), store, about);
-    controller.bring_up(&[port("new=vhost-user:/tmp/sluice-x.sock")], &[], Vec::new()).unwrap();
+    controller.bring_up(&[port("new", "x.sock")], &[], Vec::new()).unwrap();
     let names: Vec<_> = switch.ports().into_iter().map(|port| port.name).collect();
     assert_eq!(names, ["b", "new"]);
     let table = std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
@@ -260,9 +264,7 @@ fn a_given_port_takes_the_target_of_an_old_one() {
 #[test]
 fn a_full_disk_does_not_keep_a_switch_from_starting() {
     let dir = tempfile::tempdir().unwrap();
-    let port = |name: &str| -> PortConfig {
-        format!("{name}=vhost-user:{}", dir.path().join(name).display()).parse().unwrap()
-    };
+    let port = |name: &str| port_at(name, &dir.path().join(name));
     let start = |arguments: &[PortConfig]| {
         let store = StateStore::open(dir.path()).unwrap();
         let about = About { mode: WorkerMode::Adaptive, control: "/c".into(), state_dir: dir.path().into() };
@@ -284,11 +286,13 @@ fn a_full_disk_does_not_keep_a_switch_from_starting() {
 #[tokio::test]
 async fn a_port_that_nobody_waits_for_is_not_added() {
     let bench = Bench::start();
-    let port = |name: &str| -> PortConfig { format!("{name}=vhost-user:/tmp/sluice-x.sock").parse().unwrap() };
     let add = |name, until: u32| {
         let asked = std::cell::Cell::new(0);
         let is_wanted = || asked.replace(asked.get() + 1) < until;
-        bench.controller.add_port(port(name), false, is_wanted).map_err(|error| error.to_string())
+        bench
+            .controller
+            .add_port(port_at(name, &bench.dir.path().join("x.sock")), false, is_wanted)
+            .map_err(|error| error.to_string())
     };
     for until in [0, 1] {
         assert!(add("a", until).unwrap_err().contains("did not wait"), "{until}");
