@@ -360,13 +360,45 @@ pub(crate) fn lingering() -> (TcpStream, TcpStream) {
     (socket, listener.accept().unwrap().0)
 }
 
-/// Sends such a socket within another one, which keeps the thread of the port busy. Returns the other end.
-pub(crate) fn send_hidden(peer: &Peer) -> TcpStream {
+/// Sends such a socket within another one, so that the port's thread of that process waits for it. Returns what keeps it
+/// waiting.
+pub(crate) fn wedge(qemu: &Qemu, pid: u32, thread: &str) -> (Peer, TcpStream) {
+    // A process that another test starts may be the last one to close the socket: then once more.
+    for _ in 0..5 {
+        let peer = qemu.accept();
+        let end = send_hidden(&peer);
+        let closes = || Ok(is_closing(pid, thread));
+        if e2e::wait::until_true("the thread to wait", Duration::from_secs(2), closes).is_ok() {
+            return (peer, end);
+        }
+    }
+    panic!("nothing makes {thread} wait");
+}
+
+/// The port closes the sockets last: it has the message only when our own are gone.
+fn send_hidden(peer: &Peer) -> TcpStream {
     let (socket, end) = lingering();
     let (inner, outer) = UnixStream::pair().unwrap();
     Channel::new(outer).unwrap().bytes(&[0], &[socket.as_raw_fd()]).unwrap();
-    peer.channel.send(&Message::number(SET_VRING_KICK, 0).with(&[inner.as_raw_fd()]));
+    let message = Message::number(SET_VRING_KICK, 0).bytes();
+    let (head, payload) = message.split_at(12);
+    assert!(peer.bytes(head, &[inner.as_raw_fd()]));
+    drop((socket, inner));
+    assert!(peer.bytes(payload, &[]));
     end
+}
+
+/// Whether a thread is in the midst of closing a descriptor, and is so still a moment later.
+fn is_closing(pid: u32, name: &str) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path());
+    let read = |task: &Path, file| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+    let closes = |task: &Path| read(task, "syscall").starts_with(&format!("{} ", libc::SYS_close));
+    tasks.filter(|task| read(task, "comm").trim() == name).any(|task| {
+        closes(&task) && {
+            thread::sleep(Duration::from_millis(20));
+            closes(&task)
+        }
+    })
 }
 
 /// Open descriptors of this process.
