@@ -101,7 +101,7 @@ fn libvirts_schema_knows_what_we_write() {
     const SCHEMA: &str = "/usr/share/libvirt/schemas/domain.rng";
     let xmllint = Command::new("xmllint").arg("--version").output().is_ok();
     if !xmllint || !Path::new(SCHEMA).exists() {
-        assert!(std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "this needs libvirt-clients");
+        assert!(std::env::var_os("SLUICE_REQUIRE_PACKAGES").is_none(), "this needs libvirt-clients");
         eprintln!("skipped: needs libvirt-clients");
         return;
     }

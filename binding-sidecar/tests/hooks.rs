@@ -308,7 +308,7 @@ fn python_with_grpc() -> Option<PathBuf> {
     let ready = run(Command::new(&python).args(["-c", "import grpc"]))
         || run(Command::new("python3").args(["-m", "venv"]).arg(&environment))
             && run(Command::new(&python).args(["-m", "pip", "install", "-q", "grpcio"]));
-    assert!(ready || std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "grpcio cannot be had");
+    assert!(ready || std::env::var_os("SLUICE_REQUIRE_PYTHON").is_none(), "grpcio cannot be had");
     ready.then_some(python)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Python's client needs `grpcio`, which is installed into a virtual environment under `target/` on first use. Go's
 //! needs Debian's `golang-go` and `golang-google-grpc-dev`. Where one of them cannot be had, its test says so and passes,
-//! unless `SLUICE_REQUIRE_FOREIGN` is set.
+//! unless `SLUICE_REQUIRE_PYTHON` or `SLUICE_REQUIRE_PACKAGES` is set.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -91,14 +91,17 @@ fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign").join(name)
 }
 
-/// Runs a command that prepares a client; false if it cannot be had here.
-async fn prepare(command: &mut Command) -> bool {
+const PYTHON: &str = "SLUICE_REQUIRE_PYTHON";
+const PACKAGES: &str = "SLUICE_REQUIRE_PACKAGES";
+
+/// Runs a command that prepares a client; false if it cannot be had here, which the variable forbids.
+async fn prepare(command: &mut Command, variable: &str) -> bool {
     let problem = match command.stdin(Stdio::null()).output().await {
         Ok(output) if output.status.success() => return true,
         Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
         Err(error) => error.to_string(),
     };
-    assert!(std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "{command:?}: {problem}");
+    assert!(std::env::var_os(variable).is_none(), "{command:?}: {problem}");
     eprintln!("skipped, since this failed: {command:?}: {problem}");
     false
 }
@@ -108,9 +111,9 @@ async fn python_is_answered() {
     let environment = target().join("grpcio");
     let python = environment.join("bin/python");
     let ready = python.exists()
-        || prepare(Command::new("python3").args(["-m", "venv"]).arg(&environment)).await
-            && prepare(Command::new(&python).args(["-m", "pip", "install", "-q", "grpcio"])).await;
-    if !ready || !prepare(Command::new(&python).args(["-c", "import grpc"])).await {
+        || prepare(Command::new("python3").args(["-m", "venv"]).arg(&environment), PYTHON).await
+            && prepare(Command::new(&python).args(["-m", "pip", "install", "-q", "grpcio"]), PYTHON).await;
+    if !ready || !prepare(Command::new(&python).args(["-c", "import grpc"]), PYTHON).await {
         return;
     }
     run_with_each_authority(&[&python, &source("client.py")]).await;
@@ -124,7 +127,7 @@ async fn go_is_answered() {
     // Debian's Go packages are a GOPATH.
     build.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode").env("GOFLAGS", "");
     build.env("GOCACHE", target().join("tmp/go-cache"));
-    if prepare(&mut build).await {
+    if prepare(&mut build, PACKAGES).await {
         run_with_each_authority(&[&client]).await;
     }
 }

@@ -79,25 +79,46 @@ pub(crate) fn ensure_all() -> Result<()> {
     ensure()
 }
 
-/// Whether there are clients in other languages for the tests to use.
-pub(crate) fn has_foreign_clients() -> bool {
-    is_installed("golang-google-grpc-dev")
-        && machine::target().is_ok_and(|target| target.join(PYTHON).join("bin/python").exists())
+/// What tests of other people's programs need, and may be left out for want of.
+pub(crate) struct Foreign {
+    /// What is left out without it.
+    pub(crate) name: &'static str,
+    /// Set for the tests, it forbids them to be left out.
+    pub(crate) variable: &'static str,
+    /// Whether it is here.
+    pub(crate) is_here: bool,
+}
+
+/// Debian's packages and Python's, which come from different places.
+pub(crate) fn foreign() -> [Foreign; 2] {
+    let packages = missing_packages(TEST_PACKAGES.iter()).is_empty();
+    let python = machine::target().is_ok_and(|target| has_grpcio(&target.join(PYTHON)));
+    [
+        Foreign { name: "tests with Debian's packages", variable: "SLUICE_REQUIRE_PACKAGES", is_here: packages },
+        Foreign { name: "tests with Python's grpcio", variable: "SLUICE_REQUIRE_PYTHON", is_here: python },
+    ]
+}
+
+fn succeeds(command: &mut Command) -> bool {
+    command.output().is_ok_and(|output| output.status.success())
+}
+
+fn has_grpcio(environment: &Path) -> bool {
+    succeeds(Command::new(environment.join("bin/python")).args(["-c", "import grpc"]))
 }
 
 /// Where the package cannot be had, tests do without.
 fn install_python() -> Result<()> {
     let environment = machine::target()?.join(PYTHON);
-    let python = environment.join("bin/python");
-    let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
-    if run(Command::new(&python).args(["-c", "import grpc"])) {
+    if has_grpcio(&environment) {
         return Ok(());
     }
     println!("==> installing Python's {PYTHON_PACKAGE} into {}", environment.display());
-    let made = run(Command::new("python3").args(["-m", "venv"]).arg(&environment))
-        && run(Command::new(&python).args(["-m", "pip", "install", "-q", PYTHON_PACKAGE]));
+    let python = environment.join("bin/python");
+    let made = succeeds(Command::new("python3").args(["-m", "venv"]).arg(&environment))
+        && succeeds(Command::new(python).args(["-m", "pip", "install", "-q", PYTHON_PACKAGE]));
     if !made {
-        println!("    it cannot be had; tests go without clients in other languages");
+        println!("    it cannot be had; tests go without clients in Python");
         let _ = fs::remove_dir_all(environment);
     }
     Ok(())

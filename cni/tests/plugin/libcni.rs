@@ -16,7 +16,7 @@ fn driver(bench: &Bench) -> Option<PathBuf> {
     let go = Command::new("go").arg("version").output().is_ok_and(|output| output.status.success());
     if !go || !Path::new(LIBRARY).exists() || !Path::new(HOST_LOCAL).exists() {
         let needs = "golang-go, golang-github-appc-cni-dev and containernetworking-plugins";
-        assert!(std::env::var_os("SLUICE_REQUIRE_FOREIGN").is_none(), "this needs {needs}");
+        assert!(std::env::var_os("SLUICE_REQUIRE_PACKAGES").is_none(), "this needs {needs}");
         eprintln!("skipped: needs {needs}");
         return None;
     }
