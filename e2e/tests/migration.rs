@@ -4,12 +4,15 @@ use anyhow::{Result, ensure};
 use e2e::lab::{self, Lab};
 use e2e::ping;
 use e2e::qemu::{ECHO_PORT, Guest, GuestSpec, Nic};
+use e2e::wait;
 use serde_json::{Value, json};
-use std::thread::sleep;
 use std::time::Duration;
 
 /// Slow enough for traffic to change memory that was copied already.
-const SLOW: u64 = 40 << 20;
+const SLOW: u64 = 20 << 20;
+/// What is copied before the traffic begins, and under it: together less than a guest has, so that the migration goes on.
+const BEFORE: u64 = 24 << 20;
+const UNDER: u64 = 30 << 20;
 const FAST: u64 = 8 << 30;
 const LIMIT: Duration = Duration::from_secs(60);
 /// Connections whose data stays where the switch has put it until the migration is over.
@@ -51,6 +54,26 @@ fn check_held(guest: &Guest, sum: &str) -> Result<()> {
     Ok(())
 }
 
+/// The bytes that a migration has copied; an error if none is under way.
+fn copied(source: &Guest) -> Result<u64> {
+    let report = source.qmp("query-migrate")?;
+    let status = report["status"].as_str().unwrap_or_default();
+    ensure!(["setup", "active"].contains(&status), "the migration does not run: {report}");
+    Ok(report["ram"]["transferred"].as_u64().unwrap_or(0))
+}
+
+/// Waits until it has copied so many more.
+fn wait_copied(source: &Guest, bytes: u64) -> Result<()> {
+    let before = copied(source)?;
+    wait::until_true("memory to be copied", LIMIT, || Ok(copied(source)? >= before + bytes))
+}
+
+/// Waits until the guest has all data of [`HELD`] and the end of each connection, unread.
+fn wait_held(guest: &Guest) -> Result<()> {
+    let ended = "netstat -tn | grep -c ':90[01].* CLOSE_WAIT' || true";
+    wait::until_true("the data to be held", LIMIT, || Ok(say(guest, ended)? == HELD.to_string()))
+}
+
 /// Migrates the guest at `from` to `to` under ping, a TCP stream and data that is held. Returns the pings lost.
 fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     let (peer, source, target) = (&lab.guests[0], &lab.guests[from], &lab.guests[to]);
@@ -61,12 +84,15 @@ fn migrate(lab: &mut Lab, from: usize, to: usize) -> Result<u64> {
     hold(source)?;
     ping::begin(peer, "10.0.0.2")?;
     source.begin_migration(target, SLOW)?;
-    sleep(Duration::from_millis(1200));
+    wait_copied(source, BEFORE)?;
     peer.run(&format!("for n in $(seq {HELD}); do (nc 10.0.0.2 $((9000 + n)) </tmp/data) >/dev/null 2>&1 & done"))?;
     let stream = json!({"op": "echo_check", "proto": "tcp", "to": format!("10.0.0.2:{ECHO_PORT}"),
         "sizes": [20_000, 100, 1448, 60_000], "seconds": 4.0, "gap_ms": 5});
     peer.begin(&stream)?;
-    sleep(Duration::from_millis(1500));
+    wait_copied(source, UNDER)?;
+    wait_held(source)?;
+    // Until then, the migration has to go on.
+    copied(source)?;
     source.limit_migration(FAST)?;
     let report = source.wait_migration(&["completed"], LIMIT)?;
     let tally = peer.finish(&stream, LIMIT)?;
@@ -136,8 +162,9 @@ fn a_cancelled_migration_goes_on_at_the_source() -> Result<()> {
         let (source, target) = (&lab.guests[1], &lab.guests[2]);
         ping::begin(&lab.guests[0], "10.0.0.2")?;
         source.begin_migration(target, 4 << 20)?;
-        sleep(Duration::from_secs(1));
-        ensure!(logging(lab)?, "the port does not log: {:?}", features(lab, "vm2")?);
+        // For about a second, under ping.
+        wait_copied(source, 4 << 20)?;
+        wait::until_true("the port to log", LIMIT, || logging(lab))?;
         source.qmp("migrate_cancel")?;
         source.wait_migration(&["cancelled"], LIMIT)?;
         ensure!(!logging(lab)?, "the port logs on");
