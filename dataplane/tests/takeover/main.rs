@@ -260,20 +260,28 @@ impl Bench {
     }
 }
 
-fn takeovers(kind: Kind, servers: bool) {
-    let _alone = alone();
-    let mut bench = Bench::new(kind, servers);
+/// Five takeovers, in which nothing is lost: whether frames stood still for a short time only.
+///
+/// The test, the old and the new process share two CPUs, perhaps with others, so that a gap seen from here is mostly
+/// somebody's turn. The best of five shows that the switch's own account is true.
+fn are_quick(bench: &mut Bench) -> bool {
+    let before = bench.log().len();
     let mut gaps: Vec<_> = (0..5).map(|_| bench.take_over()).collect();
     bench.check_whole();
     gaps.sort();
     let still = |line: &str| line.split("still_us=").nth(1)?.split_whitespace().next()?.parse().ok();
-    let mut still: Vec<u64> = bench.log().lines().filter_map(still).collect();
+    let mut still: Vec<u64> = bench.log()[before..].lines().filter_map(still).collect();
     still.sort_unstable();
-    println!("{kind:?}, gaps between frames: {gaps:?}, of which nothing was forwarded for {still:?} µs");
-    // This test, the old and the new process share two CPUs, perhaps with others, so that a gap seen from here is mostly
-    // somebody's turn. The best of five shows that the switch's own account is true.
-    assert!(still.len() == 5 && Duration::from_micros(still[2]) <= GAP, "nothing was forwarded for {still:?} µs");
-    assert!(gaps[0] <= 3 * GAP, "frames stood still for {gaps:?}");
+    println!("gaps between frames: {gaps:?}, of which nothing was forwarded for {still:?} µs");
+    assert_eq!(still.len(), 5, "{}", bench.log());
+    Duration::from_micros(still[2]) <= GAP && gaps[0] <= 3 * GAP
+}
+
+fn takeovers(kind: Kind, servers: bool) {
+    let _alone = alone();
+    let mut bench = Bench::new(kind, servers);
+    // Others may have the CPUs for longer than a round.
+    assert!((0..3).any(|_| are_quick(&mut bench)), "{kind:?}: frames stood still for too long, three times");
 
     // All that the first process counted is still there, and the connection is the first one.
     for (number, other) in [(1, 2), (2, 1)] {
