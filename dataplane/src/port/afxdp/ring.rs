@@ -180,7 +180,7 @@ impl<T: Copy> Consumer<T> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::VecDeque;
 
     use proptest::prelude::*;
@@ -190,8 +190,8 @@ mod tests {
     const OFFSETS: Offsets = Offsets { producer: 0, consumer: 64, flags: 128, entries: 192 };
 
     /// A ring without a kernel: both ends are ours. Cursors start at `start`.
-    fn ring(size: u32, start: u32) -> (Producer<u64>, Consumer<u64>, Arc<Mapping>) {
-        let memory = Arc::new(Mapping::anonymous(192 + size as usize * 8).unwrap());
+    pub(in super::super) fn ring<T: Copy>(size: u32, start: u32) -> (Producer<T>, Consumer<T>, Arc<Mapping>) {
+        let memory = Arc::new(Mapping::anonymous(192 + size as usize * size_of::<T>()).unwrap());
         for offset in [OFFSETS.producer, OFFSETS.consumer] {
             // SAFETY: the place is inside the mapping, and nobody else uses it yet.
             unsafe { memory.place::<AtomicU32>(offset, 1).unwrap().as_ref() }.store(start, Ordering::Relaxed);
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn wakeup_flag() {
-        let (producer, _consumer, memory) = ring(4, 0);
+        let (producer, _consumer, memory) = ring::<u64>(4, 0);
         assert!(!producer.needs_wakeup());
         // SAFETY: the place is inside the mapping and used atomically.
         unsafe { memory.place::<AtomicU32>(OFFSETS.flags, 1).unwrap().as_ref() }.store(1, Ordering::Relaxed);

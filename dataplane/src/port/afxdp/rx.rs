@@ -158,7 +158,8 @@ impl State {
 
     /// Takes whole frames out of the ring, at most a burst. Returns how many.
     fn take(&mut self) -> usize {
-        let available = self.ring.available(1).min(TAKE as u32);
+        // What was seen before may end within a frame.
+        let available = self.ring.available(TAKE as u32).min(TAKE as u32);
         let (mut frames, mut whole) = (0, 0);
         // Where the last whole frame ends: a frame of which the kernel has not shown all stays in the ring.
         for offset in 0..available {
@@ -214,10 +215,49 @@ mod tests {
 
     use super::super::Shared;
     use super::super::queue::Unsent;
+    use super::super::ring::tests::ring;
     use super::super::socket::{Rings, Socket};
     use super::super::umem::Umem;
     use super::*;
     use crate::port::stats::PortStats;
+
+    #[test]
+    fn a_frame_that_is_not_all_there_waits_in_the_ring() {
+        let (_umem, [mut ledger, _]) = Umem::new([8, 8]).unwrap();
+        let (mut fill, mut lent, _memory) = ring(8, 0);
+        while let Some(frame) = ledger.take() {
+            fill.push(ledger.lend(frame));
+        }
+        fill.publish();
+        let (mut kernel, rx, _memory) = ring(8, u32::MAX - 3);
+        let mut state = State { fill, ring: rx, ledger, held: Vec::with_capacity(TAKE), empty: 0 };
+        let mut receive = |continues: &[bool]| {
+            assert!(lent.available(8) as usize >= continues.len());
+            for (at, continues) in (0..).zip(continues) {
+                let options = if *continues { libc::XDP_PKT_CONTD } else { 0 };
+                assert!(kernel.push(libc::xdp_desc { addr: lent.get(at) + 256, len: 1000, options }));
+            }
+            lent.release(continues.len() as u32);
+            kernel.publish();
+        };
+        let check = |state: &State| {
+            let audit = state.ledger.audit(state.fill.pending(), state.ring.pending());
+            (audit.kernel, audit.inbound, audit.total - audit.free - audit.outbound, state.held.len())
+        };
+        receive(&[false, true, true]);
+        assert_eq!(state.take(), 1);
+        assert_eq!(check(&state), (0, 2, 3, 1));
+        state.give_back();
+        assert_eq!(state.take(), 0, "the rest of it has not been shown yet");
+        assert_eq!(check(&state), (0, 2, 2, 0));
+        receive(&[true, false, false]);
+        assert_eq!(state.take(), 2);
+        let continues: Vec<_> = state.held.iter().map(|piece| piece.continues).collect();
+        assert_eq!(continues, [true, true, true, false, false]);
+        state.give_back();
+        assert_eq!(check(&state), (0, 0, 0, 0));
+        assert!(state.ledger.audit(state.fill.pending(), state.ring.pending()).is_balanced());
+    }
 
     /// As root.
     #[test]
