@@ -447,6 +447,24 @@ impl<'m> Burst<'m> {
         self.admit(header_len, begin + taken, first, rest.len() as u64)
     }
 
+    /// Adds a frame that lies in one piece and came without a header, since nothing is left to do to it. Its first `head_len`
+    /// bytes, at most as many as fit, go into its head. Returns its length.
+    ///
+    /// # Errors
+    /// As [`Burst::load`].
+    #[inline]
+    pub fn load_bare(&mut self, bytes: &'m [u8], head_len: usize) -> Result<usize, DropReason> {
+        let first = self.segments.used();
+        let (head, tail) = bytes.split_at(head_len.min(SNAPSHOT).min(bytes.len()));
+        let frame = &mut self.frames[self.count];
+        frame.buffer[HEADROOM - HEADER..HEADROOM].fill(0);
+        let taken = SourceSegment::from_slice(head).read(&mut frame.buffer[HEADROOM..]);
+        if !tail.is_empty() && !self.segments.push(SourceSegment::from_slice(tail)) {
+            return self.refuse(HEADROOM + taken, first, tail.len() as u64, DropReason::Oversize);
+        }
+        self.admit(HEADER, HEADROOM + taken, first, tail.len() as u64)
+    }
+
     /// Checks what was put at the next frame's place: its header and its first bytes, up to `end` in its buffer, and
     /// `tail_len` bytes in the segments from `first`.
     #[inline]

@@ -35,6 +35,17 @@ pub(crate) fn header_len(bytes: &[u8]) -> Option<usize> {
     Headers::find(bytes).map(|headers| headers.len)
 }
 
+/// Whether a frame that starts with `bytes` can have headers for [`header_len`]: a look at what most frames are.
+#[inline]
+pub(crate) fn may_be_tcp(bytes: &[u8]) -> bool {
+    match (bytes.get(12..14), bytes.get(23)) {
+        // UDP and ICMP over IPv4 without tags, ARP.
+        (Some([0x08, 0x00]), Some(protocol)) => *protocol == ip::PROTOCOL_TCP,
+        (Some([0x08, 0x06]), _) => false,
+        _ => true,
+    }
+}
+
 /// Whether both have these bytes, and they are the same.
 fn same(a: &[u8], b: &[u8], range: Range<usize>) -> bool {
     a.get(range.clone()).is_some_and(|part| b.get(range) == Some(part))

@@ -7,7 +7,7 @@ use super::Queue;
 use super::bell::Bell;
 use super::ring::{Consumer, Producer};
 use super::socket::RING;
-use super::umem::{Audit, CHUNK, Ledger, OwnedFrame};
+use super::umem::{Audit, CHUNK, Ledger, OwnedFrame, Umem};
 use crate::frame::{Burst, BurstStorage};
 use crate::limits::BURST;
 use crate::port::{RxQueue, wire_frame};
@@ -44,8 +44,8 @@ struct State {
 #[derive(Debug)]
 struct Piece {
     frame: OwnedFrame,
-    offset: usize,
-    len: usize,
+    offset: u32,
+    len: u32,
     /// The received frame goes on in the next piece.
     continues: bool,
 }
@@ -88,8 +88,10 @@ impl Receiver {
         bytes
     }
 
+    #[inline]
     fn bytes<'m>(&'m self, piece: &'m Piece) -> &'m [u8] {
-        self.both.umem.bytes(&piece.frame).get(piece.offset..piece.offset + piece.len).unwrap_or_default()
+        let (offset, len) = (piece.offset as usize, piece.len as usize);
+        self.both.umem.bytes(&piece.frame).get(offset..offset + len).unwrap_or_default()
     }
 }
 
@@ -98,7 +100,7 @@ impl RxQueue for Receiver {
         let Some(mut state) = self.state.try_lock() else { return Ok(0) };
         let Queue { pair, socket, shared, stats, .. } = &*self.both;
         self.both.look_after_unsent();
-        let mut taken = state.take();
+        let mut taken = state.take(&self.both.umem);
         // A driver that had run out of frames does not look for those that were given back before it said so.
         let waits = taken == 0 && state.fill.needs_wakeup();
         if taken == 0 && (shared.busy_poll || waits) && state.is_time_to_poll() {
@@ -106,7 +108,7 @@ impl RxQueue for Receiver {
                 stats.rx(*pair).notified();
             }
             socket.kick_rx();
-            taken = state.take();
+            taken = state.take(&self.both.umem);
         }
         if taken == 0 {
             return Ok(0);
@@ -156,15 +158,18 @@ impl State {
         self.empty.is_power_of_two() || self.empty.is_multiple_of(EMPTY_POLLS)
     }
 
-    /// Takes whole frames out of the ring, at most a burst. Returns how many.
-    fn take(&mut self) -> usize {
+    /// Takes whole frames out of the ring, at most a burst, and asks for their first bytes. Returns how many.
+    fn take(&mut self, umem: &Umem) -> usize {
         // What was seen before may end within a frame.
         let available = self.ring.available(TAKE as u32).min(TAKE as u32);
-        let (mut frames, mut whole) = (0, 0);
-        // Where the last whole frame ends: a frame of which the kernel has not shown all stays in the ring.
+        let (mut frames, mut broken) = (0, false);
+        // Entries up to the end of the last whole frame, and what is held of them.
+        let (mut whole, mut held) = (0, 0);
         for offset in 0..available {
-            if self.ring.get(offset).options & libc::XDP_PKT_CONTD == 0 {
-                (frames, whole) = (frames + 1, offset + 1);
+            let entry = self.ring.get(offset);
+            broken |= !self.hold(entry, umem);
+            if entry.options & libc::XDP_PKT_CONTD == 0 {
+                (frames, whole, held) = (frames + 1, offset + 1, self.held.len());
                 if frames == BURST {
                     break;
                 }
@@ -172,12 +177,10 @@ impl State {
         }
         if frames == 0 && available == TAKE as u32 {
             // No frame is that long. The ring must not be stuck on it.
-            whole = available;
+            (whole, held) = (available, self.held.len());
         }
-        let mut broken = false;
-        for offset in 0..whole {
-            broken |= !self.hold(self.ring.get(offset));
-        }
+        // A frame of which the kernel has not shown all stays in the ring.
+        self.held.drain(held..).for_each(|piece| _ = self.ledger.lend(piece.frame));
         if whole > 0 {
             self.ring.release(whole);
         }
@@ -189,11 +192,13 @@ impl State {
         frames
     }
 
-    fn hold(&mut self, entry: libc::xdp_desc) -> bool {
+    #[inline]
+    fn hold(&mut self, entry: libc::xdp_desc, umem: &Umem) -> bool {
         let Some(frame) = self.ledger.take_back(entry.addr) else { return false };
-        let (offset, len) = ((entry.addr % CHUNK as u64) as usize, entry.len as usize);
-        self.held.push(Piece { frame, offset, len, continues: entry.options & libc::XDP_PKT_CONTD != 0 });
-        offset + len <= CHUNK
+        let offset = (entry.addr % CHUNK as u64) as u32;
+        umem.prefetch_read(&frame, offset as usize, entry.len as usize);
+        self.held.push(Piece { frame, offset, len: entry.len, continues: entry.options & libc::XDP_PKT_CONTD != 0 });
+        u64::from(offset) + u64::from(entry.len) <= CHUNK as u64
     }
 
     /// Lends the frames at hand to the kernel again.
@@ -217,13 +222,12 @@ mod tests {
     use super::super::queue::Unsent;
     use super::super::ring::tests::ring;
     use super::super::socket::{Rings, Socket};
-    use super::super::umem::Umem;
     use super::*;
     use crate::port::stats::PortStats;
 
     #[test]
     fn a_frame_that_is_not_all_there_waits_in_the_ring() {
-        let (_umem, [mut ledger, _]) = Umem::new([8, 8]).unwrap();
+        let (umem, [mut ledger, _]) = Umem::new([8, 8]).unwrap();
         let (mut fill, mut lent, _memory) = ring(8, 0);
         while let Some(frame) = ledger.take() {
             fill.push(ledger.lend(frame));
@@ -245,13 +249,13 @@ mod tests {
             (audit.kernel, audit.inbound, audit.total - audit.free - audit.outbound, state.held.len())
         };
         receive(&[false, true, true]);
-        assert_eq!(state.take(), 1);
+        assert_eq!(state.take(&umem), 1);
         assert_eq!(check(&state), (0, 2, 3, 1));
         state.give_back();
-        assert_eq!(state.take(), 0, "the rest of it has not been shown yet");
+        assert_eq!(state.take(&umem), 0, "the rest of it has not been shown yet");
         assert_eq!(check(&state), (0, 2, 2, 0));
         receive(&[true, false, false]);
-        assert_eq!(state.take(), 2);
+        assert_eq!(state.take(&umem), 2);
         let continues: Vec<_> = state.held.iter().map(|piece| piece.continues).collect();
         assert_eq!(continues, [true, true, true, false, false]);
         state.give_back();

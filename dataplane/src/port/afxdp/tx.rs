@@ -17,7 +17,7 @@ use crate::switch::DropReason;
 use crate::switch::convert::Scratch;
 use crate::sync::{SpinGuard, SpinLock};
 use crate::virtq::Fault;
-use crate::wire::offload::Csum;
+use crate::wire::offload::{Csum, Offload};
 use crate::wire::{MAX_SEGMENT_HEADER, Segmenter, Sum, put_be16};
 use crate::worker::meter::Stage;
 
@@ -81,12 +81,37 @@ impl Transmitter {
         if !frame.fits(self.both.shared.mtu()) {
             return Err(DropReason::MtuEgress);
         }
+        let Offload { csum, gso } = frame.offload();
+        if gso.is_none() && !matches!(csum, Csum::Partial { .. }) && frame.len() <= state.room() {
+            return self.put_plain(state, burst, frame);
+        }
         let mut source = Source::new(frame.head(), burst.tail(frame));
         if frame.offload().gso.is_some() {
             return self.put_segments(state, frame, source);
         }
         self.reserve(state, state.pieces_of(frame.len()))?;
         self.write(state, &[], &mut source, frame.len(), frame.offload().csum)
+    }
+
+    /// A frame to which nothing is left to do, and that fits into one of the pool's, as nearly all do.
+    #[inline]
+    fn put_plain(&self, state: &mut State, burst: &Burst<'_>, frame: &Frame) -> Result<(), DropReason> {
+        self.reserve(state, 1)?;
+        let mut place = state.ledger.take().ok_or(DropReason::Full)?;
+        let start = match state.start_in(&place) {
+            start if start + frame.len() <= CHUNK => start,
+            _ => state.margin,
+        };
+        let (before, bytes) = self.both.umem.bytes_mut(&mut place).split_at_mut(start.min(CHUNK));
+        if state.margin > 0 {
+            request_nothing(before);
+        }
+        let mut filled = SourceSegment::from_slice(frame.head()).read(bytes);
+        for piece in burst.tail(frame) {
+            filled += piece.read(bytes.get_mut(filled..).unwrap_or_default());
+        }
+        state.push_one(place, start, filled, 0);
+        Ok(())
     }
 
     /// All segments of a super-packet, or none.
@@ -115,12 +140,16 @@ impl Transmitter {
     }
 
     /// Makes sure of `pieces` free frames and room for them, without waiting for anybody.
+    #[inline]
     fn reserve(&self, state: &mut State, pieces: usize) -> Result<(), DropReason> {
+        if state.has_room(pieces) { Ok(()) } else { self.make_room(state, pieces) }
+    }
+
+    /// The same, where there is no room.
+    #[cold]
+    fn make_room(&self, state: &mut State, pieces: usize) -> Result<(), DropReason> {
         if pieces > super::socket::RING as usize {
             return Err(DropReason::CannotConvert);
-        }
-        if state.has_room(pieces) {
-            return Ok(());
         }
         // A kernel that does not give frames back is not asked again for each of a burst.
         if state.stuck {
@@ -197,10 +226,7 @@ impl Transmitter {
             state.ledger.put(place);
             return Err(DropReason::CannotConvert);
         };
-        let addr = state.ledger.lend(place) + state.margin as u64;
-        state.ring.push(libc::xdp_desc { addr, len: len as u32, options });
-        state.sent.frames += 1;
-        state.sent.bytes += len as u64;
+        state.push_one(place, state.margin, len, options);
         Ok(())
     }
 
@@ -267,6 +293,7 @@ impl TxQueue for Transmitter {
         };
         state.reclaim();
         state.stuck = false;
+        state.ledger.next(frames.len()).for_each(|frame| self.both.umem.prefetch_write(frame, state.start_in(frame)));
         for &place in frames {
             if let Err(reason) = self.put(&mut state, burst, burst.frame(place)) {
                 scratch.outcomes.count_dropped(&self.both.stats, &[place], reason);
@@ -291,6 +318,22 @@ impl State {
 
     fn has_room(&mut self, pieces: usize) -> bool {
         self.ledger.free() >= pieces && self.ring.room(pieces as u32) as usize >= pieces
+    }
+
+    /// Where a short frame begins in one of the pool's: not in all at the same place, since what lies a page apart shares a few
+    /// places in a cache.
+    #[inline]
+    fn start_in(&self, place: &OwnedFrame) -> usize {
+        self.margin + place.colour()
+    }
+
+    /// Puts a frame that lies in one of the pool's into the ring: `reserve` made sure of the room.
+    #[inline]
+    fn push_one(&mut self, place: OwnedFrame, start: usize, len: usize, options: u32) {
+        let addr = self.ledger.lend(place) + start as u64;
+        self.ring.push(libc::xdp_desc { addr, len: len as u32, options });
+        self.sent.frames += 1;
+        self.sent.bytes += len as u64;
     }
 
     /// Takes back the frames that have been sent.
@@ -385,7 +428,7 @@ impl<'a, 'm> Source<'a, 'm> {
     fn read(&mut self, to: &mut [u8]) -> usize {
         let count = self.head.len().min(to.len());
         let (front, rest) = self.head.split_at(count);
-        to[..count].copy_from_slice(front);
+        SourceSegment::from_slice(front).read(to);
         self.head = rest;
         let mut filled = count;
         while filled < to.len() && self.advance() {

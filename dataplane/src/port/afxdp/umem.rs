@@ -7,9 +7,13 @@
 use std::io::Result;
 
 use super::mapping::Mapping;
+use crate::mem::prefetch::{prefetch_read, prefetch_write};
 
 /// Bytes of one frame (chunk, in the kernel's words): a page, so that a frame never crosses one.
 pub(super) const CHUNK: usize = 4096;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Bytes of a request to who sends a frame, right before it: `struct xsk_tx_metadata`.
 pub(super) const METADATA: usize = 24;
@@ -24,6 +28,14 @@ pub(super) struct Umem {
 #[derive(Debug)]
 #[must_use]
 pub(super) struct OwnedFrame(u32);
+
+impl OwnedFrame {
+    /// A multiple of a cache line, at most a quarter of a frame, that is another one for neighbours.
+    #[inline]
+    pub(super) fn colour(&self) -> usize {
+        self.0 as usize * LINE % (CHUNK / 4)
+    }
+}
 
 impl Umem {
     /// A pool of `frames` frames, with a ledger for each of the shares that they are split into.
@@ -60,6 +72,22 @@ impl Umem {
         unsafe { std::slice::from_raw_parts_mut(self.start_of(frame), CHUNK) }
     }
 
+    /// Asks for what short frames take, of `len` bytes from `offset` on in a frame, to read it soon.
+    #[inline]
+    pub(super) fn prefetch_read(&self, frame: &OwnedFrame, offset: usize, len: usize) {
+        let place = self.start_of(frame).wrapping_add(offset);
+        prefetch_read(place);
+        if len > LINE {
+            prefetch_read(place.wrapping_add(LINE));
+        }
+    }
+
+    /// The same, to write.
+    #[inline]
+    pub(super) fn prefetch_write(&self, frame: &OwnedFrame, offset: usize) {
+        prefetch_write(self.start_of(frame).wrapping_add(offset));
+    }
+
     #[inline]
     fn start_of(&self, frame: &OwnedFrame) -> *mut u8 {
         let offset = frame.0 as usize * CHUNK;
@@ -91,6 +119,12 @@ impl Ledger {
     #[inline]
     pub(super) fn take(&mut self) -> Option<OwnedFrame> {
         self.free.pop()
+    }
+
+    /// The free frames that are taken next, at most `count`.
+    #[inline]
+    pub(super) fn next(&self, count: usize) -> impl Iterator<Item = &OwnedFrame> {
+        self.free.iter().rev().take(count)
     }
 
     /// Puts a frame back that was not needed.

@@ -423,5 +423,6 @@ proptest! {
         }
         let outs = merge(&frames, 0, ALL);
         prop_assert!(outs.len() <= frames.len());
+        prop_assert!(frames.iter().all(|frame| header_len(frame).is_none() || may_be_tcp(frame)));
     }
 }
