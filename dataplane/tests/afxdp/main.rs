@@ -240,16 +240,21 @@ fn cpu_time(name: &str) -> Duration {
 fn an_interface_that_flaps_takes_no_time_from_others() {
     let _alone = alone();
     let (host, far) = pair("");
-    const FLAPS: u32 = 100;
     let before = cpu_time("sl-afxdp");
-    for _ in 0..FLAPS {
-        far.ip("link set far0 down");
-        far.ip("link set far0 up");
-    }
-    let spent = cpu_time("sl-afxdp") - before;
-    eprintln!("{FLAPS} flaps: {spent:?} of a CPU");
+    let (mut flaps, mut spent) = (0, Duration::ZERO);
+    // It takes a rest after a flap, in which many others may fit.
+    within("a look at what flaps", || {
+        for _ in 0..10 {
+            far.ip("link set far0 down");
+            far.ip("link set far0 up");
+            flaps += 1;
+        }
+        spent = cpu_time("sl-afxdp") - before;
+        flaps >= 100 && spent > Duration::ZERO
+    });
+    eprintln!("{flaps} flaps: {spent:?} of a CPU");
     // What the port's thread does is what a flap may cost frames between other ports. It takes some 15 µs.
-    assert!(spent > Duration::ZERO && spent < FLAPS * Duration::from_micros(400), "{spent:?}");
+    assert!(spent < flaps * Duration::from_micros(400), "{spent:?}");
     assert_eq!(host.port("up").connects, 1, "the queues stay open");
     host.wait_for("up", PortState::Up);
     far.ip("addr replace fd09::2/64 dev far0 nodad");
