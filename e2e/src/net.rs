@@ -37,7 +37,7 @@ impl Namespace {
         run("sh", &["-c", &format!("ip link add {} type veth peer name {}", ends[0], ends[1])])?;
         for (space, link) in [(self, link), (other, other_link)] {
             space.run(&format!(
-                "ip link set {link} addrgenmode none up && ethtool -K {link} tx off txvlan off gro off"
+                "ip link set {link} addrgenmode none up && ethtool -K {link} tx off txvlan off tx-vlan-stag-hw-insert off gro off"
             ))?;
         }
         Ok(())

@@ -18,7 +18,8 @@ const IFINFO: usize = 16;
 const ATTRIBUTE: usize = 4;
 
 const IFLA_XDP: u16 = 43;
-const NESTED: u16 = 1 << 15;
+/// Marks an attribute that holds others.
+pub(super) const NESTED: u16 = 1 << 15;
 const XDP_FD: u16 = 1;
 const XDP_ATTACHED: u16 = 2;
 const XDP_FLAGS: u16 = 3;

@@ -9,13 +9,14 @@ mod kernel;
 mod support;
 
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use e2e::process::wait_output;
 use sluice::status::PortState;
-use support::{DEADLINE, Ear, Host, Mouth, Namespace, alone, check_frame, stream, within};
+use support::{DEADLINE, Ear, Heard, Host, Mouth, Namespace, alone, check_frame, hear, packet_socket, stream, within};
 
 /// A switch with an uplink and a tap with the address of host 1, and a plain host 2 on the wire.
 fn pair(uplink: &str) -> (Host, Namespace) {
@@ -128,6 +129,49 @@ fn carries_networks_as_vlans() {
 fn carries_one_of_its_networks_untagged() {
     let _alone = alone();
     apart("networks=red,blue:10", ["network=blue", "network=red"], [Some(10), None]);
+}
+
+/// Sends a frame until it is heard elsewhere, exactly as it was.
+fn passes(from: (&Namespace, &str), to: (&Namespace, &str), frame: &[u8]) {
+    let [mouth, ear] = [from, to].map(|(namespace, interface)| namespace.run(|| packet_socket(interface)));
+    within(&format!("{frame:02x?} from {} to {}", from.1, to.1), || {
+        // SAFETY: the kernel reads the frame, of the length given.
+        unsafe { libc::send(mouth.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        let heard: Vec<_> = std::iter::from_fn(|| hear(&ear)).map(Heard::tagged).collect();
+        // Others have something to say, too.
+        let of_ours = heard.iter().filter(|heard| heard[..12] == frame[..12]);
+        of_ours.inspect(|heard| assert_eq!(*heard, frame, "from {} to {}", from.1, to.1)).count() > 0
+    });
+}
+
+#[test]
+fn tags_within_tags_pass_as_they_are() {
+    let _alone = alone();
+    // A bridge of the kernel's on the wire takes tags out of frames, and leaves them aside for a port that may insert them.
+    let (host, between, far) = (Host::new(&[]), Namespace::new(), Namespace::new());
+    between.ip("link add br0 type bridge");
+    between.ip("link set br0 addrgenmode none up");
+    host.namespace.wire("up0", &between, "port1");
+    far.wire("far0", &between, "port2");
+    between.ip("link set port1 master br0");
+    between.ip("link set port2 master br0");
+    for mode in ["copy", "skb"] {
+        host.namespace.command("ethtool", "-K up0 rxvlan on rx-vlan-stag-hw-parse on");
+        host.add("host=tap:tap0").unwrap();
+        host.add(&format!("up=afxdp:up0,mode={mode}")).unwrap();
+        host.wait_for("up", PortState::Up);
+        let settings = host.namespace.command("ethtool", "-k up0");
+        for left in ["rx-vlan-offload: off", "rx-vlan-stag-hw-parse: off"] {
+            assert!(settings.contains(left), "no {left:?} in mode {mode}: {settings}");
+        }
+        for tags in [&[0x88, 0xa8, 0x20, 100, 0x81, 0, 0x40, 5][..], &[0x88, 0xa8, 0, 100], &[0x81, 0, 0, 5]] {
+            let frame = [&[255; 6], &[2, 0, 0, 0, 9, 9], tags, &[0x88, 0xb5], &[0x5a; 60][..]].concat();
+            passes((&far, "far0"), (&host.namespace, "tap0"), &frame);
+            passes((&host.namespace, "tap0"), (&far, "far0"), &frame);
+        }
+        host.switch.remove_port("up").unwrap();
+        host.switch.remove_port("host").unwrap();
+    }
 }
 
 /// Two switches, each with the taps of two groups of stations, joined by an uplink: each group talks over the wire with the

@@ -83,7 +83,7 @@ impl Namespace {
         self.ip(&format!("link add {name} {queues} type veth peer name {other_name} {queues} netns {}", other.path()));
         for (namespace, name) in [(self, name), (other, other_name)] {
             namespace.ip(&format!("link set {name} addrgenmode none up"));
-            namespace.command("ethtool", &format!("-K {name} tx off txvlan off gro off"));
+            namespace.command("ethtool", &format!("-K {name} tx off txvlan off tx-vlan-stag-hw-insert off gro off"));
         }
     }
 
@@ -226,9 +226,11 @@ pub(crate) fn stream(from: &Namespace, to: &Namespace, address: &str, count: usi
 /// A frame as it was on the wire.
 #[derive(Debug, Clone)]
 pub(crate) struct Heard {
-    /// Without its tag.
+    /// Without its outermost tag.
     pub(crate) bytes: Vec<u8>,
     pub(crate) vlan: Option<u16>,
+    /// Ethertype of that tag.
+    tag_type: u16,
 }
 
 impl Heard {
@@ -237,7 +239,9 @@ impl Heard {
         let Some(tci) = self.vlan else { return self.bytes };
         let mut bytes = [&[0; 4][..], &self.bytes].concat();
         let start = sluice::wire::insert_tag(&mut bytes, 4, tci).expect("room for a tag");
-        bytes.split_off(start)
+        let mut bytes = bytes.split_off(start);
+        bytes[12..14].copy_from_slice(&self.tag_type.to_be_bytes());
+        bytes
     }
 }
 
@@ -319,7 +323,7 @@ pub(crate) fn hear(socket: &OwnedFd) -> Option<Heard> {
     let mut control = Control([0; 128]);
     let mut piece = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     // SAFETY: the kernel writes to locals of the lengths given, and the control messages are walked as it left them.
-    let (count, vlan) = unsafe {
+    let (count, vlan, tag_type) = unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &raw mut piece;
         message.msg_iovlen = 1;
@@ -329,20 +333,20 @@ pub(crate) fn hear(socket: &OwnedFd) -> Option<Heard> {
         if count < 0 {
             return None;
         }
-        let mut vlan = None;
+        let (mut vlan, mut tag_type) = (None, 0);
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
         while !header.is_null() {
             if (*header).cmsg_level == libc::SOL_PACKET && (*header).cmsg_type == libc::PACKET_AUXDATA {
                 let auxiliary: libc::tpacket_auxdata = std::ptr::read_unaligned(libc::CMSG_DATA(header).cast());
                 let is_tagged = auxiliary.tp_status & libc::TP_STATUS_VLAN_VALID != 0;
-                vlan = is_tagged.then_some(auxiliary.tp_vlan_tci);
+                (vlan, tag_type) = (is_tagged.then_some(auxiliary.tp_vlan_tci), auxiliary.tp_vlan_tpid);
             }
             header = libc::CMSG_NXTHDR(&raw const message, header);
         }
-        (count as usize, vlan)
+        (count as usize, vlan, tag_type)
     };
     bytes.truncate(count);
-    Some(Heard { bytes, vlan })
+    Some(Heard { bytes, vlan, tag_type })
 }
 
 /// Checks with an independent parser that an IP frame's lengths and checksums are right.

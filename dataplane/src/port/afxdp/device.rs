@@ -3,6 +3,8 @@
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use super::netdev::Family;
+use super::netlink::{NESTED, attribute};
 use crate::port::{check, interface_socket};
 
 /// `ETHTOOL_GFLAGS`, `ETHTOOL_SFLAGS`, `ETHTOOL_GCHANNELS` (`linux/ethtool.h`).
@@ -13,6 +15,20 @@ const GET_CHANNELS: u32 = 0x3c;
 const FLAG_RX_VLAN: u32 = 1 << 8;
 /// `ETH_FLAG_LRO`: the driver merges frames in a way that cannot be undone.
 const FLAG_LRO: u32 = 1 << 15;
+
+/// `ETHTOOL_MSG_FEATURES_SET` of the kernel's `ethtool` netlink family (`linux/ethtool_netlink.h`), and its attributes.
+const SET_FEATURES: u8 = 12;
+const FEATURES_HEADER: u16 = 1;
+const FEATURES_WANTED: u16 = 3;
+const HEADER_INDEX: u16 = 1;
+const HEADER_FLAGS: u16 = 3;
+/// `ETHTOOL_FLAG_OMIT_REPLY`
+const OMIT_REPLY: u32 = 2;
+const BITSET_BITS: u16 = 3;
+const BITS_BIT: u16 = 1;
+const BIT_NAME: u16 = 2;
+/// As `FLAG_RX_VLAN`, of tags of ethertype 0x88a8, for which that call has no flag.
+const RX_STAG: &[u8] = b"rx-vlan-stag-hw-parse\0";
 
 /// An interface at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +107,9 @@ impl Device {
         if self.ethtool(&mut flags).is_ok() && flags[1] & (FLAG_RX_VLAN | FLAG_LRO) != 0 {
             let _ = self.ethtool(&mut [SET_FLAGS, flags[1] & !(FLAG_RX_VLAN | FLAG_LRO)]);
         }
+        self.call(libc::SIOCGIFINDEX, &mut request)?;
+        // SAFETY: as above.
+        let _ = switch_off(unsafe { request.ifr_ifru.ifru_ifindex } as u32, RX_STAG);
         Ok(())
     }
 
@@ -126,6 +145,17 @@ impl Device {
         }
         Ok(request)
     }
+}
+
+/// Switches a feature of an interface off, by its terminated name, as `ethtool -K` does.
+fn switch_off(ifindex: u32, feature: &[u8]) -> Result<()> {
+    let header = [attribute(HEADER_INDEX, &ifindex.to_ne_bytes()), attribute(HEADER_FLAGS, &OMIT_REPLY.to_ne_bytes())];
+    // A bit that is named and has no value is to be 0.
+    let bit = attribute(BITS_BIT | NESTED, &attribute(BIT_NAME, feature));
+    let wanted = attribute(BITSET_BITS | NESTED, &bit);
+    let attributes =
+        [attribute(FEATURES_HEADER | NESTED, &header.concat()), attribute(FEATURES_WANTED | NESTED, &wanted)];
+    Family::named(c"ethtool")?.order(SET_FEATURES, &attributes.concat())
 }
 
 /// Makes an interface receive what is sent to other addresses, as long as this lives.

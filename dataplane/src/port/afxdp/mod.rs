@@ -9,7 +9,8 @@
 //! time; workers only ever see the port's link go down and come up.
 //!
 //! What arrives is taken to be as it was on a wire. The other end of a veth pair has to be told so (`ethtool -K IFACE
-//! tx off txvlan off`): its kernel leaves checksums open and tags aside otherwise, and XDP does not say where.
+//! tx off txvlan off tx-vlan-stag-hw-insert off`): its kernel leaves checksums open and tags aside otherwise, and XDP does not
+//! say where.
 
 mod bell;
 mod device;

@@ -1,5 +1,6 @@
 //! The kernel's `netdev` netlink family (Documentation/netlink/specs/netdev.yaml), and what a driver says of itself there.
 
+use std::ffi::CStr;
 use std::io::{ErrorKind, Result};
 
 use super::netlink::{HEADER, Netlink, REQUEST, attribute, check_error, find, message};
@@ -21,7 +22,7 @@ const DONE: u16 = 3;
 /// Length of `struct genlmsghdr`.
 const COMMAND: usize = 4;
 
-/// The family.
+/// This family, or another with a name.
 #[derive(Debug)]
 pub(super) struct Family {
     netlink: Netlink,
@@ -32,8 +33,15 @@ impl Family {
     /// # Errors
     /// If the kernel has none: those before 6.3.
     pub(super) fn open() -> Result<Self> {
+        Self::named(c"netdev")
+    }
+
+    /// # Errors
+    /// If the kernel has none of that name.
+    pub(super) fn named(name: &CStr) -> Result<Self> {
         let netlink = Netlink::open_generic()?;
-        netlink.send(&message(CONTROL, REQUEST, &command(GET_FAMILY), &attribute(FAMILY_NAME, b"netdev\0")))?;
+        let name = attribute(FAMILY_NAME, name.to_bytes_with_nul());
+        netlink.send(&message(CONTROL, REQUEST, &command(GET_FAMILY), &name))?;
         let mut buffer = vec![0u8; 32 << 10];
         let len = netlink.receive(&mut buffer)?;
         let reply = buffer.get(..len).unwrap_or_default();
