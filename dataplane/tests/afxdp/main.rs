@@ -433,6 +433,39 @@ fn what_cannot_be_is_said() {
     assert_eq!(host.port("later").reason.as_deref(), Some("there is no interface later0"));
 }
 
+#[test]
+fn the_log_tells_the_mode_and_what_did_not_work() {
+    let _alone = alone();
+    let (namespace, far, folder) = (Namespace::new(), Namespace::new(), tempfile::tempdir().unwrap());
+    namespace.wire("up0", &far, "far0");
+    namespace.wire("up1", &far, "far1");
+    // Its driver runs no programs.
+    namespace.ip("link add br0 type bridge");
+    let [control, state, log] = ["c", "s", "log"].map(|name| folder.path().join(name));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.arg("run").arg("--control").arg(&control).arg("--state").arg(&state);
+    command.args(["--port", "a=afxdp:up0", "--port", "b=afxdp:br0,mode=auto", "--port", "c=afxdp:up1,mode=skb"]);
+    command.env_remove("RUST_LOG").stdout(Stdio::null()).stderr(std::fs::File::create(&log).unwrap());
+    let _switch = Killed(namespace.run(|| command.spawn().unwrap()));
+    let opened = || -> Vec<String> {
+        let log = std::fs::read_to_string(&log).unwrap();
+        log.lines().filter(|line| line.contains("uplink open")).map(Into::into).collect()
+    };
+    within("three uplinks", || opened().len() >= 3);
+    let zerocopy = "zerocopy: Operation not supported (os error 95)";
+    for (port, mode, rejected) in [
+        ("a", "copy", Some(zerocopy.to_owned())),
+        ("b", "skb", Some(format!("{zerocopy}; copy: Operation not supported (os error 95)"))),
+        ("c", "skb", None),
+    ] {
+        let lines: Vec<_> = opened().into_iter().filter(|line| line.contains(&format!("port=\"{port}\""))).collect();
+        let [line] = lines.as_slice() else { panic!("one line for port {port}, not {lines:?}") };
+        assert!(line.contains(&format!("mode=\"{mode}\"")), "{line}");
+        let told = line.split_once("rejected=").map(|(_, rest)| rest.trim_matches('"').to_owned());
+        assert_eq!(told, rejected, "{line}");
+    }
+}
+
 /// The bodies of a capture file's blocks, by their type.
 fn blocks(file: &[u8], wanted: u32) -> Vec<&[u8]> {
     let (mut rest, mut bodies) = (file, Vec::new());
