@@ -33,7 +33,7 @@ Keys:
   networks=blue:100,red
                        carries whole networks, each as a VLAN or one untagged, in place of network, vlan and trunk
   mtu=68..65535        largest layer-3 packet
-  queues=1..256        queue pairs at most
+  queues=1..256        queue pairs at most (a tap has one)
   mac=ADDRESS          the station's address
   spoofcheck=on|off    drop frames from other addresses than mac
   replace=on|off       afxdp: take the place of an XDP program that the interface has

@@ -55,7 +55,7 @@ pub struct PortConfig {
     pub vlan: VlanMode,
     /// Largest layer-3 packet in bytes, 68 to 65,535; `None` means that the port imposes no limit.
     pub mtu: Option<u16>,
-    /// Queue pairs to use at most; `None` means as many as the other side asks for.
+    /// Queue pairs to use at most, of a tap one; `None` means as many as the other side asks for.
     pub queues: Option<u16>,
     /// The station's address: while the port can receive, frames to it do not flood and no other guest can claim it; with
     /// `spoofcheck` no other source is accepted.

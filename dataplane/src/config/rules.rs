@@ -80,6 +80,10 @@ impl PortConfig {
         }
         if let Some(queues) = self.queues {
             check_range("queues", queues, 1, MAX_QUEUE_PAIRS as u16)?;
+            if queues > 1 && matches!(self.target, PortTarget::Tap { .. }) {
+                let problem = format!("a tap has one queue pair, so queues cannot be {queues}; leave it out");
+                return Err(InvalidPort::new("queues", problem));
+            }
         }
         self.check_mac()?;
         check_rate(["rate-rx", "burst-rx"], self.rate_rx)?;

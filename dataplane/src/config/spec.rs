@@ -454,6 +454,7 @@ mod tests {
             ("vm=tap:t0,mtu=65536", "mtu must be a number from 68 to 65535"),
             ("vm=tap:t0,queues=0", "queues must be a number from 1 to 256"),
             ("vm=tap:t0,queues=257", "queues must be a number from 1 to 256"),
+            ("vm=tap:t0,queues=2", "a tap has one queue pair, so queues cannot be 2; leave it out"),
             ("vm=tap:t0,mac=52:54:00", "mac must be an address like"),
             ("vm=tap:t0,mac=01:00:5e:00:00:01", "mac must be the address of one station"),
             ("vm=tap:t0,mac=00:00:00:00:00:00", "mac must be the address of one station"),
@@ -581,6 +582,7 @@ mod tests {
             rate_tx in any_rate(), owner in proptest::option::of("[!-+.-~]{1,256}")) -> PortConfig {
             let mac = mac.map(|[b, c, d, e, f]| MacAddr([0x52, b, c, d, e, f]));
             let spoofcheck = spoofcheck && mac.is_some();
+            let queues = queues.filter(|&queues| queues == 1 || !matches!(target, PortTarget::Tap { .. }));
             let network = if matches!(vlan, VlanMode::Networks(_)) { String::new() } else { network };
             PortConfig { name, target, network, vlan, mtu, queues, mac, spoofcheck, rate_rx, rate_tx, owner }
         }
