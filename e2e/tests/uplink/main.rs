@@ -136,7 +136,8 @@ fn guests_talk_over_a_bridge_and_to_a_plain_host() -> Result<()> {
         let _server = Process::start("echo", command, &scratch.join("log"), &[])?;
         listen(rig, 1500, None, |rig| talk(rig, 1500))?;
         listen(rig, 1500, None, talk_to_host)?;
-        listen(rig, 9000, None, talk_to_host)
+        // DPDK's tap knows no jumbo frames.
+        if is_dpdk() { Ok(()) } else { listen(rig, 9000, None, talk_to_host) }
     })
 }
 
