@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use http_body_util::Full;
@@ -13,8 +14,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Mutex;
-use tokio::task::spawn_blocking;
+use tokio::sync::{Mutex, oneshot};
 use tokio::time::timeout;
 
 use crate::connections;
@@ -59,7 +59,8 @@ struct Site<P> {
 }
 
 impl<P: Pages> Site<P> {
-    /// The metrics, at most as old as [`FRESH`] says. Written on another thread, so that nobody waits but who asks for them.
+    /// The metrics, at most as old as [`FRESH`] says. Written on a thread of their own, so that nobody waits but who asks for
+    /// them, and they do not wait for what else may wait on the runtime's threads.
     async fn metrics(&self) -> Option<Bytes> {
         let mut last = self.last.clone().lock_owned().await;
         if let Some((at, text)) = &*last
@@ -69,12 +70,17 @@ impl<P: Pages> Site<P> {
         }
         let pages = self.pages.clone();
         // It has the lock until it is done, even if the client goes: there is never a second one.
-        let write = spawn_blocking(move || {
+        let (told, text) = oneshot::channel();
+        let write = move || {
             let text = pages.metrics().ok().map(Bytes::from);
             *last = Some((Instant::now(), text.clone()));
-            text
-        });
-        write.await.ok().flatten()
+            // Nobody may be waiting any more.
+            let _ = told.send(text);
+        };
+        if let Err(error) = thread::Builder::new().name("metrics".into()).spawn(write) {
+            tracing::warn!("cannot start a thread for metrics: {error}; check the limits of the process");
+        }
+        text.await.ok().flatten()
     }
 
     async fn answer<B>(&self, request: Request<B>) -> Response<Full<Bytes>> {
@@ -151,6 +157,19 @@ mod tests {
             assert_eq!((status("GET", path, &well), status("GET", path, &ill)), (when_well, when_ill), "{path}");
             assert_eq!(status("POST", path, &well), 405);
         }
+    }
+
+    #[test]
+    fn metrics_do_not_wait_for_the_threads_of_the_runtime() {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        let (over, wait) = std::sync::mpsc::channel::<()>();
+        runtime.spawn_blocking(move || wait.recv());
+        let site = Site { pages: Arc::new(Told(Ok("# EOF\n".into()), Ok(()))), last: Arc::default() };
+        let request = Request::builder().uri("/metrics").body(()).unwrap();
+        let answer = runtime.block_on(async { timeout(PATIENCE, site.answer(request)).await });
+        drop(over);
+        assert_eq!(answer.unwrap().status(), StatusCode::OK);
     }
 
     fn ask(address: net::SocketAddr, path: &str) -> net::TcpStream {
