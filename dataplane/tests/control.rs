@@ -302,6 +302,39 @@ async fn a_port_that_nobody_waits_for_is_not_added() {
     bench.stop();
 }
 
+/// A port that another was to take the place of is there again if that was not to be, as it was: written down or not, and
+/// pinned.
+#[test]
+fn a_port_whose_successor_nobody_waits_for_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = |name: &str, owner: &str| -> PortConfig {
+        format!("{name}=vhost-user:{},owner={owner}", dir.path().join(name).display()).parse().unwrap()
+    };
+    let mut store = StateStore::open(dir.path()).unwrap();
+    // As one that could not be restored, and is tried again at the next start.
+    store.replace(vec![port("absent", "first")]).unwrap();
+    let about = About { mode: WorkerMode::Adaptive, control: dir.path().join("c"), state_dir: dir.path().into() };
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let controller = Controller::new(switch.clone(), store, about);
+    // As one of the file.
+    switch.add_port(port("file", "first")).unwrap();
+    controller.add_port(port("p", "first"), true, || true).unwrap();
+    controller.pin("p=0".parse().unwrap()).unwrap();
+    let written = || std::fs::read_to_string(dir.path().join("ports.json")).unwrap();
+    let before = written();
+    for name in ["file", "p", "absent"] {
+        let asked = std::cell::Cell::new(0);
+        let error =
+            controller.add_port(port(name, "second"), true, || asked.replace(asked.get() + 1) == 0).unwrap_err();
+        assert!(error.to_string().contains("did not wait"), "{error}");
+        assert_eq!(written(), before, "{name}");
+    }
+    let owners: Vec<_> = switch.port_configs().into_iter().map(|port| (port.name, port.owner)).collect();
+    assert_eq!(owners, ["file", "p"].map(|name| (name.to_owned(), Some("first".to_owned()))));
+    controller.unpin(&"p".parse().unwrap()).unwrap();
+    switch.stop();
+}
+
 /// A pin holds until its port is removed, and one that another takes the place of is.
 #[test]
 fn a_port_that_is_replaced_leaves_no_pin() {

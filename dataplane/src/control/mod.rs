@@ -304,8 +304,8 @@ impl Controller {
     /// Adds a port and writes it down: both or neither. An owner that repeats itself changes nothing, and with
     /// `replace_owner` the port takes the place of one that has another owner.
     ///
-    /// Who asks may have given up by the time that it is done, as with a disk that hangs: if it `is_wanted` no more, there is no
-    /// such port.
+    /// Who asks may have given up by the time that it is done, as with a disk that hangs: if it `is_wanted` no more, all is as it
+    /// was before.
     ///
     /// # Errors
     /// [`ControlError`].
@@ -336,14 +336,17 @@ impl Controller {
         if replaced.is_some() {
             self.switch.remove_port(&name)?;
         }
+        let before = store.before();
         if let Err(error) = self.add_and_keep(&mut store, port) {
-            if let Some(old) = replaced {
-                let _ = self.switch.add_port(old);
-            }
+            self.put_back(replaced);
             return Err(error);
         }
         if !is_wanted() {
-            self.remove_kept(&mut store, &name, None)?;
+            store.put_back(before)?;
+            let removed = self.switch.remove_port(&name);
+            self.put_back(replaced);
+            removed?;
+            tracing::info!(port = name, "taken back, since the caller did not wait for it");
             return Err(ControlError::GivenUp);
         }
         if replaced.is_some() {
@@ -368,6 +371,15 @@ impl Controller {
             return Err(error.into());
         }
         Ok(())
+    }
+
+    /// Adds a port again that was to make way for another, which did not come to be. It is still written down if it was.
+    fn put_back(&self, replaced: Option<PortConfig>) {
+        let Some(old) = replaced else { return };
+        let name = old.name.clone();
+        if let Err(error) = self.switch.add_port(old) {
+            tracing::error!(port = name, "cannot be put back, remove and add it: {error}");
+        }
     }
 
     /// Removes a port, if it is that of `owner` where one is given; first from what is written down: if that fails,

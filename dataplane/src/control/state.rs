@@ -264,6 +264,11 @@ impl StateStore {
         self.write_ports(left).map(|()| Before(before))
     }
 
+    /// What is written down now, for a change that may have to be taken back.
+    pub(super) fn before(&self) -> Before {
+        Before(self.ports.clone())
+    }
+
     /// Takes a change back.
     ///
     /// # Errors
