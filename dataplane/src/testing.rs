@@ -1,9 +1,13 @@
 //! A guest's driver, as small as it can be: the other side of our rings in unit tests.
 
 use std::collections::VecDeque;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_linger;
 
 use crate::mem::tests::memfd;
 use crate::mem::{GuestMemory, Log, Region};
@@ -313,4 +317,15 @@ impl Told {
     pub(crate) fn queues(&self) -> (usize, usize) {
         self.link.lock().unwrap().as_ref().map(|link| (link.rx.len(), link.tx.len())).unwrap()
     }
+}
+
+/// A TCP socket whose last `close` waits: it has data to send that nobody takes. And its other end.
+pub(crate) fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    set_socket_linger(&ours, Some(Duration::from_secs(1000))).unwrap();
+    ours.set_nonblocking(true).unwrap();
+    while (&ours).write(&[0; 1 << 16]).is_ok() {}
+    (ours, theirs)
 }

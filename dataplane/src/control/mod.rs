@@ -227,6 +227,7 @@ impl Controller {
                 }
             }
         }
+        kept.into_iter().for_each(Kept::let_go);
         keep.extend_from_slice(arguments);
         let are_stored = arguments.iter().all(|port| store.ports().contains(port));
         match store.replace(keep) {

@@ -14,7 +14,7 @@ use serde_json::value::to_raw_value;
 use super::{Answer, LIMIT, Said, Stamp, bind, socket};
 use crate::handover::{self, Fds, VhostRecord, WireError, wire};
 use crate::port::vhost::Parcel;
-use crate::sync::lock;
+use crate::sync::{close_apart, lock};
 
 /// Name of the keeper's process.
 const PROCESS: &str = "sl-keeper";
@@ -45,6 +45,15 @@ pub struct Kept {
     pub path: PathBuf,
     pub(crate) record: VhostRecord,
     pub(crate) fds: Fds,
+}
+
+impl Kept {
+    /// Lets go of it, without a wait for its frontend.
+    pub(crate) fn let_go(self) {
+        if let Err(error) = close_apart(self.fds) {
+            tracing::error!(port = self.port, "its frontend stays connected to nobody, restart that: {error}");
+        }
+    }
 }
 
 /// The way to the keeper, which all ports share. If it fails, nothing is kept any more, and all else goes on.

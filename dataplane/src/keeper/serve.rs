@@ -1,11 +1,10 @@
 //! The keeper's side: one thread, which waits, and one for each connection that is let go of.
 
 use std::io;
-use std::mem::{self, ManuallyDrop};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,11 +13,10 @@ use serde_json::value::RawValue;
 use super::{Answer, GRACE, KeptRecord, LIMIT, Said, Stamp};
 use crate::handover::{Fds, WireError, wire};
 use crate::limits::MAX_PORTS;
+use crate::sync::close_apart;
 
 /// Switches that are connected at once: the old and the new one, and some that fail.
 const MAX_SWITCHES: usize = 8;
-/// Of a thread that closes.
-const STACK: usize = 32 << 10;
 
 /// Listens there. Removes a socket that nobody listens on any more.
 ///
@@ -83,12 +81,9 @@ impl Entry {
 }
 
 impl Drop for Entry {
-    /// Closes the descriptors in a thread of their own: who closes a stream closes what was sent along in unread messages,
-    /// too, and with a TCP socket among that it may wait for as long as the frontend likes.
+    /// Closes the descriptors where nobody waits for what a frontend can draw out.
     fn drop(&mut self) {
-        let fds = ManuallyDrop::new(mem::take(&mut self.fds));
-        let close = move || drop(ManuallyDrop::into_inner(fds));
-        if thread::Builder::new().stack_size(STACK).spawn(close).is_err() {
+        if close_apart(mem::take(&mut self.fds)).is_err() {
             // A process that ends closes everything, and waits for nothing.
             std::process::exit(1);
         }

@@ -1,16 +1,15 @@
 use std::io::ErrorKind;
-use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::set_socket_linger;
 use serde_json::value::to_raw_value;
 
 use super::{Answer, Keeper, LIMIT, Said, Stamp, bind, serve, socket};
 use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
+use crate::testing::lingering;
 
 /// A keeper of its own, in a thread.
 struct Bench {
@@ -187,18 +186,7 @@ fn it_ends_when_nobody_comes() {
     assert!(start.elapsed() >= super::GRACE);
 }
 
-/// A TCP socket whose last `close` waits: it has data to send that nobody takes. And its other end.
-fn lingering() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (theirs, _) = listener.accept().unwrap();
-    set_socket_linger(&ours, Some(Duration::from_secs(1000))).unwrap();
-    ours.set_nonblocking(true).unwrap();
-    while std::io::Write::write(&mut &ours, &[0; 1 << 16]).is_ok() {}
-    (ours, theirs)
-}
-
-/// A frontend has sent such sockets in messages that nobody has read, and all connections end at once.
+/// A frontend has sent sockets whose `close` waits in messages that nobody has read, and all connections end at once.
 #[test]
 fn closing_one_connection_does_not_hold_up_the_others() {
     let bench = Bench::new(true);

@@ -11,11 +11,11 @@ use crate::keeper::Kept;
 use crate::port::PortId;
 use crate::port::stats::PortStats;
 use crate::port::tap::TapPort;
-use crate::port::vhost::{Adopted, Paused, Setup, Standing, end_listening};
+use crate::port::vhost::{Adopted, Paused, Setup, Standing, remove_socket};
 use crate::status::PortState;
 use crate::switch::fdb::Station;
 use crate::switch::{Driver, Inner, PortError, Slot, Switch};
-use crate::sync::lock;
+use crate::sync::{close_apart, lock};
 
 /// For guests that are there at the start to come up, before the first frame is forwarded.
 const COMING_LIMIT: Duration = Duration::from_millis(150);
@@ -219,14 +219,18 @@ impl Switch {
         })
     }
 
-    /// Lets go of a port that another process hands over and nobody goes on with. The file of its socket goes, too.
+    /// Lets go of a port that another process hands over and nobody goes on with, without a wait for its frontend. The file of
+    /// its socket goes, too.
     pub(crate) fn discard(&self, config: &PortConfig, taken: Taken) {
-        let Taken { kind, mut fds } = taken;
+        let Taken { kind, fds } = taken;
         if let (PortTarget::VhostUser { path, .. }, KindRecord::Vhost(VhostRecord { listener: Some(listener), .. })) =
             (&config.target, kind)
-            && let (Some(socket), Ok(place)) = (fds.take(listener.0), self.inner.place(path))
+            && let Ok(place) = self.inner.place(path)
         {
-            end_listening(socket, &place, (listener.1, listener.2));
+            remove_socket(&place, (listener.1, listener.2));
+        }
+        if let Err(error) = close_apart(fds) {
+            tracing::error!(port = config.name, "its frontend stays connected to nobody, restart that: {error}");
         }
     }
 

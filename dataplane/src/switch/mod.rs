@@ -15,6 +15,8 @@ pub mod fdb;
 pub mod forward;
 pub mod gro;
 mod handover;
+#[cfg(test)]
+mod hostile_tests;
 mod housekeeper;
 mod load;
 #[cfg(test)]

@@ -49,4 +49,4 @@ pub use pause::Paused;
 pub use place::SocketPlace;
 pub use port::{Adopted, Setup, VhostPort, serve_once};
 pub use ring::Standing;
-pub(crate) use socket::end_listening;
+pub(crate) use socket::remove_socket;

@@ -136,17 +136,23 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.made);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
-        }
+        remove_made(&self.path, self.made);
     }
 }
 
-/// Ends what another process has made and handed over, with its file, of this device and inode.
-pub(crate) fn end_listening(socket: OwnedFd, place: &SocketPlace, made: (u64, u64)) {
+/// Removes the file, of this device and inode, of a socket that another process has made and handed over.
+pub(crate) fn remove_socket(place: &SocketPlace, made: (u64, u64)) {
     // Without its folder there is no file either.
-    drop(Listener::adopt(socket, place, made));
+    if let Ok(folder) = place.open() {
+        remove_made(&by_descriptor(&folder.folder).join(folder.name), made);
+    }
+}
+
+fn remove_made(path: &Path, made: (u64, u64)) {
+    let ours = fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == made);
+    if ours && let Err(error) = fs::remove_file(path) {
+        tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
+    }
 }
 
 fn remove_stale(folder: &Opened<'_>, place: &SocketPlace, path: &Path) -> Result<(), SocketError> {

@@ -1,0 +1,63 @@
+//! Ports whose frontends, or whose own threads, make whoever ends them wait.
+
+use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+use crate::handover::{DeviceRecord, Fds, KindRecord, VhostRecord, wire};
+use crate::testing::lingering;
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A frontend has sent a socket whose `close` waits, in a message that nobody has read.
+fn hide(frontend: &UnixStream, socket: &impl AsFd) {
+    let mut fds = Fds::default();
+    fds.put(socket.as_fd()).unwrap();
+    wire::send(frontend, &"unread", &fds, DEADLINE).unwrap();
+}
+
+fn is_closed(frontend: &UnixStream) {
+    frontend.set_read_timeout(Some(DEADLINE)).unwrap();
+    // It says, too, that something was not read.
+    let end = Read::read(&mut &*frontend, &mut [0]).map_err(|error| error.kind());
+    assert!(matches!(end, Ok(0) | Err(ErrorKind::ConnectionReset)), "{end:?}");
+}
+
+/// Both a connection that was served, and one that was still to be accepted.
+#[test]
+fn nobody_waits_for_the_frontend_of_a_port_that_is_not_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let served = UnixStream::connect(&path).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let queued = UnixStream::connect(&path).unwrap();
+    let mut fds = Fds::default();
+    let device = DeviceRecord { stream: fds.put(stream.as_fd()).unwrap(), ..DeviceRecord::default() };
+    let made = std::fs::metadata(&path).unwrap();
+    let listening = (fds.put(listener.as_fd()).unwrap(), made.dev(), made.ino());
+    drop((stream, listener));
+    let (sockets, _others): (Vec<_>, Vec<_>) = (0..2).map(|_| lingering()).unzip();
+    hide(&served, &sockets[0]);
+    hide(&queued, &sockets[1]);
+    drop(sockets);
+
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let config: PortConfig = format!("p=vhost-user:{},mode=server", path.display()).parse().unwrap();
+    let kind = KindRecord::Vhost(VhostRecord { device: Some(device), listener: Some(listening) });
+    let (done, over) = mpsc::channel();
+    let discarding = switch.clone();
+    thread::spawn(move || {
+        discarding.discard(&config, Taken { kind, fds });
+        done.send(())
+    });
+    over.recv_timeout(DEADLINE).unwrap();
+    assert!(!path.exists());
+    is_closed(&served);
+    switch.stop();
+}
