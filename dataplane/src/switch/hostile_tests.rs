@@ -4,12 +4,14 @@ use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::handover::{DeviceRecord, Fds, KindRecord, VhostRecord, wire};
+use crate::port::vhost::Setup;
+use crate::port::{Link, Publisher};
 use crate::testing::lingering;
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -60,4 +62,52 @@ fn nobody_waits_for_the_frontend_of_a_port_that_is_not_taken_over() {
     assert!(!path.exists());
     is_closed(&served);
     switch.stop();
+}
+
+/// Has the port's thread hang in its first publication until the other end of `over` goes.
+struct Hanging {
+    begun: Sender<()>,
+    over: Mutex<Receiver<()>>,
+    stats: Arc<PortStats>,
+}
+
+impl Publisher for Hanging {
+    fn publish(&self, _: Link) {
+        let _ = self.begun.send(());
+        let _ = lock(&self.over).recv();
+    }
+
+    fn forget_stations(&self) {}
+
+    fn announce(&self, _: [u8; 6]) {}
+
+    fn stats(&self) -> &Arc<PortStats> {
+        &self.stats
+    }
+}
+
+#[test]
+fn a_switch_that_stops_waits_for_all_ports_that_hang_together() {
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let (begun, hangs) = mpsc::channel();
+    let mut ends = Vec::new();
+    for name in ["a", "b", "c"] {
+        let (end, over) = mpsc::channel();
+        ends.push(end);
+        let config: PortConfig = format!("{name}=vhost-user:/nonexistent/{name}").parse().unwrap();
+        let start = |inner: Arc<Inner>, _, config: &PortConfig, stats: &Arc<PortStats>| {
+            let PortTarget::VhostUser { path, mode } = &config.target else { panic!() };
+            let publisher = Arc::new(Hanging { begun: begun.clone(), over: over.into(), stats: stats.clone() });
+            let (name, place) = (config.name.clone(), inner.place(path)?);
+            let setup = Setup { name, place, mode: *mode, queues: None, mtu: None, publisher };
+            VhostPort::start(setup).map(Driver::Vhost)
+        };
+        switch.add_with(config, None, start).unwrap();
+        hangs.recv_timeout(DEADLINE).unwrap();
+    }
+    let began = Instant::now();
+    switch.stop();
+    // Each is waited for 5 s.
+    assert!(began.elapsed() < DEADLINE, "{:?}", began.elapsed());
+    assert!(switch.ports().is_empty());
 }

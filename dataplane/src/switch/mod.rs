@@ -257,6 +257,21 @@ impl Switch {
         Ok(config)
     }
 
+    /// Removes all ports at once, but for those that somebody else adds or removes just now.
+    fn remove_all(&self) {
+        let drivers: Vec<_> = {
+            let mut tables = lock(&self.inner.tables);
+            let taken = tables.ports.iter_mut().map(|(name, entry)| Some((name.clone(), entry.driver.take()?)));
+            taken.flatten().collect()
+        };
+        let (names, drivers): (Vec<_>, Vec<_>) = drivers.into_iter().unzip();
+        // Their threads publish a last time: not under the lock.
+        Driver::stop_all(drivers);
+        for name in names {
+            self.inner.release(&mut lock(&self.inner.tables), &name);
+        }
+    }
+
     /// Stops all ports and workers and waits for them. Idempotent.
     pub fn stop(&self) {
         // First the frames: those that are sent to a port that goes before others would be lost. They wait in the guests'
@@ -268,9 +283,7 @@ impl Switch {
                 self.inner.publish(&mut tables);
             }
         }
-        for config in self.port_configs() {
-            let _ = self.remove_port(&config.name);
-        }
+        self.remove_all();
         self.inner.stopping.store(true, Ordering::Release);
         self.inner.housekeeper.wake();
         for worker in &self.inner.workers {

@@ -95,6 +95,21 @@ pub(super) enum Driver {
     Dpdk(#[expect(dead_code, reason = "held for its drop")] crate::port::dpdk::DpdkPort),
 }
 
+impl Driver {
+    /// Ends all of these. Those whose other side can draw that out are waited for together.
+    pub(super) fn stop_all(drivers: Vec<Self>) {
+        let (mut ports, mut others) = (Vec::new(), Vec::new());
+        for driver in drivers {
+            match driver {
+                Self::Vhost(port) => ports.push(port),
+                other => others.push(other),
+            }
+        }
+        VhostPort::stop_all(ports);
+        drop(others);
+    }
+}
+
 impl Slot {
     pub(super) fn view(&self) -> Option<Arc<PortView>> {
         match self {

@@ -13,7 +13,7 @@ use crate::sync::lock;
 use crate::virtq::notify::{EventFd, Pulse, allow_interrupts};
 
 /// Pause between two interruptions of a thread that does not answer.
-const INSIST: Duration = Duration::from_millis(10);
+pub(super) const INSIST: Duration = Duration::from_millis(10);
 
 /// How long before the deadline a thread that is to stand still is interrupted. By then the rest of a message has come, or
 /// never will.
@@ -93,9 +93,14 @@ impl Orders {
                 Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
                 outcome => return outcome,
             }
-            self.thread.get().inspect(|thread| thread.interrupt());
+            self.interrupt();
             until = Instant::now() + INSIST;
         }
+    }
+
+    /// Gets the thread out of whatever it waits in.
+    pub(super) fn interrupt(&self) {
+        self.thread.get().inspect(|thread| thread.interrupt());
     }
 
     /// Notes the connection that [`Orders::end`] is to shut down.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::parcel::{AdoptError, Session};
-use super::pause::{Orders, Paused};
+use super::pause::{INSIST, Orders, Paused};
 use super::place::SocketPlace;
 use super::socket::Listener;
 use crate::config::SocketMode;
@@ -83,21 +83,52 @@ impl VhostPort {
 
     /// Ends the thread, whatever it is doing, and waits for it, but not for ever. The port's link is down afterwards.
     pub fn stop(self) {}
+
+    /// Stops all of these, and waits no longer than for one.
+    pub fn stop_all(mut ports: Vec<Self>) {
+        end_all(&mut ports.iter_mut().collect::<Vec<_>>());
+    }
+
+    /// Waits for the thread to end, and returns whether it has.
+    fn ends_by(&mut self, until: Instant) -> bool {
+        let Some(thread) = self.thread.take() else { return true };
+        let done = self.done.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if done.recv_timeout(until.saturating_duration_since(Instant::now())) == Err(RecvTimeoutError::Timeout) {
+            self.thread = Some(thread);
+            return false;
+        }
+        if thread.join().is_err() {
+            tracing::error!("the thread of a vhost-user port panicked");
+        }
+        true
+    }
 }
 
 impl Drop for VhostPort {
     fn drop(&mut self) {
-        self.orders.end();
-        let Some(thread) = self.thread.take() else { return };
-        let now = Instant::now();
-        let done = self.done.get_mut().unwrap_or_else(PoisonError::into_inner);
-        match self.orders.insist(done, now + ALONE, now + PATIENCE) {
-            // Whoever stops a port must not wait for what a frontend can draw out.
-            Err(RecvTimeoutError::Timeout) => {
-                tracing::error!("the thread of a vhost-user port hangs and is left behind")
-            }
-            _ if thread.join().is_err() => tracing::error!("the thread of a vhost-user port panicked"),
-            _ => {}
+        end_all(&mut [self]);
+    }
+}
+
+/// Ends the threads of all of these, and waits for them until the same moment: whoever stops ports must not wait for what their
+/// frontends can draw out.
+fn end_all(ports: &mut [&mut VhostPort]) {
+    ports.iter().for_each(|port| port.orders.end());
+    let now = Instant::now();
+    let (mut until, deadline) = (now + ALONE, now + PATIENCE);
+    loop {
+        // All of them, even if the first hangs.
+        let hanging = ports.iter_mut().filter_map(|port| (!port.ends_by(until)).then_some(&port.orders));
+        let hanging: Vec<_> = hanging.collect();
+        if hanging.is_empty() || Instant::now() >= deadline {
+            break;
+        }
+        hanging.into_iter().for_each(|orders| orders.interrupt());
+        until = Instant::now() + INSIST;
+    }
+    for port in ports {
+        if port.thread.take().is_some() {
+            tracing::error!("the thread of a vhost-user port hangs and is left behind");
         }
     }
 }
