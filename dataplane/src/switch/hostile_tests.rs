@@ -1,6 +1,7 @@
 //! Ports whose frontends, or whose own threads, make whoever ends them wait.
 
 use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -30,37 +31,66 @@ fn is_closed(frontend: &UnixStream) {
     assert!(matches!(end, Ok(0) | Err(ErrorKind::ConnectionReset)), "{end:?}");
 }
 
-/// Both a connection that was served, and one that was still to be accepted.
+/// A port in server mode as it is handed over, with a connection that was served and one that was still to be accepted. Both
+/// frontends make whoever closes theirs wait.
+struct Handed {
+    config: PortConfig,
+    taken: Taken,
+    served: UnixStream,
+    /// Keep the closing waiting.
+    _others: Vec<TcpStream>,
+    _queued: UnixStream,
+}
+
+fn hand(path: &Path) -> Handed {
+    let listener = UnixListener::bind(path).unwrap();
+    let served = UnixStream::connect(path).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let queued = UnixStream::connect(path).unwrap();
+    let mut fds = Fds::default();
+    let device = DeviceRecord { stream: fds.put(stream.as_fd()).unwrap(), ..DeviceRecord::default() };
+    let made = std::fs::metadata(path).unwrap();
+    let listening = (fds.put(listener.as_fd()).unwrap(), made.dev(), made.ino());
+    let (sockets, others): (Vec<_>, Vec<_>) = (0..2).map(|_| lingering()).unzip();
+    hide(&served, &sockets[0]);
+    hide(&queued, &sockets[1]);
+    let kind = KindRecord::Vhost(VhostRecord { device: Some(device), listener: Some(listening) });
+    let config = format!("p=vhost-user:{},mode=server", path.display()).parse().unwrap();
+    Handed { config, taken: Taken { kind, fds }, served, _others: others, _queued: queued }
+}
+
+/// Whatever a frontend does, this ends.
+fn in_time<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, over) = mpsc::channel();
+    thread::spawn(move || done.send(act()));
+    over.recv_timeout(DEADLINE).unwrap()
+}
+
 #[test]
 fn nobody_waits_for_the_frontend_of_a_port_that_is_not_taken_over() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    let listener = UnixListener::bind(&path).unwrap();
-    let served = UnixStream::connect(&path).unwrap();
-    let (stream, _) = listener.accept().unwrap();
-    let queued = UnixStream::connect(&path).unwrap();
-    let mut fds = Fds::default();
-    let device = DeviceRecord { stream: fds.put(stream.as_fd()).unwrap(), ..DeviceRecord::default() };
-    let made = std::fs::metadata(&path).unwrap();
-    let listening = (fds.put(listener.as_fd()).unwrap(), made.dev(), made.ino());
-    drop((stream, listener));
-    let (sockets, _others): (Vec<_>, Vec<_>) = (0..2).map(|_| lingering()).unzip();
-    hide(&served, &sockets[0]);
-    hide(&queued, &sockets[1]);
-    drop(sockets);
-
     let switch = Switch::start(&SwitchConfig::default()).unwrap();
-    let config: PortConfig = format!("p=vhost-user:{},mode=server", path.display()).parse().unwrap();
-    let kind = KindRecord::Vhost(VhostRecord { device: Some(device), listener: Some(listening) });
-    let (done, over) = mpsc::channel();
-    let discarding = switch.clone();
-    thread::spawn(move || {
-        discarding.discard(&config, Taken { kind, fds });
-        done.send(())
-    });
-    over.recv_timeout(DEADLINE).unwrap();
+    let handed = hand(&path);
+    let (discarding, config, taken) = (switch.clone(), handed.config, handed.taken);
+    in_time(move || discarding.discard(&config, taken));
     assert!(!path.exists());
-    is_closed(&served);
+    is_closed(&handed.served);
+    switch.stop();
+}
+
+#[test]
+fn nobody_waits_for_the_frontend_of_a_port_whose_folder_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("gone");
+    std::fs::create_dir(&folder).unwrap();
+    let switch = Switch::start(&SwitchConfig::default()).unwrap();
+    let handed = hand(&folder.join("s"));
+    std::fs::remove_dir_all(&folder).unwrap();
+    switch.adopt_port(handed.config, handed.taken).unwrap();
+    let starting = switch.clone();
+    assert_eq!(in_time(move || starting.start_adopted()), ["p"]);
+    is_closed(&handed.served);
     switch.stop();
 }
 

@@ -18,6 +18,7 @@ use crate::config::SocketMode;
 use crate::handover::{Fds, VhostRecord};
 use crate::port::Publisher;
 use crate::status::PortState;
+use crate::sync::close_apart;
 
 /// Stack of a port's thread.
 const STACK: usize = 256 * 1024;
@@ -199,11 +200,25 @@ impl Adopted {
     /// Serves the frontend from now on.
     ///
     /// # Errors
-    /// If the process has no thread left.
+    /// If the folder of its socket is gone, or the process has no thread left.
     pub fn start(mut self) -> io::Result<VhostPort> {
-        if let Some((socket, made)) = self.listener {
-            self.connection.listener = Some(Listener::adopt(socket, &self.connection.setup.place, made)?);
+        if let Some((socket, made)) = self.listener.take() {
+            match Listener::adopt(socket, &self.connection.setup.place, made) {
+                Ok(listener) => self.connection.listener = Some(listener),
+                Err(error) => {
+                    self.end()?;
+                    return Err(error);
+                }
+            }
         }
         VhostPort::spawn(self.connection, self.session)
+    }
+
+    /// Ends the connection, without a wait for its frontend.
+    fn end(self) -> io::Result<()> {
+        let stream = self.session.as_ref().map(|session| session.stream.try_clone()).transpose()?;
+        // First all but the last descriptor of the stream: it is the last one whose closing waits.
+        drop(self);
+        close_apart(stream)
     }
 }

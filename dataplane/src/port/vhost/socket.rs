@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::limits::MAX_SOCKET_PATH;
 use crate::port::vhost::message;
 use crate::port::vhost::place::{Opened, SocketPlace};
+use crate::sync::close_apart;
 
 /// Frontends that may wait while we serve one. A port has one frontend, so more are none.
 const BACKLOG: libc::c_int = 8;
@@ -121,9 +122,16 @@ impl Listener {
         Ok(None)
     }
 
-    /// One that another process has made and handed over, with device and inode of its file.
+    /// One that another process has made and handed over, with device and inode of its file. If its folder cannot be opened,
+    /// nobody waits for those who wait there.
     pub(super) fn adopt(socket: OwnedFd, place: &SocketPlace, made: (u64, u64)) -> io::Result<Self> {
-        let folder = place.open()?;
+        let folder = match place.open() {
+            Ok(folder) => folder,
+            Err(error) => {
+                close_apart(socket)?;
+                return Err(error);
+            }
+        };
         let path = by_descriptor(&folder.folder).join(folder.name);
         Ok(Self { socket: socket.into(), path, _folder: folder.folder, made })
     }
