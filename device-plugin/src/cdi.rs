@@ -1,7 +1,7 @@
 //! The Container Device Interface's specification of our devices, as an alternative to mounts in the kubelet's answer.
 
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use serde_json::json;
 
@@ -35,8 +35,22 @@ pub fn write(dir: &Path, resource: &str, mounts: &[CdiMount<'_>]) -> io::Result<
     };
     let devices: Vec<_> = mounts.iter().map(device).collect();
     let specification = json!({ "cdiVersion": VERSION, "kind": resource, "devices": devices });
-    let path = dir.join(format!("{}.json", resource.replace('/', "-")));
-    replace_file(&path, &serde_json::to_vec_pretty(&specification)?, MODE)
+    replace_file(&path(dir, resource), &serde_json::to_vec_pretty(&specification)?, MODE)
+}
+
+/// Removes the specification of `resource` from `dir`, if it is there: a runtime mounts by it for whoever names its devices.
+///
+/// # Errors
+/// If that is not possible.
+pub fn remove(dir: &Path, resource: &str) -> io::Result<()> {
+    match fs::remove_file(path(dir, resource)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn path(dir: &Path, resource: &str) -> PathBuf {
+    dir.join(format!("{}.json", resource.replace('/', "-")))
 }
 
 /// The full name of a device.

@@ -14,6 +14,8 @@ use crate::folder::Root;
 use crate::metrics::Metrics;
 use crate::service::Resource;
 
+/// Its name, behind the prefix.
+pub const RESOURCE: &str = "dataplane";
 /// The one device.
 pub const DEVICE: &str = "dataplane";
 /// Environment variable that tells the switch's pod where the folders are.
@@ -34,7 +36,7 @@ impl Dataplane {
     /// The resource as configured. Its folder is made at the first [`check`](Resource::check).
     pub fn new(config: &Config, root: Arc<Root>, metrics: Arc<Metrics>) -> Self {
         Self {
-            name: config.resource("dataplane"),
+            name: config.resource(RESOURCE),
             container_path: config.dataplane_root.clone().unwrap_or_else(|| root.path().to_owned()),
             root,
             with_cdi: config.cdi_dir.is_some(),

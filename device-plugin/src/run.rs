@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::cdi;
 use crate::config::{self, Config};
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Dataplane, RESOURCE};
 use crate::folder::Root;
 use crate::kubelet::{Link, Registrar, remove_stale_sockets};
 use crate::metrics::Metrics;
@@ -118,6 +118,10 @@ fn write_cdi(config: &Config, sockets: &Sockets, dataplane: Option<&Dataplane>) 
     let Some(dir) = &config.cdi_dir else { return Ok(()) };
     let failed = || format!("cannot write CDI files to {}", dir.display());
     cdi::write(dir, sockets.name(), &sockets.cdi_mounts(&sockets.ids())).with_context(failed)?;
-    let Some(dataplane) = dataplane else { return Ok(()) };
-    cdi::write(dir, dataplane.name(), &dataplane.cdi_mounts()).with_context(failed)
+    match dataplane {
+        Some(dataplane) => cdi::write(dir, dataplane.name(), &dataplane.cdi_mounts()).with_context(failed),
+        // One that ran before us may have offered it.
+        None => cdi::remove(dir, &config.resource(RESOURCE))
+            .with_context(|| format!("cannot remove the CDI file of the dataplane from {}", dir.display())),
+    }
 }

@@ -489,6 +489,24 @@ async fn with_cdi_devices_are_named_and_described() {
     }
 }
 
+/// What a runtime would still mount for whoever names it is not left behind.
+#[tokio::test]
+async fn a_resource_that_is_off_leaves_no_cdi_file() {
+    let node = Node::new();
+    let cdi = node.path("run/cdi");
+    let arguments = ["--sockets", "2", "--cdi-dir", cdi.to_str().unwrap()];
+    let files = || ["sluice.io-sockets.json", "sluice.io-dataplane.json"].map(|file| cdi.join(file).exists());
+    node.plugin(&arguments).await.kill().await;
+    assert_eq!(files(), [true, true]);
+    let off = [&arguments[..], &["--dataplane", "off"]].concat();
+    // The second time there is nothing to remove.
+    for _ in 0..2 {
+        let plugin = node.plugin(&off).await;
+        assert_eq!(files(), [true, false]);
+        plugin.kill().await;
+    }
+}
+
 #[tokio::test]
 async fn privileges_are_given_up() {
     let node = Node::new();
