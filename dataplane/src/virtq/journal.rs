@@ -94,10 +94,12 @@ impl Journal {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let file = options.open(path)?;
-        file.set_len(Self::LEN as u64)?;
-        // A page that a full disk has no room for must not be missed by a worker.
+        // It only ever grows: another build may have a longer one mapped, or want it back. And a page that a full disk has no
+        // room for must not be missed by a worker.
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, Self::LEN as u64) {
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Ok(()) => {}
+            Err(rustix::io::Errno::OPNOTSUPP) if file.metadata()?.len() >= Self::LEN as u64 => {}
+            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(Self::LEN as u64)?,
             Err(error) => return Err(error.into()),
         }
         let (both, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
@@ -251,6 +253,7 @@ impl Drop for Entry {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -291,6 +294,29 @@ mod tests {
         for (ring, entry) in late.iter().enumerate() {
             assert_eq!(new.entry("late", ring, 7).unwrap().place, entry.place);
         }
+    }
+
+    /// A build with room for more has it mapped, or has left it.
+    #[test]
+    fn a_longer_file_is_not_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rings");
+        let longer = Journal::LEN as u64 + 8192;
+        let file = File::create(&path).unwrap();
+        file.set_len(longer).unwrap();
+        file.write_all_at(b"kept", longer - 4).unwrap();
+        let journal = Journal::open(&path).unwrap();
+        journal.entry("vm", 0, 7).unwrap().begin(3);
+        assert_eq!(file.metadata().unwrap().len(), longer);
+        let mut end = [0; 4];
+        File::open(&path).unwrap().read_exact_at(&mut end, longer - 4).unwrap();
+        assert_eq!(&end, b"kept");
+        drop(journal);
+
+        // A shorter one grows.
+        file.set_len(4096).unwrap();
+        Journal::open(&path).unwrap().entry("vm", 1, 7).unwrap().begin(3);
+        assert_eq!(file.metadata().unwrap().len(), Journal::LEN as u64);
     }
 
     #[test]
