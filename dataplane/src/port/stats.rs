@@ -152,15 +152,16 @@ impl PortStats {
         }
     }
 
-    /// Continues the counts of another process. Before workers count.
+    /// Continues the counts of another process: what its record lacks is zero. Before workers count.
     pub fn restore(&self, record: &StatsRecord) {
-        let known = |counts: &&(usize, u64, u64, u64)| counts.0 < MAX_QUEUE_PAIRS;
-        for &(pair, frames, bytes, notifications) in record.rx.iter().filter(known) {
-            self.rx(pair).restore(frames, bytes, notifications);
-        }
-        for &(pair, frames, bytes, notifications) in record.tx.iter().filter(known) {
-            self.tx(pair).restore(frames, bytes, notifications);
-        }
+        let restore = |counts: &[(usize, u64, u64, u64)], of: fn(&Self, usize) -> &QueueCounters| {
+            (0..self.pairs()).for_each(|pair| of(self, pair).restore(0, 0, 0));
+            for &(pair, frames, bytes, notifications) in counts.iter().filter(|counts| counts.0 < MAX_QUEUE_PAIRS) {
+                of(self, pair).restore(frames, bytes, notifications);
+            }
+        };
+        restore(&record.rx, Self::rx);
+        restore(&record.tx, Self::tx);
         for reason in DropReason::ALL {
             let count = record.drops.get(reason.name()).copied().unwrap_or(0);
             self.drops.0[*reason as usize].store(count, Ordering::Relaxed);
@@ -326,6 +327,34 @@ mod tests {
         assert_eq!((stats.pairs(), stats.frames()), (MAX_QUEUE_PAIRS, (0, 0)));
         stats.rx(usize::MAX).add(1, 60);
         assert_eq!(stats.rx(MAX_QUEUE_PAIRS - 1).read().0, 1);
+    }
+
+    /// What one record has said is not left over when another one is restored that lacks it.
+    #[test]
+    fn what_a_record_lacks_is_zero() {
+        let stats = PortStats::default();
+        for pair in [0, 1, FEW] {
+            stats.rx(pair).add(3, 60);
+            stats.tx(pair).add(4, 60);
+            stats.tx(pair).notified();
+        }
+        stats.drop_frames(DropReason::Full, 5);
+        stats.make_frames(6);
+        stats.merge_frames(7);
+        stats.connects.store(8, Ordering::Relaxed);
+        stats.set_fault(Fault::MemoryLost);
+        let heir = PortStats::default();
+        // Once more sets, and does not add.
+        (0..2).for_each(|_| heir.restore(&stats.export()));
+        assert_eq!((heir.export(), heir.frames()), (stats.export(), (9, 12)));
+        assert_eq!(heir.rx(0).cost().1, 0);
+        let fewer = StatsRecord { rx: vec![(1, 2, 60, 0)], connects: 1, ..StatsRecord::default() };
+        heir.restore(&fewer);
+        assert_eq!((heir.export(), heir.frames()), (fewer, (2, 0)));
+        heir.restore(&StatsRecord::default());
+        assert_eq!((heir.export(), heir.last_fault()), (StatsRecord::default(), None));
+        heir.rx(0).add(1, 60);
+        assert_eq!(heir.rx(0).cost().1, 1);
     }
 
     #[test]
