@@ -167,7 +167,7 @@ impl Takeover {
     /// [`TakeError`]; the old process goes on then.
     pub fn commit(&mut self, switch: &Switch) -> Result<Duration, TakeError> {
         // All that can be done while the old one forwards.
-        switch.restore_stations(&self.offer.networks, &self.names(), &self.offer.fdb, true);
+        switch.restore_stations(&self.networks(), &self.names(), &self.offer.fdb, true);
         self.say("prepared")?;
         self.standing = self.hear()?;
         if self.standing.ports.len() != self.ports.len() {
@@ -181,7 +181,7 @@ impl Takeover {
                 old.heir = None;
             }
         }
-        switch.restore_stations(&self.offer.networks, &self.names(), &self.standing.fdb, true);
+        switch.restore_stations(&self.networks(), &self.names(), &self.standing.fdb, true);
         switch.forget_absent_stations();
         switch.restore_totals(&self.standing.removed);
         self.say("ready")?;
@@ -222,17 +222,18 @@ impl Takeover {
                 Err(error) => return Err(error),
             }
         }
-        let Some(place) = place else { return Ok(()) };
-        if let Some(old) = self.ports.get_mut(place) {
-            old.heir = Some(config.name.clone());
-        }
+        let Some((place, old)) = place.and_then(|place| Some((place, self.ports.get_mut(place)?))) else {
+            return Ok(());
+        };
+        old.heir = Some(config.name.clone());
         // The port's own, and those of networks that could not be carried before. Others know better by now.
-        let shared = self.offer.networks.iter().position(|name| *name == switch::shared_domain(config));
+        let domain = switch::shared_domain(&old.config.name);
+        let shared = self.offer.networks.iter().position(|name| *name == domain);
         let of_port = |entry: &&FdbRecord| usize::from(entry.3) == place || Some(usize::from(entry.2)) == shared;
         let told = self.offer.fdb.iter().chain(&self.standing.fdb).filter(of_port);
         let last: BTreeMap<_, _> = told.map(|entry| ((entry.0, entry.1, entry.2), *entry)).collect();
         let stations: Vec<_> = last.into_values().collect();
-        switch.restore_stations(&self.offer.networks, &self.names(), &stations, false);
+        switch.restore_stations(&self.networks(), &self.names(), &stations, false);
         Ok(())
     }
 
@@ -248,6 +249,18 @@ impl Takeover {
     /// What the old process's ports are called here. No port is called nothing.
     fn names(&self) -> Vec<String> {
         self.ports.iter().map(|old| old.heir.clone().unwrap_or_default()).collect()
+    }
+
+    /// What the old process's networks are called here. What those share that a port carries is called after the port, and
+    /// is no more if nobody goes on with that.
+    fn networks(&self) -> Vec<String> {
+        let heirs: BTreeMap<_, _> =
+            self.ports.iter().map(|old| (old.config.name.as_str(), old.heir.as_deref())).collect();
+        let here = |network: &String| match switch::carrier_of(network) {
+            Some(carrier) => heirs.get(carrier).copied().flatten().map(switch::shared_domain).unwrap_or_default(),
+            None => network.clone(),
+        };
+        self.offer.networks.iter().map(here).collect()
     }
 
     fn say(&self, word: &str) -> Result<(), WireError> {
@@ -281,4 +294,66 @@ fn sort(mut offer: Offer, fds: &mut Fds) -> Result<(Offer, Vec<Old>), WireError>
         ports.push(Old { config, taken, heir: None });
     }
     Ok((offer, ports))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SwitchConfig;
+
+    /// What an old process with these ports says, each with the port here that goes on with it.
+    fn takeover(ports: &[(&str, Option<&str>)], networks: &[&str], fdb: &[FdbRecord]) -> Takeover {
+        let old = |(spec, heir): &(&str, Option<&str>)| Old {
+            config: spec.parse().unwrap(),
+            taken: None,
+            heir: heir.map(str::to_owned),
+        };
+        let networks = networks.iter().map(|network| (*network).to_owned()).collect();
+        Takeover {
+            stream: UnixStream::pair().unwrap().0,
+            offer: Offer { networks, fdb: fdb.to_vec(), ..Offer::default() },
+            fds: Fds::default(),
+            ports: ports.iter().map(old).collect(),
+            standing: Standing::default(),
+        }
+    }
+
+    #[test]
+    fn what_is_carried_is_called_after_what_goes_on_with_its_carrier() {
+        let ports = [
+            ("up1=tap:t1,networks=blue:100", Some("up2")),
+            ("up2=tap:t2,networks=red:100", Some("up1")),
+            ("gone=tap:t3,networks=green:7", None),
+            ("b=tap:t4,network=blue", Some("other")),
+        ];
+        let takeover = takeover(&ports, &["b", "=up1", "=up2", "=gone", "=removed"], &[]);
+        assert_eq!(takeover.networks(), ["b", "=up2", "=up1", "", ""]);
+    }
+
+    /// One station behind the carrier, and one behind a port that it carries the network of.
+    #[test]
+    fn stations_follow_a_carrier_and_do_not_outlive_it() {
+        const UP: &str = "up=vhost-user:/nonexistent/up,networks=blue:100";
+        const B: &str = "b=vhost-user:/nonexistent/b,network=blue";
+        let stations = [FdbRecord(1, 100, 1, 0, 0, false), FdbRecord(2, 100, 1, 1, 0, false)];
+        let renamed = UP.replacen("up", "uplink", 1);
+        let another = UP.replacen("/up", "/another", 1);
+        let both = |name: &str| vec![("blue".to_owned(), name.to_owned()), ("blue".to_owned(), "b".to_owned())];
+        let cases: [(&[&str], Option<&str>, _); 4] = [
+            (&[UP, B], Some("up"), both("up")),
+            (&[&renamed, B], Some("uplink"), both("uplink")),
+            (&[B], None, vec![]),
+            // Another port of the name.
+            (&[&another, B], None, vec![]),
+        ];
+        for (specs, heir, expected) in cases {
+            let switch = Switch::start(&SwitchConfig::default()).unwrap();
+            specs.iter().for_each(|spec| switch.add_port(spec.parse().unwrap()).unwrap());
+            let takeover = takeover(&[(UP, heir), (B, Some("b"))], &["blue", "=up"], &stations);
+            switch.restore_stations(&takeover.networks(), &takeover.names(), &takeover.offer.fdb, true);
+            let found: Vec<_> = switch.fdb().into_iter().map(|entry| (entry.network, entry.port)).collect();
+            assert_eq!(found, expected, "{specs:?}");
+            switch.stop();
+        }
+    }
 }

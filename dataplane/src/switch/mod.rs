@@ -59,7 +59,7 @@ use tables::{Driver, Entry, Moved, Slot, Tables};
 pub use drops::DropReason;
 pub use handover::HandoverError;
 pub(crate) use handover::{Frozen, Packed, Stations, Taken, news};
-pub(crate) use tables::shared_domain;
+pub(crate) use tables::{carrier_of, shared_domain};
 
 /// Why a port was not added or removed.
 #[derive(Debug, thiserror::Error)]

@@ -154,7 +154,7 @@ impl Tables {
     /// carries this as a VLAN.
     pub(super) fn domain(&self, config: &PortConfig) -> (String, VlanPolicy) {
         if !config.carried().is_empty() {
-            (shared_domain(config), VlanPolicy::from(&config.vlan))
+            (shared_domain(&config.name), VlanPolicy::from(&config.vlan))
         } else if let Some(Carrier { domain, vid }) = self.carried.get(&config.network) {
             (domain.clone(), VlanPolicy::Access(*vid))
         } else {
@@ -182,7 +182,7 @@ impl Tables {
     /// Lets a port that comes carry its networks from now on. Returns what has moved.
     pub(super) fn carry(&mut self, carrier: &PortConfig) -> Moved {
         for carried in carrier.carried() {
-            let entry = Carrier { domain: shared_domain(carrier), vid: vid_of(carried) };
+            let entry = Carrier { domain: shared_domain(&carrier.name), vid: vid_of(carried) };
             self.carried.insert(carried.network.clone(), entry);
         }
         self.move_ports(carrier.carried())
@@ -191,7 +191,7 @@ impl Tables {
     /// Gives the networks of a port that goes back to themselves. Returns what has moved.
     pub(super) fn carry_no_more(&mut self, carrier: &PortConfig) -> Moved {
         // One that could not start has carried nothing.
-        let (before, domain) = (self.carried.len(), shared_domain(carrier));
+        let (before, domain) = (self.carried.len(), shared_domain(&carrier.name));
         self.carried.retain(|_, by| by.domain != domain);
         if self.carried.len() == before { Moved::default() } else { self.move_ports(carrier.carried()) }
     }
@@ -222,9 +222,14 @@ impl Tables {
     }
 }
 
-/// The bridge domain of all networks that a port carries: a name that no network can have.
-pub(crate) fn shared_domain(carrier: &PortConfig) -> String {
-    format!("={}", carrier.name)
+/// The bridge domain of all networks that the port of this name carries: a name that no network can have.
+pub(crate) fn shared_domain(carrier: &str) -> String {
+    format!("={carrier}")
+}
+
+/// The name of the port that carries what is in this bridge domain, if that is such a one.
+pub(crate) fn carrier_of(domain: &str) -> Option<&str> {
+    domain.strip_prefix('=')
 }
 
 fn vid_of(carried: &Carried) -> u16 {

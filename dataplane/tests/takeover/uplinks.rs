@@ -1,12 +1,12 @@
 //! AF_XDP uplinks whose settings change with the process, in a network of their own. As root.
 
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::taps::{in_a_namespace, ip, shout};
-use crate::{Bench, Process, SPLIT, alone};
+use crate::{Bench, PATIENCE, Process, SPLIT, alone};
 
 /// A wire between two ends in this network.
 fn lay() {
@@ -42,6 +42,48 @@ fn an_uplink_gets_what_is_given_anew() {
             assert!(stations.as_array().unwrap().iter().any(|station| station["port"] == name), "{stations}");
         }
     });
+}
+
+/// It is the same port, so what was heard behind it, and behind ports whose network it carries, is known still.
+#[test]
+fn a_carrier_goes_on_under_another_name() {
+    let _alone = alone();
+    in_a_namespace(|| {
+        lay();
+        ip("addr add 10.9.0.2/24 brd + dev far0");
+        for (target, end) in [("afxdp:up0", "far0"), ("tap:tap0", "tap0")] {
+            let carrier = |name: &str| format!("{name}={target},networks=blue");
+            let ports = [carrier("up"), "b=tap:tap1,network=blue".to_owned()];
+            let arguments: Vec<_> = ports.iter().flat_map(|port| ["--port", port]).collect();
+            let mut bench = Bench::with(SPLIT, false, false, &arguments);
+            if end == "tap0" {
+                ip("addr flush dev far0");
+                ip("addr add 10.9.0.2/24 brd + dev tap0");
+            }
+            ip("addr add 10.9.1.2/24 brd + dev tap1");
+            ["up", "b"].iter().for_each(|port| bench.wait_for(port, |port| port["state"] == "up"));
+            shout("10.9.0.2", "10.9.0.255");
+            shout("10.9.1.2", "10.9.1.255");
+            wait_for_stations(&bench, ["up", "b"]);
+            bench.take_over_with(&["--port", &carrier("uplink")]);
+            assert_eq!(bench.names(), ["b", "uplink", "vm1", "vm2"], "{}", bench.log());
+            wait_for_stations(&bench, ["uplink", "b"]);
+        }
+    });
+}
+
+/// Waits until some station is known behind each of these ports.
+fn wait_for_stations(bench: &Bench, ports: [&str; 2]) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let stations = bench.json(&["fdb", "show"]);
+        let is_known = |port: &str| stations.as_array().unwrap().iter().any(|station| station["port"] == port);
+        if ports.into_iter().all(is_known) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{ports:?}: {stations}\n{}", bench.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// The kernel lets go of the old process's interface when it likes; here another switch has it for a while.
