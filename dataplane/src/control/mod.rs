@@ -459,6 +459,7 @@ impl Controller {
                 tracing::error!(port = port.name, "not taken over: {error}");
             }
         }
+        takeover.count_rest(&self.switch);
         for old in takeover.ports().filter(|old| !wanted(&store, file, arguments).any(|port| gives_way(old, port))) {
             tracing::warn!(
                 port = old.name,

@@ -237,6 +237,12 @@ impl Takeover {
         Ok(())
     }
 
+    /// After all ports were added: counts those that nobody goes on with as removed.
+    pub fn count_rest(&self, switch: &Switch) {
+        let gone = self.ports.iter().zip(&self.standing.ports).filter(|(old, _)| old.heir.is_none());
+        gone.for_each(|(_, standing)| switch.count_removed(&standing.stats));
+    }
+
     /// Waits until the old process is gone, with all that it had open.
     pub fn wait_gone(&self) {
         let limit = self.stream.set_read_timeout(Some(EXIT_LIMIT));
@@ -300,6 +306,8 @@ fn sort(mut offer: Offer, fds: &mut Fds) -> Result<(Offer, Vec<Old>), WireError>
 mod tests {
     use super::*;
     use crate::config::SwitchConfig;
+    use crate::handover::StatsRecord;
+    use crate::handover::record::PortStanding;
 
     /// What an old process with these ports says, each with the port here that goes on with it.
     fn takeover(ports: &[(&str, Option<&str>)], networks: &[&str], fdb: &[FdbRecord]) -> Takeover {
@@ -355,5 +363,21 @@ mod tests {
             assert_eq!(found, expected, "{specs:?}");
             switch.stop();
         }
+    }
+
+    /// What is tried again, or of a port that nobody goes on with, is counted once.
+    #[test]
+    fn counts_of_ports_that_do_not_go_on_are_counted_once() {
+        let config = SwitchConfig { kinds: Some(vec!["vhost-user".into()]), ..SwitchConfig::default() };
+        let switch = Switch::start(&config).unwrap();
+        let mut takeover = takeover(&[("t=tap:t0", None), ("gone=tap:t1", None)], &[], &[]);
+        let of = |frames| StatsRecord { rx: vec![(0, frames, 60, 0)], ..StatsRecord::default() };
+        takeover.standing.ports =
+            [5, 7].map(|frames| PortStanding { stats: of(frames), ..PortStanding::default() }).into();
+        assert!(takeover.add_rest(&switch, &"t=tap:t0".parse().unwrap()).is_err());
+        assert_eq!(switch.totals().rx_frames, 0);
+        takeover.count_rest(&switch);
+        assert_eq!(switch.totals().rx_frames, 12);
+        switch.stop();
     }
 }

@@ -231,6 +231,8 @@ impl Switch {
                 Ok(())
             }
             Err(e) => {
+                // It has counted nothing itself, and whoever tries again has the counts still.
+                stats.restore(&StatsRecord::default());
                 self.inner.release(&mut tables, &name);
                 let adoption = e.get_ref().and_then(|source| source.downcast_ref::<AdoptError>());
                 let is_withdrawn = adoption.is_some_and(AdoptError::is_of_frontend);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::handover::StatsRecord;
 use crate::port::stats::PortStats;
 use crate::status::TotalsStatus;
 use crate::switch::{DropReason, Slot, Switch};
@@ -78,5 +79,12 @@ impl Switch {
     /// Goes on with the counts of another process.
     pub(crate) fn restore_totals(&self, totals: &TotalsStatus) {
         lock(&self.inner.tables).removed.settled = totals.clone();
+    }
+
+    /// Counts a port of another process that nobody goes on with.
+    pub(crate) fn count_removed(&self, counts: &StatsRecord) {
+        let stats = PortStats::default();
+        stats.restore(counts);
+        lock(&self.inner.tables).removed.add(Arc::new(stats));
     }
 }
