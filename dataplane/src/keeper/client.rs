@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -58,7 +59,11 @@ impl Kept {
 
 /// The way to the keeper, which all ports share. If it fails, nothing is kept any more, and all else goes on.
 #[derive(Debug)]
-pub struct Keeper(Mutex<Option<UnixStream>>);
+pub struct Keeper {
+    stream: Mutex<Option<UnixStream>>,
+    /// Counts connections.
+    connections: AtomicU64,
+}
 
 impl Keeper {
     /// Finds the keeper of a state directory, or starts one. Returns what it has kept for us; `alone` says that any switch
@@ -104,7 +109,7 @@ impl Keeper {
 
     /// Returns whether it was said.
     fn say(&self, said: &Said, fds: &Fds) -> bool {
-        let mut slot = lock(&self.0);
+        let mut slot = lock(&self.stream);
         let Some(stream) = &*slot else { return false };
         match wire::send(stream, said, fds, LIMIT) {
             Ok(()) => true,
@@ -126,7 +131,8 @@ fn greet(stream: UnixStream, path: &Path, alone: bool) -> Result<(Arc<Keeper>, V
     let hello = Said::Hello { version: handover::VERSION, alone };
     let talk = wire::send(&stream, &hello, &Fds::default(), LIMIT).and_then(|()| wire::receive(&stream, 3 * LIMIT));
     let (answer, fds) = talk.map_err(|error| KeeperError::Wire(path.to_owned(), error))?;
-    Ok((Arc::new(Keeper(Mutex::new(Some(stream)))), sort(answer, fds)))
+    let keeper = Keeper { stream: Mutex::new(Some(stream)), connections: AtomicU64::new(0) };
+    Ok((Arc::new(keeper), sort(answer, fds)))
 }
 
 /// Starts a keeper that listens there, by the time that this returns.
@@ -159,13 +165,16 @@ pub struct Watch {
     port: String,
     path: PathBuf,
     stamp: Arc<Stamp>,
+    /// Its number: later ones have higher ones.
+    connection: u64,
     current: bool,
 }
 
 impl Watch {
     /// Begins; nothing is kept yet.
     pub fn new(keeper: Arc<Keeper>, port: &str, path: &Path, stamp: Arc<Stamp>) -> Self {
-        let mut watch = Self { keeper, port: port.to_owned(), path: path.to_owned(), stamp, current: true };
+        let connection = keeper.connections.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut watch = Self { keeper, port: port.to_owned(), path: path.to_owned(), stamp, connection, current: true };
         watch.changing();
         watch
     }
@@ -175,7 +184,7 @@ impl Watch {
         if self.current {
             self.current = false;
             if self.stamp.set_current(false).is_err() {
-                self.keeper.say(&Said::Forget { port: self.port.clone() }, &Fds::default());
+                self.forget();
             }
         }
     }
@@ -191,17 +200,24 @@ impl Watch {
         let Ok(parcel) = parcel else { return };
         let stamp = parcel.record.device.as_ref().and_then(|device| device.stamp);
         let (Some(stamp), Ok(record)) = (stamp, to_raw_value(&parcel.record)) else { return };
-        let said = Said::Keep { port: self.port.clone(), path: self.path.clone(), stamp, record };
+        let (port, path, connection) = (self.port.clone(), self.path.clone(), self.connection);
+        let said = Said::Keep { port, path, stamp, connection, record };
         if self.keeper.say(&said, &parcel.fds) {
             // If this fails it stays out of date, which costs no more than a connection.
             let _ = self.stamp.set_current(true);
         }
+    }
+
+    /// Nothing is to be kept of this connection, nor of those before it.
+    fn forget(&self) {
+        let said = Said::Forget { port: self.port.clone(), connection: self.connection };
+        self.keeper.say(&said, &Fds::default());
     }
 }
 
 impl Drop for Watch {
     /// The connection has ended, and must end for its frontend, too.
     fn drop(&mut self) {
-        self.keeper.say(&Said::Forget { port: self.port.clone() }, &Fds::default());
+        self.forget();
     }
 }

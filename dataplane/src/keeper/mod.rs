@@ -45,16 +45,28 @@ pub fn socket(state: &Path) -> PathBuf {
     state.join("keeper.sock")
 }
 
-/// What a switch says.
+/// What a switch says. Keeper and switch may be of different builds: what one does not know it leaves out.
 #[derive(Debug, Serialize, Deserialize)]
 enum Said {
     /// First of all: the format of its records, and whether any other switch must be dead by now. It is answered by
     /// [`Answer`].
     Hello { version: u32, alone: bool },
     /// What there is of a port, in place of what was said before. Descriptors go along; `stamp` is the place of one.
-    Keep { port: String, path: PathBuf, stamp: u32, record: Box<RawValue> },
-    /// The port has no connection any more.
-    Forget { port: String },
+    /// `connection` is the number of the connection, by which later ones are known; an older switch has none.
+    Keep {
+        port: String,
+        path: PathBuf,
+        stamp: u32,
+        #[serde(default)]
+        connection: u64,
+        record: Box<RawValue>,
+    },
+    /// The port has no connection any more, but for later ones: a thread that hung may say so when it is long gone.
+    Forget {
+        port: String,
+        #[serde(default)]
+        connection: u64,
+    },
     /// Nothing is wanted but what this switch has given, and these.
     Settled { ports: Vec<String> },
     /// It ends, and nothing is to be kept.

@@ -68,6 +68,8 @@ struct Entry {
     version: u32,
     fds: Fds,
     stamp: u32,
+    /// Number of the connection, by its owner; 0 of one that this has not given.
+    connection: u64,
     /// Whose it is, or since when it is nobody's.
     owner: Result<u64, Instant>,
     /// Its owner has given it, and not just taken it up.
@@ -161,14 +163,14 @@ impl Keeper {
                     return Heard::Gone;
                 }
             }
-            Said::Keep { port, path, stamp, record } => {
-                self.entries.retain(|entry| entry.port != port);
-                let entry = Entry { port, path, record, version, fds, stamp, owner: Ok(id), given: true };
-                if self.entries.len() < MAX_PORTS {
-                    self.entries.push(entry);
-                }
+            Said::Keep { port, path, stamp, connection, record } => {
+                let entry = Entry { port, path, record, version, fds, stamp, connection, owner: Ok(id), given: true };
+                self.keep(entry);
             }
-            Said::Forget { port } => self.entries.retain(|entry| entry.port != port || entry.owner != Ok(id)),
+            Said::Forget { port, connection } => {
+                let is_meant = |entry: &Entry| entry.port == port && entry.owner == Ok(id);
+                self.entries.retain(|entry| !is_meant(entry) || entry.connection > connection);
+            }
             Said::Settled { ports } => {
                 self.entries.retain(|entry| entry.owner == Ok(id) && (entry.given || ports.contains(&entry.port)));
             }
@@ -180,6 +182,18 @@ impl Keeper {
         Heard::Record
     }
 
+    /// Takes an entry in place of what there is of its port, unless its owner has given a later one.
+    fn keep(&mut self, entry: Entry) {
+        let is_later = |other: &Entry| other.owner == entry.owner && other.connection > entry.connection;
+        if self.entries.iter().any(|other| other.port == entry.port && is_later(other)) {
+            return;
+        }
+        self.entries.retain(|other| other.port != entry.port);
+        if self.entries.len() < MAX_PORTS {
+            self.entries.push(entry);
+        }
+    }
+
     /// Gives a switch all that is current, nobody's, and of its format. It stays here, too, as the switch's.
     fn answer(&mut self, id: u64, version: u32) -> Result<(), WireError> {
         let (mut answer, mut all) = (Answer::default(), Fds::default());
@@ -189,7 +203,7 @@ impl Keeper {
             let (port, path, record) = (entry.port.clone(), entry.path.clone(), entry.record.clone());
             answer.ports.push(KeptRecord { port, path, fds: fds.len() as u32, record });
             all.append(fds);
-            (entry.owner, entry.given) = (Ok(id), false);
+            (entry.owner, entry.given, entry.connection) = (Ok(id), false, 0);
         }
         let switch = self.switches.iter().find(|switch| switch.id == id).ok_or(WireError::HungUp)?;
         wire::send(&switch.stream, &answer, &all, LIMIT)

@@ -1,14 +1,18 @@
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use serde_json::value::to_raw_value;
 
-use super::{Answer, Keeper, LIMIT, Said, Stamp, bind, serve, socket};
+use super::{Answer, Keeper, LIMIT, Said, Stamp, Watch, bind, serve, socket};
 use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
+
+use crate::port::vhost::Parcel;
 use crate::testing::lingering;
 
 /// A keeper of its own, in a thread.
@@ -38,18 +42,30 @@ fn names(answer: &Answer) -> Vec<&str> {
     answer.ports.iter().map(|port| &*port.port).collect()
 }
 
-/// Has a connection kept; returns its other end, and its stamp.
-fn keep(switch: &UnixStream, port: &str) -> (UnixStream, Arc<Stamp>) {
+/// A connection as its port gives it away; and its other end, and its stamp.
+fn parcel() -> (Parcel, UnixStream, Arc<Stamp>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let stamp = Arc::new(Stamp::new().unwrap());
     let mut fds = Fds::default();
     let device = DeviceRecord { stream: fds.put(ours.as_fd()).unwrap(), ..DeviceRecord::default() };
-    let stamp_place = fds.put(stamp.as_fd()).unwrap();
-    let device = DeviceRecord { stamp: Some(stamp_place), ..device };
-    let record = to_raw_value(&VhostRecord { device: Some(device), listener: None }).unwrap();
-    let said = Said::Keep { port: port.into(), path: "/s".into(), stamp: stamp_place, record };
-    wire::send(switch, &said, &fds, LIMIT).unwrap();
+    let device = DeviceRecord { stamp: Some(fds.put(stamp.as_fd()).unwrap()), ..device };
+    let record = VhostRecord { device: Some(device), listener: None };
+    (Parcel { record, fds, standing: Vec::new() }, theirs, stamp)
+}
+
+/// Has a connection kept; returns its other end, and its stamp.
+fn keep(switch: &UnixStream, port: &str) -> (UnixStream, Arc<Stamp>) {
+    let (Parcel { record, fds, .. }, theirs, stamp) = parcel();
+    let (place, record) = (record.device.as_ref().unwrap().stamp.unwrap(), to_raw_value(&record).unwrap());
+    // As a switch of an older build says it.
+    let kept = json!({ "port": port, "path": "/s", "stamp": place, "record": record });
+    wire::send(switch, &json!({ "Keep": kept }), &fds, LIMIT).unwrap();
     (theirs, stamp)
+}
+
+/// As a switch of an older build says it, or of a later one that has more to say.
+fn forget(switch: &UnixStream, port: &str) {
+    wire::send(switch, &json!({ "Forget": { "port": port, "more": 1 } }), &Fds::default(), LIMIT).unwrap();
 }
 
 /// Whether the other side has been closed, within a time.
@@ -71,7 +87,7 @@ fn only_what_is_up_to_date_outlives_a_crash() {
     stamp.set_current(false).unwrap();
     let (ended, stamp) = keep(&old, "ended");
     stamp.set_current(true).unwrap();
-    wire::send(&old, &Said::Forget { port: "ended".into() }, &Fds::default(), LIMIT).unwrap();
+    forget(&old, "ended");
     assert!(closes(&ended, 10 * LIMIT));
     drop(old);
     for gone in [&stale, &changed] {
@@ -138,6 +154,36 @@ fn a_switch_that_lives_keeps_its_own() {
     let (_next, answer, _) = bench.switch(1, true);
     assert_eq!(names(&answer), ["vm"]);
     assert!(!closes(&again, Duration::from_millis(1)));
+}
+
+/// The thread of a port that was removed hung, and ends when a port of the same name has a connection.
+#[test]
+fn last_words_of_a_connection_are_not_about_the_next_one() {
+    let bench = Bench::new(true);
+    let (keeper, _) = Keeper::find(bench.dir.path(), true).unwrap();
+    let begin = || {
+        let (parcel, frontend, stamp) = parcel();
+        (Watch::new(keeper.clone(), "vm", Path::new("/s"), stamp), parcel, frontend)
+    };
+    let (mut late, first, gone) = begin();
+    let (mut watch, second, frontend) = begin();
+    late.update(Ok(first));
+    watch.update(Ok(second));
+    assert!(closes(&gone, 10 * LIMIT), "what was there before");
+    let (more, unheard, _) = parcel();
+    late.changing();
+    late.update(Ok(more));
+    drop(late);
+    assert!(closes(&unheard, 10 * LIMIT), "it has come too late");
+    // The switch has nothing more to say, so it is as good as dead.
+    let (next, kept) = Keeper::find(bench.dir.path(), true).unwrap();
+    assert_eq!(kept.len(), 1);
+    assert!(!closes(&frontend, Duration::from_millis(1)));
+    drop(kept);
+    // Whoever has taken it up may forget it, whatever its own number is.
+    drop(Watch::new(next, "vm", Path::new("/s"), Arc::new(Stamp::new().unwrap())));
+    assert!(closes(&frontend, 10 * LIMIT));
+    drop(watch);
 }
 
 #[test]
