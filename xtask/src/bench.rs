@@ -10,7 +10,7 @@ use crate::stage::{build_release, must};
 #[derive(Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Options {
-    /// `--quick`, `--only SET,…`, `--peers PEER,…`, `--out DIR`, `--rounds N`; `--help` tells all
+    /// `--quick`, `--only SET,…`, `--peers PEER,…`, `--out DIR`, `--rounds N`, `--strict`; `--help` tells all
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }

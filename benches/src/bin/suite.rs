@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, bail, ensure};
 use benches::cpu;
 use benches::suite::peers::Peer;
-use benches::suite::results::{Plot, Results, Set};
+use benches::suite::results::{Outcome, Plot, Results, Set};
 use benches::suite::rounds::{Settings, Work};
-use benches::suite::{cases, dpdk, host, iperf, markdown, plot};
+use benches::suite::{bars, cases, dpdk, host, iperf, markdown, plot};
 use clap::Parser;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,6 +43,9 @@ struct Arguments {
     /// Seconds of each measurement [default: 1, or 0.4 if quick; iperf: whole ones, 5, or 2 if quick]
     #[arg(long, value_parser = parse_seconds)]
     seconds: Option<f64>,
+    /// Fail if a bar is missed; what was not measured does not count
+    #[arg(long)]
+    strict: bool,
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -84,21 +87,26 @@ fn run(arguments: &Arguments) -> Result<()> {
         println!("==> {name}");
         for set in measure(name, &peers, &settings, arguments)?.into_iter().filter(|set| !set.cells.is_empty()) {
             results.sets.push(set);
+            results.verdicts = bars::judge(&results.sets);
             // What was measured is worth keeping, whatever happens to the rest.
             write(&results, &out)?;
         }
     }
     let took = began.elapsed().as_secs();
+    println!("==> verdicts");
+    results.verdicts.iter().for_each(|verdict| println!("    {}", bars::line(verdict)));
     println!("==> {}, {took} s", out.join("results.md").display());
-    judge(&results)
+    judge(&results, arguments.strict)
 }
 
-/// Whether there is something to look at, and nothing has failed.
-fn judge(results: &Results) -> Result<()> {
+/// Whether there is something to look at, and nothing has failed; if `strict`, no bar is missed either.
+fn judge(results: &Results, strict: bool) -> Result<()> {
     let cells = || results.sets.iter().flat_map(|set| &set.cells);
     let failures: usize = cells().map(|cell| cell.failures.len()).sum();
     ensure!(failures == 0, "{failures} runs failed; results.md tells which");
     ensure!(cells().any(|cell| cell.samples.iter().any(|samples| !samples.is_empty())), "nothing was measured");
+    let missed = results.verdicts.iter().filter(|verdict| verdict.outcome == Outcome::Missed).count();
+    ensure!(!strict || missed == 0, "{missed} bars are missed; results.md tells which");
     Ok(())
 }
 
@@ -188,7 +196,7 @@ fn write(results: &Results, folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use benches::suite::results::Cell;
+    use benches::suite::results::{Cell, Verdict};
 
     #[test]
     fn what_measures_nothing_is_refused() {
@@ -198,8 +206,22 @@ mod tests {
         assert!(Arguments::try_parse_from(["suite", "--rounds", "1", "--seconds", "0.4"]).is_ok());
         let with = |samples: Vec<f64>| {
             let cells = vec![Cell { samples: vec![samples], ..Cell::default() }];
-            judge(&Results { sets: vec![Set { cells, ..Set::default() }], ..Results::default() })
+            judge(&Results { sets: vec![Set { cells, ..Set::default() }], ..Results::default() }, false)
         };
-        assert!(judge(&Results::default()).is_err() && with(vec![]).is_err() && with(vec![1.0]).is_ok());
+        assert!(judge(&Results::default(), false).is_err() && with(vec![]).is_err() && with(vec![1.0]).is_ok());
+    }
+    #[test]
+    fn only_a_strict_run_fails_for_a_missed_bar() {
+        let cells = vec![Cell { samples: vec![vec![1.0]], ..Cell::default() }];
+        let with = |outcome| {
+            let verdicts = vec![Verdict { outcome, ..Verdict::default() }];
+            let sets = vec![Set { cells: cells.clone(), ..Set::default() }];
+            [false, true].map(|strict| {
+                judge(&Results { sets: sets.clone(), verdicts: verdicts.clone(), ..Results::default() }, strict).is_ok()
+            })
+        };
+        assert_eq!(with(Outcome::Missed), [true, false]);
+        assert_eq!(with(Outcome::Met), [true, true]);
+        assert_eq!(with(Outcome::NotMeasured), [true, true]);
     }
 }

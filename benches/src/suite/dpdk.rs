@@ -26,7 +26,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const WARMUP: Duration = Duration::from_millis(800);
 
 /// Ring kinds, and how the driver is told of them.
-const KINDS: [(&str, &str); 4] = [
+pub(super) const KINDS: [(&str, &str); 4] = [
     ("default", ""),
     ("in-order", ",mrg_rxbuf=0,in_order=1"),
     ("packed", ",packed_vq=1"),
@@ -43,7 +43,7 @@ pub fn driver(peers: &[Peer], quick: bool) -> Vec<Work> {
         plot: if unit == "Mpps" { Plot::Bars } else { Plot::None },
     });
     let mut work = Work::new("driver", "Throughput with DPDK's driver", "ring, frame", how, metrics.into());
-    let lengths: &[u16] = if quick { &[64] } else { &[64, 1514] };
+    let lengths: &[u16] = if quick { &[64] } else { &[64, 512, 1514] };
     let kinds = if quick { &KINDS[..1] } else { &KINDS[..] };
     for &length in lengths {
         for &(kind, settings) in kinds {

@@ -12,13 +12,14 @@ use super::peers::Peer;
 use super::results::{Cell, Metric, Plot, Set};
 
 /// A switch between guests, and its name.
-const FABRICS: [(Peer, &str); 3] = [(Peer::Ours, "Sluice"), (Peer::Ovs, "OVS-DPDK"), (Peer::Ovs, "OVS with TSO")];
+pub(super) const FABRICS: [(Peer, &str); 3] =
+    [(Peer::Ours, "Sluice"), (Peer::Ovs, "OVS-DPDK"), (Peer::Ovs, "OVS with TSO")];
 /// Jumbo frames, which all three have to be told of.
 const JUMBO: u32 = 9000;
 
 /// One flow.
-struct Flow {
-    name: String,
+pub(super) struct Flow {
+    pub(super) name: String,
     /// What iperf3 is told beside time and target.
     arguments: String,
     offloads: bool,
@@ -27,7 +28,7 @@ struct Flow {
     anywhere: bool,
 }
 
-fn flows(quick: bool) -> Vec<Flow> {
+pub(super) fn flows(quick: bool) -> Vec<Flow> {
     let flow = |name: &str, arguments: &str, offloads, from| Flow {
         name: name.to_owned(),
         arguments: arguments.to_owned(),
@@ -102,6 +103,11 @@ fn cell<'a>(set: &'a mut Set, row: &str, column: &str) -> &'a mut Cell {
     &mut set.cells[place]
 }
 
+/// The row of a flow.
+pub(super) fn row(flow: &Flow, mtu: u32) -> String {
+    format!("{}, MTU {mtu}", flow.name)
+}
+
 fn with_guests(fabric: &str, mtu: u32, seconds: u32, quick: bool, mut got: impl FnMut(&str, [f64; 2])) -> Result<()> {
     let switch = match fabric {
         "OVS-DPDK" => Fabric::Ovs(Ovs::start(false)?),
@@ -126,7 +132,7 @@ fn with_guests(fabric: &str, mtu: u32, seconds: u32, quick: bool, mut got: impl 
             guest.spread(flow.anywhere)?;
         }
         let values = flow_between(&lab, &flow, seconds).with_context(|| flow.name.clone())?;
-        got(&format!("{}, MTU {mtu}", flow.name), values);
+        got(&row(&flow, mtu), values);
     }
     Ok(())
 }

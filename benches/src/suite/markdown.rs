@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::results::{Plot, Results, Set, Spread};
+use super::results::{Plot, Results, Set, Spread, Verdict};
 
 /// The whole page. Plots are taken to lie beside it.
 pub fn page(results: &Results) -> String {
@@ -18,7 +18,23 @@ pub fn page(results: &Results) -> String {
     for set in &results.sets {
         section(set, &mut text);
     }
+    verdicts(&results.verdicts, &mut text);
     text
+}
+
+fn verdicts(all: &[Verdict], text: &mut String) {
+    if all.is_empty() {
+        return;
+    }
+    text.push_str(
+        "\n## Verdicts\n\nRatios of what undisturbed runs gave, by medians and by the best of them; a bar is met if both are. Runs: of \
+         whichever side has fewer.\n\n| bar | by medians | by best | runs | |\n|---|---|---|---|---|\n",
+    );
+    let figure = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), number);
+    for Verdict { bar, median, best, runs, outcome, why } in all {
+        let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+        let _ = writeln!(text, "| {bar} | {} | {} | {runs} | {outcome}{why} |", figure(*median), figure(*best));
+    }
 }
 
 fn section(set: &Set, text: &mut String) {
@@ -46,8 +62,8 @@ fn remarks(set: &Set, text: &mut String) {
     let mut lines = Vec::new();
     for cell in &set.cells {
         let place = format!("{}, {}", cell.column, cell.row);
-        if cell.disturbed > 0 {
-            let count = cell.disturbed;
+        if !cell.disturbed.is_empty() {
+            let count = cell.disturbed.len();
             lines.push(format!(
                 "- {place}: {count} runs were disturbed (CPUs far from each other, or taken by the host)"
             ));
@@ -81,7 +97,7 @@ pub fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::{Cell, Metric};
+    use super::super::results::{Cell, Metric, Outcome};
     use super::*;
 
     #[test]
@@ -108,5 +124,14 @@ mod tests {
         assert!(page.contains("| 64 | 2.00 (1.00–20.5) | – |"), "{page}");
         assert!(page.contains("b, 64: 1 runs failed, the first with: no such luck\n"), "{page}");
         assert!(page.contains("](x.svg)"), "{page}");
+    }
+    #[test]
+    fn verdicts_are_lines_of_a_table() {
+        let met = Verdict { bar: "64 B: at least 1.5 × OVS-DPDK".into(), runs: 5, ..Verdict::default() };
+        let met = Verdict { median: Some(2.034), best: Some(2.15), outcome: Outcome::Met, ..met };
+        let absent = Verdict { bar: "TCP".into(), why: Some("no OVS".into()), ..Verdict::default() };
+        let page = page(&Results { verdicts: vec![met, absent], ..Results::default() });
+        assert!(page.contains("| 64 B: at least 1.5 × OVS-DPDK | 2.03 | 2.15 | 5 | met |\n"), "{page}");
+        assert!(page.contains("| TCP | – | – | 0 | not measured: no OVS |\n"), "{page}");
     }
 }

@@ -134,8 +134,11 @@ pub fn svg(set: &Set, metric: usize) -> String {
     legend(&mut canvas, &columns);
     let slot = (WIDTH - LEFT - RIGHT) / rows.len().max(1) as f64;
     let centre = |row: usize| LEFT + slot * (row as f64 + 0.5);
+    // Names that do not fit beside each other lie on two lines in turn.
+    let crowded = rows.iter().any(|row| 6.5 * row.chars().count() as f64 > slot);
     for (place, row) in rows.iter().enumerate() {
-        canvas.text(centre(place), HEIGHT - BOTTOM + 20.0, "middle", &format!("fill=\"{INK}\""), row);
+        let lower = if crowded && place % 2 == 1 { 14.0 } else { 0.0 };
+        canvas.text(centre(place), HEIGHT - BOTTOM + 18.0 + lower, "middle", &format!("fill=\"{INK}\""), row);
     }
     for (place, column) in spreads.iter().enumerate() {
         if kind == Plot::Bars {
@@ -157,7 +160,7 @@ fn frame(canvas: &mut Canvas, set: &Set, metric: usize, axis: &Axis) {
         canvas.text(LEFT - 8.0, y + 4.5, "end", faint, &tick_text(tick));
     }
     canvas.line((LEFT, axis.y(axis.low)), (WIDTH - RIGHT, axis.y(axis.low)), INK, 1.0);
-    canvas.text((LEFT + WIDTH - RIGHT) / 2.0, HEIGHT - 12.0, "middle", faint, &set.row);
+    canvas.text((LEFT + WIDTH - RIGHT) / 2.0, HEIGHT - 6.0, "middle", faint, &set.row);
     let middle = (TOP + HEIGHT - BOTTOM) / 2.0;
     let turned = format!("{faint} transform=\"rotate(-90 18 {middle:.1})\"");
     canvas.text(18.0, middle, "middle", &turned, &format!("{name}, {unit}"));

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Everything.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -12,6 +13,50 @@ pub struct Results {
     pub notes: Vec<String>,
     /// The measurements.
     pub sets: Vec<Set>,
+    /// How they stand to the bars.
+    #[serde(default)]
+    pub verdicts: Vec<Verdict>,
+}
+
+/// How we stand to one bar.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// What it asks for.
+    pub bar: String,
+    /// What was measured, of medians: a ratio, or the figure itself where the bar is one.
+    pub median: Option<f64>,
+    /// The same of the best runs.
+    pub best: Option<f64>,
+    /// Undisturbed runs behind it, of whichever has fewer.
+    pub runs: usize,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it was not measured, if so.
+    pub why: Option<String>,
+}
+
+/// Whether a bar is met.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// By medians and by the best runs.
+    Met,
+    /// By either of them.
+    Missed,
+    /// Something that it takes is not there.
+    #[default]
+    #[serde(rename = "not measured")]
+    NotMeasured,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Met => "met",
+            Self::Missed => "missed",
+            Self::NotMeasured => "not measured",
+        })
+    }
 }
 
 /// One question, and its answers.
@@ -66,10 +111,19 @@ pub struct Cell {
     pub column: String,
     /// What each run gave: by metric, in the order of the runs.
     pub samples: Vec<Vec<f64>>,
-    /// Runs that were disturbed after all: the CPUs were far from each other, or kept from us by the hypervisor.
-    pub disturbed: u32,
+    /// Which of these runs were disturbed after all: the CPUs were far from each other, or kept from us by the hypervisor.
+    pub disturbed: Vec<usize>,
     /// Runs that failed, with the reason.
     pub failures: Vec<String>,
+}
+
+impl Cell {
+    /// What undisturbed runs gave of a metric (by place).
+    pub fn near(&self, metric: usize) -> Vec<f64> {
+        let samples = self.samples.get(metric).map(Vec::as_slice).unwrap_or_default();
+        let near = samples.iter().enumerate().filter(|(run, _)| !self.disturbed.contains(run));
+        near.map(|(_, sample)| *sample).collect()
+    }
 }
 
 /// Middle and range of some samples.
@@ -152,12 +206,15 @@ mod tests {
     fn results_survive_json() {
         let set = Set {
             metrics: vec![Metric { name: "throughput".into(), unit: "Mpps".into(), plot: Plot::Log }],
-            cells: vec![Cell { samples: vec![vec![1.5, 2.0]], disturbed: 1, ..Cell::default() }],
+            cells: vec![Cell { samples: vec![vec![1.5, 2.0]], disturbed: vec![1], ..Cell::default() }],
             ..Set::default()
         };
-        let results = Results { machine: vec![("CPU".into(), "two".into())], sets: vec![set], ..Results::default() };
+        assert_eq!(set.cells[0].near(0), [1.5]);
+        let verdicts = vec![Verdict::default()];
+        let machine = vec![("CPU".into(), "two".into())];
+        let results = Results { machine, sets: vec![set], verdicts, ..Results::default() };
         let text = serde_json::to_string(&results).unwrap();
         assert_eq!(serde_json::from_str::<Results>(&text).unwrap(), results);
-        assert!(text.contains("\"log\""), "{text}");
+        assert!(text.contains("\"log\"") && text.contains("\"not measured\""), "{text}");
     }
 }

@@ -83,7 +83,9 @@ impl Work {
                     format!("{} {round}/{}  {:>12}  {:<12}", self.set.name, settings.rounds, case.row, case.column);
                 match run_near(&case.run, settings) {
                     Ok((values, near)) => {
-                        cell.disturbed += u32::from(!near);
+                        if !near {
+                            cell.disturbed.push(cell.samples.first().map_or(0, Vec::len));
+                        }
                         cell.samples.iter_mut().zip(&values).for_each(|(samples, value)| samples.push(*value));
                         told(&format!("{what} {}{}", numbers(&values), if near { "" } else { "  (disturbed)" }));
                     }
