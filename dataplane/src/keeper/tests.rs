@@ -11,7 +11,6 @@ use serde_json::value::to_raw_value;
 
 use super::{Answer, Keeper, LIMIT, Said, Stamp, Watch, bind, serve, socket};
 use crate::handover::{self, DeviceRecord, Fds, VhostRecord, wire};
-
 use crate::port::vhost::Parcel;
 use crate::testing::lingering;
 
