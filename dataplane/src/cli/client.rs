@@ -8,7 +8,7 @@ use sluice_proto::channel;
 use sluice_proto::sluice::v1::control_client::ControlClient;
 use tokio::net::UnixStream;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use super::Failure;
 
@@ -18,6 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const MAX_ANSWER: usize = 64 << 20;
 
 pub(crate) type Client = ControlClient<Channel>;
+
+/// Connects, makes one call, and returns the answer.
+pub(crate) fn ask<T>(
+    socket: &Path,
+    call: impl AsyncFnOnce(&mut Client) -> Result<Response<T>, Status>,
+) -> Result<T, Failure> {
+    with_client(socket, async |mut client| call(&mut client).await.map(Response::into_inner).map_err(refused))
+}
 
 /// Connects, and runs `call` with the client.
 pub(crate) fn with_client<T>(

@@ -6,7 +6,7 @@ use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
 use super::args::FdbCommand;
-use super::client::{Client, refused, with_client};
+use super::client::{Client, ask, refused, with_client};
 use super::output::{duration, emit, emit_json, table};
 
 pub(crate) fn run(command: FdbCommand, socket: &Path, json: bool) -> Result<(), Failure> {
@@ -14,8 +14,7 @@ pub(crate) fn run(command: FdbCommand, socket: &Path, json: bool) -> Result<(), 
         FdbCommand::Show { network } => show(network, socket, json),
         FdbCommand::Flush { network } => {
             let request = proto::FlushFdbRequest { network };
-            let call = async |mut client: Client| client.flush_fdb(request).await.map_err(refused);
-            let response = with_client(socket, call)?.into_inner();
+            let response = ask(socket, async |client| client.flush_fdb(request).await)?;
             if json { emit_json(&response) } else { emit(&format!("{} addresses forgotten\n", response.flushed)) }
         }
     }

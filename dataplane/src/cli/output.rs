@@ -21,6 +21,11 @@ pub(crate) fn emit_json(value: &impl Serialize) -> Result<(), Failure> {
     emit(&(serde_json::to_string_pretty(value).map_err(Failure::failed)? + "\n"))
 }
 
+/// Tells machines what was done. To people, success is silent.
+pub(crate) fn done(json: bool, what: &impl Serialize) -> Result<(), Failure> {
+    if json { emit_json(what) } else { Ok(()) }
+}
+
 /// Writes a value as JSON in one line, for streams.
 pub(crate) fn emit_json_line(value: &impl Serialize) -> Result<(), Failure> {
     emit(&(serde_json::to_string(value).map_err(Failure::failed)? + "\n"))

@@ -9,22 +9,19 @@ use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
 use super::args::PortCommand;
-use super::client::{Client, refused, with_client};
-use super::output::{emit, emit_json, fields, or_dash, size, table};
+use super::client::ask;
+use super::output::{done, emit, emit_json, fields, or_dash, size, table};
 
 pub(crate) fn run(command: PortCommand, socket: &Path, json: bool) -> Result<(), Failure> {
     match command {
         PortCommand::Add { spec } => {
             let request = proto::AddPortRequest { config: Some(port_to_proto(&spec)), replace_owner: false };
-            let call = async |mut client: Client| client.add_port(request).await.map_err(refused);
-            let port = with_client(socket, call)?.into_inner().port;
-            if json { emit_json(&port) } else { Ok(()) }
+            done(json, &ask(socket, async |client| client.add_port(request).await)?.port)
         }
         PortCommand::Del { name, owner } => {
             let request = proto::RemovePortRequest { name: name.clone(), owner };
-            let call = async |mut client: Client| client.remove_port(request).await.map_err(refused);
-            with_client(socket, call)?;
-            if json { emit_json(&serde_json::json!({ "removed": name })) } else { Ok(()) }
+            ask(socket, async |client| client.remove_port(request).await)?;
+            done(json, &serde_json::json!({ "removed": name }))
         }
         PortCommand::List => list(socket, json),
         PortCommand::Show { name } => show(name, socket, json),
@@ -32,9 +29,7 @@ pub(crate) fn run(command: PortCommand, socket: &Path, json: bool) -> Result<(),
 }
 
 fn list(socket: &Path, json: bool) -> Result<(), Failure> {
-    let request = proto::ListPortsRequest::default();
-    let call = async |mut client: Client| client.list_ports(request).await.map_err(refused);
-    let ports = with_client(socket, call)?.into_inner().ports;
+    let ports = ask(socket, async |client| client.list_ports(proto::ListPortsRequest::default()).await)?.ports;
     if json {
         return emit_json(&ports);
     }
@@ -80,9 +75,8 @@ fn vlans(port: &proto::PortStatus) -> String {
 }
 
 fn show(name: String, socket: &Path, json: bool) -> Result<(), Failure> {
-    let request = proto::GetPortRequest { name };
-    let call = async |mut client: Client| client.get_port(request).await.map_err(refused);
-    let port = with_client(socket, call)?.into_inner().port.unwrap_or_default();
+    let answer = ask(socket, async |client| client.get_port(proto::GetPortRequest { name }).await)?;
+    let port = answer.port.unwrap_or_default();
     if json { emit_json(&port) } else { emit(&describe(&port)) }
 }
 

@@ -7,7 +7,7 @@ use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
 use super::args::StatsArgs;
-use super::client::{Client, refused, with_client};
+use super::client::{Client, ask, refused, with_client};
 use super::cycles::Report;
 use super::output::{emit, emit_json, emit_json_line, table};
 
@@ -19,8 +19,7 @@ pub(crate) fn run(args: &StatsArgs, socket: &Path, json: bool) -> Result<(), Fai
         return with_client(socket, async |client| watch(client, args, json).await);
     }
     let request = proto::GetStatsRequest { cycles: args.cycles };
-    let call = async |mut client: Client| client.get_stats(request).await.map_err(refused);
-    let stats = with_client(socket, call)?.into_inner().stats.unwrap_or_default();
+    let stats = ask(socket, async |client| client.get_stats(request).await)?.stats.unwrap_or_default();
     if args.cycles {
         let report = Report::new(&proto::Cycles::default(), &stats.cycles.unwrap_or_default());
         return if json { emit_json(&report) } else { emit(&report.describe()) };

@@ -5,13 +5,11 @@ use std::path::Path;
 use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
-use super::client::{Client, refused, with_client};
+use super::client::ask;
 use super::output::{duration, emit, emit_json, fields, or_dash, table};
 
 pub(crate) fn run(socket: &Path, json: bool) -> Result<(), Failure> {
-    let request = proto::GetStatusRequest {};
-    let call = async |mut client: Client| client.get_status(request).await.map_err(refused);
-    let status = with_client(socket, call)?.into_inner();
+    let status = ask(socket, async |client| client.get_status(proto::GetStatusRequest {}).await)?;
     if json { emit_json(&status) } else { emit(&describe(&status)) }
 }
 

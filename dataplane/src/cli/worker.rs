@@ -7,8 +7,8 @@ use sluice_proto::sluice::v1 as proto;
 
 use super::Failure;
 use super::args::WorkerCommand;
-use super::client::{Client, refused, with_client};
-use super::output::{emit, emit_json, or_dash, table};
+use super::client::ask;
+use super::output::{done, emit, emit_json, or_dash, table};
 
 pub(crate) fn run(command: WorkerCommand, socket: &Path, json: bool) -> Result<(), Failure> {
     match command {
@@ -16,29 +16,20 @@ pub(crate) fn run(command: WorkerCommand, socket: &Path, json: bool) -> Result<(
         WorkerCommand::Pin { queue, worker } => {
             let PortQueue { port, queue: pair } = queue.clone();
             let request = proto::PinQueueRequest { port, queue: pair.map(|pair| pair as u32), worker: worker as u32 };
-            let call = async |mut client: Client| client.pin_queue(request).await.map_err(refused);
-            with_client(socket, call)?;
-            done(json, serde_json::json!({ "pinned": queue.to_string(), "worker": worker }))
+            ask(socket, async |client| client.pin_queue(request).await)?;
+            done(json, &serde_json::json!({ "pinned": queue.to_string(), "worker": worker }))
         }
         WorkerCommand::Unpin { queue } => {
             let PortQueue { port, queue: pair } = queue.clone();
             let request = proto::UnpinQueueRequest { port, queue: pair.map(|pair| pair as u32) };
-            let call = async |mut client: Client| client.unpin_queue(request).await.map_err(refused);
-            with_client(socket, call)?;
-            done(json, serde_json::json!({ "unpinned": queue.to_string() }))
+            ask(socket, async |client| client.unpin_queue(request).await)?;
+            done(json, &serde_json::json!({ "unpinned": queue.to_string() }))
         }
     }
 }
 
-/// Success is silent, but for machines.
-fn done(json: bool, what: serde_json::Value) -> Result<(), Failure> {
-    if json { emit_json(&what) } else { Ok(()) }
-}
-
 fn list(socket: &Path, json: bool) -> Result<(), Failure> {
-    let request = proto::ListWorkersRequest {};
-    let call = async |mut client: Client| client.list_workers(request).await.map_err(refused);
-    let workers = with_client(socket, call)?.into_inner();
+    let workers = ask(socket, async |client| client.list_workers(proto::ListWorkersRequest {}).await)?;
     if json { emit_json(&workers) } else { emit(&describe(&workers)) }
 }
 
