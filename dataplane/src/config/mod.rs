@@ -21,6 +21,7 @@ mod spec;
 pub use file::{FileConfig, FileError};
 pub use pin::{Pin, PortQueue, parse_worker};
 pub use rules::MissingFolder;
+pub(crate) use spec::parse_mac;
 pub use spec::{PortText, bits, network_list, vlan_list};
 
 /// The network of ports that name none.

@@ -6,8 +6,10 @@ use std::str::FromStr;
 
 use super::{
     AfxdpMode, Carried, DEFAULT_NETWORK, InvalidPort, PortConfig, PortTarget, RateLimit, SocketMode, VlanMode, number,
+    parse_switch,
 };
 use crate::limits::{MAX_QUEUE_PAIRS, MAX_VLAN, MIN_MTU};
+use crate::wire::MacAddr;
 
 /// A port's configuration as words, before any of them is understood. SPEC and the file both fill this, so that they
 /// mean the same.
@@ -165,11 +167,8 @@ impl PortText {
     }
 
     fn parse_switch(&self, key: &'static str) -> Result<bool, InvalidPort> {
-        match self.get(key) {
-            Some("on") => Ok(true),
-            Some("off") | None => Ok(false),
-            Some(text) => Err(InvalidPort::new(key, format!("{key} must be on or off, not '{text}'"))),
-        }
+        let parsed = self.get(key).map_or(Ok(false), |text| parse_switch(key, text));
+        parsed.map_err(|problem| InvalidPort::new(key, problem))
     }
 
     fn parse_vlans(&self) -> Result<VlanMode, InvalidPort> {
@@ -239,7 +238,8 @@ pub fn bits(number: u64) -> String {
     }
 }
 
-fn parse_mac<M: FromStr>(text: &str) -> Result<M, InvalidPort> {
+/// A port's address, as every source writes it.
+pub(crate) fn parse_mac(text: &str) -> Result<MacAddr, InvalidPort> {
     text.parse()
         .map_err(|_| InvalidPort::new("mac", format!("mac must be an address like 52:54:00:12:34:56, not '{text}'")))
 }
@@ -360,7 +360,6 @@ mod tests {
 
     use super::*;
     use crate::limits::MAX_RATE;
-    use crate::wire::MacAddr;
 
     fn problem(spec: &str) -> String {
         spec.parse::<PortConfig>().unwrap_err().problem

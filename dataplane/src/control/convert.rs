@@ -7,7 +7,7 @@ use crate::capture::filter::InvalidFilter;
 use crate::capture::{CaptureOptions, Captured, Direction};
 use crate::config::{
     AfxdpMode, Carried, DEFAULT_NETWORK, InvalidPort, PortConfig, PortQueue, PortTarget, RateLimit, SocketMode,
-    VlanMode,
+    VlanMode, parse_mac,
 };
 use crate::status::{
     CyclesStatus, FdbEntryStatus, PortCycles, PortState, PortStatus, QueueLoadStatus, QueueStatus, TotalsStatus,
@@ -125,10 +125,6 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
         },
         None => return Err(InvalidPort::new("target", "the target is missing, or of a kind that this switch lacks")),
     };
-    let parse_mac = |text: String| {
-        let problem = || format!("mac must be an address like 52:54:00:12:34:56, not '{text}'");
-        text.parse().map_err(|_| InvalidPort::new("mac", problem()))
-    };
     Ok(PortConfig {
         name: port.name,
         target,
@@ -140,7 +136,7 @@ pub(super) fn port_from_proto(port: proto::PortConfig) -> Result<PortConfig, Inv
         vlan,
         mtu: port.mtu.map(|mtu| small("mtu", mtu)).transpose()?,
         queues: port.queues.map(|queues| small("queues", queues)).transpose()?,
-        mac: port.mac.map(parse_mac).transpose()?,
+        mac: port.mac.as_deref().map(parse_mac).transpose()?,
         spoofcheck: port.spoofcheck,
         rate_rx: port.rate_rx.map(rate_from_proto),
         rate_tx: port.rate_tx.map(rate_from_proto),
